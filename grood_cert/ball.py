@@ -1,0 +1,148 @@
+r"""The perturbation set: an l_p ball around an image, intersected with the pixel box.
+
+    B = { x' : ||x' - x||_p <= eps,  0 <= x' <= 1 },        p = inf or 2, eps in pixel units.
+
+Everything that needs the set (the bound engine, the attacks, the Lipschitz estimates) takes it from here, so the
+proof and its adversary always speak of the same points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from grood_cert.errors import InputError
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[str, ...] = get_args(Norm)
+
+_WATER_FILLING_STEPS = 4
+
+
+def dual_norm(gradient: Tensor, norm: Norm) -> Tensor:
+    r"""Per-sample dual norm of a gradient: l_1 for an l_inf ball, l_2 for an l_2 ball.
+
+    Args:
+        gradient: Gradients g, shape (B, ...).
+        norm: Norm of the ball, "linf" or "l2".
+
+    Returns:
+        ||g_i||_q with 1/p + 1/q = 1, shape (B,). The derivative at g = 0 is 0, not NaN.
+
+    Example:
+        >>> dual_norm(torch.tensor([[3.0, -4.0]]), "linf"), dual_norm(torch.tensor([[3.0, -4.0]]), "l2")
+        (tensor([7.]), tensor([5.]))
+    """
+    return torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+
+
+@dataclass(frozen=True)
+class Ball:
+    r"""A batch of balls B_i = {x' : ||x' - x_i||_p <= eps_i} intersected with the box [0, 1]^d.
+
+    Args:
+        center: Images x, shape (B, C, H, W), pixels in [0, 1].
+        eps: Radius of each ball in pixel units, shape (B,), finite and >= 0.
+        norm: "linf" or "l2".
+
+    Raises:
+        InputError: If a radius is negative or not finite, or an image leaves the pixel box.
+
+    Example:
+        >>> ball = Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "linf")
+        >>> ball.lower, ball.upper
+        (tensor([[0.0000, 0.4000]]), tensor([[0.1000, 0.6000]]))
+    """
+
+    center: Tensor
+    eps: Tensor
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise InputError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
+        if self.eps.shape != self.center.shape[:1]:
+            raise InputError(f"expected one eps a sample, shape {tuple(self.center.shape[:1])}, got {tuple(self.eps.shape)}")
+        if not bool((torch.isfinite(self.eps) & (self.eps >= 0)).all()):
+            raise InputError("eps must be finite and not negative")
+        if not bool(((self.center >= 0) & (self.center <= 1)).all()):
+            raise InputError("images must have pixels in [0, 1]; normalisation is a layer of the model")
+
+    def _per_pixel(self, value: Tensor) -> Tensor:
+        return value.reshape(-1, *[1] * (self.center.dim() - 1))
+
+    @property
+    def lower(self) -> Tensor:
+        """Smallest value of every pixel over the ball: max(x - eps, 0)."""
+        return (self.center - self._per_pixel(self.eps)).clamp(min=0)
+
+    @property
+    def upper(self) -> Tensor:
+        """Largest value of every pixel over the ball: min(x + eps, 1)."""
+        return (self.center + self._per_pixel(self.eps)).clamp(max=1)
+
+    def project(self, points: Tensor) -> Tensor:
+        r"""A point of the ball near each given point (for l_inf the nearest).
+
+        For l_2 the offset is scaled into the ball first and clipped to the box after; clipping shrinks every
+        coordinate of the offset, so the result stays inside.
+        """
+        if self.norm == "linf":
+            return torch.maximum(torch.minimum(points, self.upper), self.lower)
+        offset = points - self.center
+        length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp(min=torch.finfo(points.dtype).tiny)
+        return (self.center + offset * self._per_pixel((self.eps / length).clamp(max=1))).clamp(0, 1)
+
+    def distance(self, points: Tensor) -> Tensor:
+        """||x' - x||_p of each point, shape (B,)."""
+        offset = (points - self.center).flatten(1)
+        return torch.linalg.vector_norm(offset, ord=float("inf") if self.norm == "linf" else 2, dim=1)
+
+    def support(self, rows: Tensor) -> Tensor:
+        r"""Upper bound of max over x' in B of a . (x' - x); exact for l_inf, exact up to rounding for l_2 as a rule.
+
+        For l_2, weak duality with multiplier mu >= 0 gives
+
+            max a.d <= sum_i max_{lo_i <= d_i <= hi_i} (a_i d_i - mu d_i^2 / 2) + mu eps^2 / 2,
+
+        whatever mu is. mu = ||a|| / eps (with no box active, the dual-norm value eps ||a||_2) is refined by
+        water filling: clipped coordinates are taken out of the budget and mu is recomputed for the rest. The
+        smallest value found is returned, so the bound is never looser than eps ||a||_2.
+
+        Args:
+            rows: Coefficients a, shape (B, S, d) with d the number of pixels.
+
+        Returns:
+            Shape (B, S).
+
+        Example:
+            >>> Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "l2").support(torch.tensor([[[-3.0, 4.0]]]))
+            tensor([[0.4000]])
+        """
+        low = (self.lower - self.center).flatten(1).unsqueeze(1)
+        high = (self.upper - self.center).flatten(1).unsqueeze(1)
+        box = torch.where(rows > 0, rows * high, rows * low).sum(-1)
+        if self.norm == "linf":
+            return box
+        eps = self.eps.reshape(-1, 1)
+        best = torch.minimum(box, eps * torch.linalg.vector_norm(rows, dim=-1))
+        with torch.no_grad():
+            step = eps / torch.linalg.vector_norm(rows, dim=-1)  # 1 / mu, shape (B, S)
+            step = torch.where(torch.isfinite(step), step, torch.zeros_like(step))
+        for _ in range(_WATER_FILLING_STEPS):
+            with torch.no_grad():
+                wanted = rows * step.unsqueeze(-1)
+                offset = torch.minimum(torch.maximum(wanted, low), high)
+                free = offset == wanted
+                budget = eps**2 - torch.where(free, 0, offset).square().sum(-1)
+                energy = torch.where(free, rows, 0).square().sum(-1)
+                wider = (budget.clamp(min=0) / energy).sqrt()
+                step = torch.where(torch.isfinite(wider) & (wider > step), wider, step)
+                mu = 1 / step
+                offset = torch.minimum(torch.maximum(rows * step.unsqueeze(-1), low), high)
+            value = (rows * offset - mu.unsqueeze(-1) / 2 * offset.square()).sum(-1) + mu / 2 * eps**2
+            best = torch.minimum(best, torch.where(torch.isfinite(value), value, best))
+        return best

@@ -1,0 +1,62 @@
+r"""The energy score and its gradient.
+
+    S(x) = -T log sum_k exp(f_k(x) / T)             low = in-distribution (ID), high = out-of-distribution (OOD)
+
+An input is accepted as ID iff S(x) <= gamma.
+
+References:
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grood_cert.ball import Norm, dual_norm
+
+
+def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Energy score S = -T logsumexp(f / T).
+
+    Args:
+        logits: f, shape (..., K).
+        temperature: T > 0.
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> energy(torch.tensor([[0.0, 0.0]]))
+        tensor([-0.6931])
+    """
+    return -temperature * torch.logsumexp(logits / temperature, dim=-1)
+
+
+def energy_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Score and its gradient with respect to the pixels, sample by sample.
+
+    Differentiates sum_i S(x_i): equal to the per-sample gradients as long as samples do not influence one another,
+    so the network must be in eval mode if it holds BatchNorm.
+
+    Args:
+        network: f, normalisation included.
+        images: Pixels in [0, 1], shape (B, C, H, W).
+
+    Returns:
+        S(x_i), shape (B,), and grad S(x_i), shape (B, C, H, W); both detached.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(True)
+        score = energy(network(images))
+        (gradient,) = torch.autograd.grad(score.sum(), images)
+    return score.detach(), gradient.detach()
+
+
+def gradient_norm_estimate(network: nn.Module, images: Tensor, norm: Norm) -> Tensor:
+    r"""||grad S(x)||_q in the dual of the ball's norm: a lower *estimate* of the local Lipschitz constant.
+
+    Returns:
+        Shape (B,), per pixel unit.
+    """
+    return dual_norm(energy_gradient(network, images)[1], norm)

@@ -1,0 +1,25 @@
+"""The three ways in which grood-cert refuses to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class InputError(Exception):
+    """What the user gave is wrong; the message says what was wrong and what would be right (exit code 2)."""
+
+
+class RunError(Exception):
+    """The input is well formed, but the work could not be done: a missing engine, a diverged training (exit code 1)."""
+
+
+class SoundnessError(Exception):
+    """A proof and a counterexample contradict each other: every certificate of the run is in doubt (exit code 3).
+
+    Attributes:
+        counterexample: File that holds the offending points, once it has been written.
+    """
+
+    def __init__(self, message: str, counterexample: Path | None = None) -> None:
+        super().__init__(message)
+        self.counterexample = counterexample
