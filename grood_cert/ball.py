@@ -19,7 +19,8 @@ from grood_cert.errors import InputError
 Norm = Literal["linf", "l2"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
-_WATER_FILLING_STEPS = 4
+_WATER_FILLING_STEPS = 20
+_BLOCK = 2**20
 
 
 def dual_norm(gradient: Tensor, norm: Norm) -> Tensor:
@@ -65,24 +66,27 @@ class Ball:
         if self.norm not in NORMS:
             raise InputError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if self.eps.shape != self.center.shape[:1]:
-            raise InputError(f"expected one eps a sample, shape {tuple(self.center.shape[:1])}, got {tuple(self.eps.shape)}")
+            raise InputError(
+                f"expected one eps a sample, shape {tuple(self.center.shape[:1])}, got {tuple(self.eps.shape)}"
+            )
         if not bool((torch.isfinite(self.eps) & (self.eps >= 0)).all()):
             raise InputError("eps must be finite and not negative")
         if not bool(((self.center >= 0) & (self.center <= 1)).all()):
             raise InputError("images must have pixels in [0, 1]; normalisation is a layer of the model")
 
-    def _per_pixel(self, value: Tensor) -> Tensor:
+    def per_pixel(self, value: Tensor) -> Tensor:
+        """One value a sample, shape (B,), shaped to multiply images, (B, 1, 1, 1)."""
         return value.reshape(-1, *[1] * (self.center.dim() - 1))
 
     @property
     def lower(self) -> Tensor:
         """Smallest value of every pixel over the ball: max(x - eps, 0)."""
-        return (self.center - self._per_pixel(self.eps)).clamp(min=0)
+        return (self.center - self.per_pixel(self.eps)).clamp(min=0)
 
     @property
     def upper(self) -> Tensor:
         """Largest value of every pixel over the ball: min(x + eps, 1)."""
-        return (self.center + self._per_pixel(self.eps)).clamp(max=1)
+        return (self.center + self.per_pixel(self.eps)).clamp(max=1)
 
     def project(self, points: Tensor) -> Tensor:
         r"""A point of the ball near each given point (for l_inf the nearest).
@@ -94,7 +98,7 @@ class Ball:
             return torch.maximum(torch.minimum(points, self.upper), self.lower)
         offset = points - self.center
         length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp(min=torch.finfo(points.dtype).tiny)
-        return (self.center + offset * self._per_pixel((self.eps / length).clamp(max=1))).clamp(0, 1)
+        return (self.center + offset * self.per_pixel((self.eps / length).clamp(max=1))).clamp(0, 1)
 
     def distance(self, points: Tensor) -> Tensor:
         """||x' - x||_p of each point, shape (B,)."""
@@ -104,13 +108,14 @@ class Ball:
     def support(self, rows: Tensor) -> Tensor:
         r"""Upper bound of max over x' in B of a . (x' - x); exact for l_inf, exact up to rounding for l_2 as a rule.
 
-        For l_2, weak duality with multiplier mu >= 0 gives
+        For l_2, weak duality with multiplier mu > 0 gives
 
             max a.d <= sum_i max_{lo_i <= d_i <= hi_i} (a_i d_i - mu d_i^2 / 2) + mu eps^2 / 2,
 
         whatever mu is. mu = ||a|| / eps (with no box active, the dual-norm value eps ||a||_2) is refined by
-        water filling: clipped coordinates are taken out of the budget and mu is recomputed for the rest. The
-        smallest value found is returned, so the bound is never looser than eps ||a||_2.
+        water filling: clipped coordinates are taken out of the budget and mu is recomputed for the rest, until
+        nothing changes. The smallest value found is returned, so the bound is never looser than eps ||a||_2 or than
+        the box alone. Rows are taken in blocks, so memory stays a small multiple of the rows.
 
         Args:
             rows: Coefficients a, shape (B, S, d) with d the number of pixels.
@@ -124,25 +129,33 @@ class Ball:
         """
         low = (self.lower - self.center).flatten(1).unsqueeze(1)
         high = (self.upper - self.center).flatten(1).unsqueeze(1)
-        box = torch.where(rows > 0, rows * high, rows * low).sum(-1)
-        if self.norm == "linf":
-            return box
         eps = self.eps.reshape(-1, 1)
-        best = torch.minimum(box, eps * torch.linalg.vector_norm(rows, dim=-1))
-        with torch.no_grad():
-            step = eps / torch.linalg.vector_norm(rows, dim=-1)  # 1 / mu, shape (B, S)
-            step = torch.where(torch.isfinite(step), step, torch.zeros_like(step))
+        size = max(1, _BLOCK // max(1, rows[:, :1].numel()))
+        return torch.cat([_support(block, low, high, eps, self.norm) for block in torch.split(rows, size, 1)], 1)
+
+
+def _support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor, norm: Norm) -> Tensor:
+    """`Ball.support` of one block of rows: low, high of shape (B, 1, d), eps of shape (B, 1)."""
+    box = (rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT).squeeze(-1)
+    if norm == "linf":
+        return box
+    length = torch.linalg.vector_norm(rows, dim=-1)
+    best = torch.minimum(box, eps * length)
+    with torch.no_grad():
+        tolerance = 1 + 8 * torch.finfo(rows.dtype).eps
+        step = eps / length  # 1 / mu, shape (B, S)
         for _ in range(_WATER_FILLING_STEPS):
-            with torch.no_grad():
-                wanted = rows * step.unsqueeze(-1)
-                offset = torch.minimum(torch.maximum(wanted, low), high)
-                free = offset == wanted
-                budget = eps**2 - torch.where(free, 0, offset).square().sum(-1)
-                energy = torch.where(free, rows, 0).square().sum(-1)
-                wider = (budget.clamp(min=0) / energy).sqrt()
-                step = torch.where(torch.isfinite(wider) & (wider > step), wider, step)
-                mu = 1 / step
-                offset = torch.minimum(torch.maximum(rows * step.unsqueeze(-1), low), high)
-            value = (rows * offset - mu.unsqueeze(-1) / 2 * offset.square()).sum(-1) + mu / 2 * eps**2
-            best = torch.minimum(best, torch.where(torch.isfinite(value), value, best))
-        return best
+            wanted = rows * step.unsqueeze(-1)
+            clipped = (wanted < low) | (wanted > high)
+            offset = torch.minimum(torch.maximum(wanted, low), high).masked_fill_(~clipped, 0)
+            budget = (eps.square() - offset.square().sum(-1)).clamp_(min=0)
+            energy = rows.masked_fill(clipped, 0).square().sum(-1)
+            wider = (budget / energy).sqrt_()
+            wider = torch.where(torch.isfinite(wider) & (wider > step * tolerance), wider, step)
+            if torch.equal(wider, step):
+                break
+            step = wider
+        offset = torch.minimum(torch.maximum(rows * step.unsqueeze(-1), low), high)
+    # At fixed mu the derivative of the bound is its maximiser, so the offset counts as constant.
+    value = (rows * offset).sum(-1) + (eps.square() - offset.square().sum(-1)) / (2 * step)
+    return torch.minimum(best, torch.where(torch.isfinite(value), value, best))

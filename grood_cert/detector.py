@@ -5,9 +5,7 @@ A checkpoint is one file, `model.pt`, that `torch.load(weights_only=True)` opens
 
 from __future__ import annotations
 
-import pickle
 import platform
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,26 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {
         "grood_cert": grood_cert.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def check_device(device: str) -> None:
+    """Make sure that a device is there and computes in float64.
+
+    Raises:
+        InputError: If not.
+
+    Example:
+        >>> check_device("cpu")
+    """
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"device {device!r} cannot be used here; use cpu ({reason[:120]})") from error
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -105,7 +119,9 @@ class Detector:
         return energy(logits(self.network, images))
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint (weights in float32, as they were trained).
+        """Write the checkpoint; weights as float32 where that loses nothing, as after training.
+
+        The same detector gives the same bytes.
 
         Raises:
             InputError: If the file cannot be written.
@@ -123,12 +139,13 @@ class Detector:
             "metrics": self.metrics,
             "versions": self.versions,
         }
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
+        with replacing(path) as temporary, temporary.open("wb") as stream:  # a path would leave its name in the bytes
+            torch.save(content, stream)
 
 
 def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    single = tensor.float()
+    return single if tensor.is_floating_point() and torch.equal(single.to(tensor), tensor) else tensor
 
 
 def load(path: Path, device: str = "cpu") -> Detector:
@@ -141,13 +158,14 @@ def load(path: Path, device: str = "cpu") -> Detector:
     Raises:
         InputError: If the file is missing, is truncated, is no checkpoint of ours, or its weights do not fit.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER")
+    check_device(device)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a grood-cert checkpoint, or a truncated one ({reason})") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER") from None
+    except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: not a grood-cert checkpoint, or a truncated one ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path}: not a grood-cert checkpoint; expected a model.pt written by grood-cert train")
     if content.get("format_version") != _FORMAT_VERSION:
@@ -164,11 +182,11 @@ def load(path: Path, device: str = "cpu") -> Detector:
             std=tuple(fields["std"]),
             options=dict(fields["options"]),
         )
-        network = architecture.build()
+        network = architecture.build().double()
         network.load_state_dict(content["state_dict"], strict=True)
         gamma = float(content["gamma"])
         detector = Detector(
-            network=network.double().eval().requires_grad_(False).to(device),
+            network=network.eval().requires_grad_(False),
             gamma=gamma,
             architecture=architecture,
             class_names=tuple(content["class_names"]),
@@ -177,10 +195,15 @@ def load(path: Path, device: str = "cpu") -> Detector:
             metrics=dict(content["metrics"]),
             versions=dict(content["versions"]),
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {reason})") from None
+        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {reason})") from error
     tensors = [*network.state_dict().values(), torch.tensor(gamma)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(f"{path}: the checkpoint holds weights or a gamma that are not finite")
+    if len(detector.class_names) != architecture.classes:
+        raise InputError(
+            f"{path}: damaged checkpoint ({len(detector.class_names)} class names for {architecture.classes} logits)"
+        )
+    network.to(device)
     return detector

@@ -45,6 +45,12 @@ def energy_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
 
     Returns:
         S(x_i), shape (B,), and grad S(x_i), shape (B, C, H, W); both detached.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(2, 1))  # one logit w.x + b: grad S = -w
+        >>> _, gradient = energy_gradient(network, torch.zeros(3, 1, 1, 2))
+        >>> torch.equal(gradient[2].flatten(), -network[1].weight.detach().flatten())
+        True
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
@@ -55,6 +61,11 @@ def energy_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
 
 def gradient_norm_estimate(network: nn.Module, images: Tensor, norm: Norm) -> Tensor:
     r"""||grad S(x)||_q in the dual of the ball's norm: a lower *estimate* of the local Lipschitz constant.
+
+    Args:
+        network: f in eval mode, normalisation included.
+        images: Pixels in [0, 1], shape (B, C, H, W).
+        norm: Norm of the ball, "linf" (q = 1) or "l2" (q = 2).
 
     Returns:
         Shape (B,), per pixel unit.

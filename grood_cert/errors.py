@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
@@ -17,9 +19,11 @@ class SoundnessError(Exception):
     """A proof and a counterexample contradict each other: every certificate of the run is in doubt (exit code 3).
 
     Attributes:
-        counterexample: File that holds the offending points, once it has been written.
+        evidence: Arrays that show the contradiction.
+        counterexample: File that holds them, once it has been written.
     """
 
-    def __init__(self, message: str, counterexample: Path | None = None) -> None:
+    def __init__(self, message: str, evidence: Mapping[str, Any]) -> None:
         super().__init__(message)
-        self.counterexample = counterexample
+        self.evidence = evidence
+        self.counterexample: Path | None = None

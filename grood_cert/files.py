@@ -6,7 +6,8 @@ import contextlib
 import csv
 import hashlib
 import json
-import os
+import math
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,28 +21,30 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        InputError: If the folder cannot be made or written to.
+        InputError: If the folder cannot be made or written to, or `path` is a folder or a device.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "notes.txt") as temporary:
+        ...         _ = temporary.write_text("all of it")
+        ...     [entry.name for entry in Path(folder).iterdir()]
+        ['notes.txt']
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
+        target = path.resolve()  # a link keeps pointing where it points
+        if target.exists() and not target.is_file():
+            raise InputError(f"cannot write {path}: there is something there that is not a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{secrets.token_hex(8)}{path.suffix}"
         yield temporary
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -71,15 +74,31 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON.
+    """Write indented JSON; NaN and infinities, which JSON lacks, become null.
 
     Raises:
         InputError: If the file cannot be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hash of a file's bytes, in hexadecimal.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error

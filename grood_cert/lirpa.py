@@ -1,23 +1,31 @@
 r"""The one place that touches auto_LiRPA: sound bounds of linear functions c . f(x') of the logits over a ball.
 
-auto_LiRPA 0.3 is the newest release on the package index and predates today's torch. To run it, this module
+auto_LiRPA 0.3 is the newest release on the package index and predates today's torch. What this module touches to run
+it, and for how long:
 
-* puts the names that its import asks for and that torch or numpy have since moved (`numpy.lib.arraysetops.isin`,
-  `torch.onnx.symbolic_helper._set_opset_version`, `torch.onnx.utils._optimize_graph`) in place **during the import
-  only**, and puts back what the import changes for everybody: the warning filters, the root logger and the two
-  TorchScript executor switches;
-* replaces, inside `auto_LiRPA.parse_graph` alone, the function that walks the traced graph by one that sees nodes
-  with the item access torch has dropped;
-* gives `BoundedModule._named_members` the argument `remove_duplicate` that torch now passes;
-* restores the exporter's global opset version after every build of a bounded module.
+* While 0.3 is imported: `sys.modules` answers for four names it asks for and does not need (`numpy.lib.arraysetops`,
+  gone in numpy 2; `appdirs`, with which it would make a folder in the user's home; `setuptools` and
+  `torch.utils.cpp_extension`, for CUDA kernels that are never built here), and `torch.onnx.symbolic_helper` and
+  `torch.onnx.utils` have two functions that torch has moved. All of it is put back, as are the things that the import
+  itself changes for everybody: warning filters, the root logger, the two TorchScript executor switches.
+* For good, inside auto_LiRPA only: `parse_graph.parse_graph` sees graph nodes with the item access torch has dropped;
+  `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes; `operators.base.isnan`
+  says no, because its one caller answers a NaN constant term, and with it the whole batch, by the constant 0, which is
+  no bound; `print` in its modules is silent.
+* While a network is built or bounded: torch's default dtype is float64 (0.3 makes constants in the default dtype and
+  rounds optimised bounds to it), Python warnings are caught, auto_LiRPA's own logger does not propagate, and the ONNX
+  exporter's global opset is what 0.3 sets. All of it is put back at the end of each call.
 
-After the import, the only objects that differ from a fresh interpreter are attributes of auto_LiRPA itself.
-Version 0.4 and newer are used as they are.
+Versions from 0.4 on are used as they are, within the last item.
+
+Trust, but verify: a self-test once per process compares the engine with numbers worked out by hand, and every build
+compares the converted network with the model, forwards and, on a ball of radius 0, through each bound.
 
 References:
     Xu et al., "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond", NeurIPS 2020;
     Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions" (CROWN),
-    NeurIPS 2018; Xu et al., "Fast and Complete" (alpha-CROWN), ICLR 2021.
+    NeurIPS 2018; Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks"
+    (CROWN-IBP), ICLR 2020; Xu et al., "Fast and Complete" (alpha-CROWN), ICLR 2021.
 """
 
 from __future__ import annotations
@@ -27,12 +35,12 @@ import copy
 import functools
 import importlib
 import importlib.metadata
-import io
 import logging
 import sys
+import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -40,15 +48,24 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
-from grood_cert.errors import RunError, InputError
+from grood_cert.errors import InputError, RunError
+from grood_cert.networks import Normalize
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 METHODS: tuple[str, ...] = get_args(Method)
 INSTALL_COMMAND = "pip install --no-deps auto-LiRPA==0.3"
 
-_LIBRARY_METHOD = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
 _ALPHA_ITERATIONS = 20
-_OPSET = 12
+_ALPHA_STEP = 0.25
+_TOLERANCE = 1e-8
+_LAYERS = {
+    *("BoundLinear", "BoundConv", "BoundBatchNormalization", "BoundAdd", "BoundFlatten", "BoundReshape"),
+    *("BoundAveragePool", "BoundGlobalAveragePool", "BoundMaxPool"),
+    *("BoundRelu", "BoundLeakyRelu", "BoundSigmoid", "BoundTanh"),
+}
+_LEAVES = {"BoundInput", "BoundParams", "BoundBuffers", "BoundConstant", "BoundPrimConstant", "BoundIdentity"}
+
+Intervals = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def version() -> str:
@@ -103,9 +120,11 @@ def _exporter_globals() -> Any:
 
 
 def _optimize_graph(*args: Any, **kwargs: Any) -> Any:
+    """The exporter's graph optimiser (moved in torch 2.9)."""
     for name in ("torch.onnx._internal.torchscript_exporter.utils", "torch.onnx.utils"):
         with contextlib.suppress(ImportError, AttributeError):
-            return importlib.import_module(name)._optimize_graph(*args, **kwargs)
+            function = importlib.import_module(name)._optimize_graph
+            return function(*args, **kwargs)
     raise RunError(f"auto_LiRPA {version()} does not run on torch {torch.__version__}: no graph optimiser")
 
 
@@ -115,43 +134,49 @@ def _set_opset_version(opset: int) -> None:
     settings.autograd_inlining = False
 
 
-@contextlib.contextmanager
-def _exporter_restored() -> Iterator[None]:
-    """Undo what a build does to the exporter's settings."""
-    if not _is_old():
-        yield
-        return
-    settings = _exporter_globals()
-    before = dict(vars(settings))
-    try:
-        yield
-    finally:
-        vars(settings).update(before)
+def _unavailable(*args: Any, **kwargs: Any) -> Any:
+    del args, kwargs
+    raise NotImplementedError("not needed for bounds on the CPU or through torch alone")
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    """Modules that the import of 0.3 asks for and does not need."""
+    contents: dict[str, dict[str, Any]] = {
+        "numpy.lib.arraysetops": {"isin": np.isin},
+        "appdirs": {"user_data_dir": lambda *_: tempfile.gettempdir()},
+        "setuptools": {"setup": _unavailable},
+        "torch.utils.cpp_extension": dict.fromkeys(("load", "BuildExtension", "CUDAExtension"), _unavailable),
+    }
+    modules = {}
+    for name, attributes in contents.items():
+        modules[name] = types.ModuleType(name)
+        vars(modules[name]).update(attributes)
+    return modules
 
 
 @contextlib.contextmanager
 def _old_names() -> Iterator[None]:
     """Names that the import of 0.3 asks for, present while the block runs."""
     missing = object()
-    arraysetops = types.ModuleType("numpy.lib.arraysetops")
-    arraysetops.isin = np.isin  # type: ignore[attr-defined]
-    module = sys.modules.get("numpy.lib.arraysetops", missing)
-    sys.modules["numpy.lib.arraysetops"] = arraysetops
-    places = [
+    places: list[tuple[Any, str, Any]] = [
         (importlib.import_module("torch.onnx.symbolic_helper"), "_set_opset_version", _set_opset_version),
         (importlib.import_module("torch.onnx.utils"), "_optimize_graph", _optimize_graph),
     ]
-    before = [getattr(place, name, missing) for place, name, _ in places]
-    for place, name, value in places:
-        setattr(place, name, value)
+    stand_ins = _stand_ins()
+    modules = {name: sys.modules.get(name, missing) for name in stand_ins}
+    attributes = [getattr(place, name, missing) for place, name, _ in places]
     try:
+        sys.modules.update(stand_ins)
+        for place, name, value in places:
+            setattr(place, name, value)
         yield
     finally:
-        if module is missing:
-            del sys.modules["numpy.lib.arraysetops"]
-        else:
-            sys.modules["numpy.lib.arraysetops"] = module  # type: ignore[assignment]
-        for (place, name, _), value in zip(places, before, strict=True):
+        for name, module in modules.items():
+            if module is missing:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module  # type: ignore[assignment]
+        for (place, name, _), value in zip(places, attributes, strict=True):
             if value is missing:
                 delattr(place, name)
             else:
@@ -160,7 +185,7 @@ def _old_names() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _globals_restored() -> Iterator[None]:
-    """Put back the process-wide settings that importing auto_LiRPA changes."""
+    """Put back the process-wide settings that importing auto_LiRPA changes; collect its warnings, show none."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     switches = (torch._C._jit_set_profiling_executor, torch._C._jit_set_profiling_mode)
@@ -168,7 +193,7 @@ def _globals_restored() -> Iterator[None]:
     for switch, state in zip(switches, states, strict=True):
         switch(state)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(record=True):  # recorded: the import resets the filters, but not the recorder
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -186,12 +211,9 @@ def _library() -> types.ModuleType:
             library = importlib.import_module("auto_LiRPA")
     except ImportError as error:
         raise RunError(f"auto_LiRPA {version()} does not import on torch {torch.__version__}: {error}") from error
-    logging.getLogger("auto_LiRPA").setLevel(logging.ERROR)
-    logging.getLogger("auto_LiRPA.utils").setLevel(logging.ERROR)
     if old:
-        parser = importlib.import_module("auto_LiRPA.parse_graph")
+        parser: Any = importlib.import_module("auto_LiRPA.parse_graph")
         walk = parser.parse_graph
-        parser.parse_graph = lambda graph, inputs, params: walk(_Graph(graph), inputs, params)
         members = library.BoundedModule._named_members
 
         def named_members(
@@ -200,8 +222,47 @@ def _library() -> types.ModuleType:
             del remove_duplicate
             return members(self, get_members_fn, prefix, recurse)
 
+        parser.parse_graph = lambda graph, inputs, params: walk(_Graph(graph), inputs, params)
         library.BoundedModule._named_members = named_members
+        operators: Any = importlib.import_module("auto_LiRPA.operators.base")
+        operators.isnan = lambda _: False
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "auto_LiRPA":
+                module.print = lambda *_, **__: None  # type: ignore[attr-defined]
     return library
+
+
+class _Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _engine_running() -> Iterator[_Messages]:
+    """The settings under which auto_LiRPA builds and bounds; what it logs is handed out, not shown."""
+    dtype = torch.get_default_dtype()
+    logger = logging.getLogger("auto_LiRPA.utils")
+    propagate, messages = logger.propagate, _Messages()
+    exporter = vars(_exporter_globals()) if _is_old() else {}
+    settings = dict(exporter)
+    try:
+        torch.set_default_dtype(torch.float64)
+        logger.propagate = False
+        logger.addHandler(messages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield messages
+    finally:
+        torch.set_default_dtype(dtype)
+        logger.propagate = propagate
+        logger.removeHandler(messages)
+        exporter.update(settings)
 
 
 @functools.cache
@@ -221,13 +282,14 @@ def _perturbation_class() -> type:
             self.ball = ball
 
         def concretize(self, x: Tensor, A: Any, sign: int = -1, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
-            if A is None or self.ball.norm == "linf" or isinstance(A, identity_type) or getattr(A, "identity", 0):
+            if A is None or self.ball.norm == "linf" or isinstance(A, identity_type) or getattr(A, "identity", 0) == 1:
                 return super().concretize(x, A, sign, *args, **kwargs)
             output_shape = None
             if not isinstance(A, Tensor):
                 patches = A
                 A = matrix_of_patches(  # noqa: N806
-                    patches.patches, x.shape, patches.stride, patches.padding, patches.output_shape, patches.unstable_idx
+                    *(patches.patches, x.shape, patches.stride, patches.padding),
+                    *(patches.output_shape, patches.unstable_idx),
                 )
                 if patches.unstable_idx is None:
                     output_shape = (x.shape[0], patches.patches.shape[0], *patches.patches.shape[2:4])
@@ -239,64 +301,251 @@ def _perturbation_class() -> type:
     return BallPerturbation
 
 
+def _convertible(network: nn.Module) -> nn.Module:
+    """A copy in eval mode and float64, the same function, without the layers that 0.3 gets wrong.
+
+    * `Normalize`: a broadcast subtraction and division come out wrong in 0.3's backward mode. A diagonal 1x1
+      convolution is the same function, and unlike folding it into the next layer it is right next to zero padding.
+    * Dropout: 0.3 switches the whole network to training mode when it sees one; in eval mode it is the identity.
+    """
+    holder = nn.Sequential(copy.deepcopy(network)).double().eval().requires_grad_(False)
+    for parent in list(holder.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Normalize):
+                mean, std = child.mean.flatten(), child.std.flatten()
+                with torch.random.fork_rng(devices=[]):
+                    scale = nn.Conv2d(len(mean), len(mean), 1).to(mean).requires_grad_(False)
+                scale.weight.copy_(torch.diag(1 / std)[..., None, None])
+                scale.bias.copy_(-mean / std)  # type: ignore[union-attr]
+                setattr(parent, name, scale.eval())
+            elif isinstance(child, nn.modules.dropout._DropoutNd):
+                setattr(parent, name, nn.Identity())
+    return holder
+
+
+class _Engine:
+    """auto_LiRPA's bounded module of one network, rebuilt after any exception.
+
+    Every call hands over the ball and all intermediate bounds it is to use: nothing is taken from an earlier call.
+    """
+
+    def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+        self.network = network
+        self.shape = shape
+        self.device = next(iter(network.parameters())).device
+        self._module = self._build()
+
+    def images(self, number: int, seed: int) -> Tensor:
+        """Random images."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(number, *self.shape, dtype=torch.float64, generator=generator).to(self.device)
+
+    def _build(self) -> Any:
+        library = _library()
+        options = {
+            "verbosity": 0,
+            # Bounds of a sample must not depend on its batch, so no selection of neurons by the batch's union.
+            "sparse_intermediate_bounds": False,
+            "sparse_features_alpha": False,
+            "sparse_spec_alpha": False,
+            "optimize_bound_args": {"iteration": _ALPHA_ITERATIONS, "lr_alpha": _ALPHA_STEP},
+        }
+        with _engine_running() as messages:
+            try:
+                module = library.BoundedModule(
+                    _convertible(self.network), self.images(2, 0), bound_opts=options, device=self.device
+                )
+            except Exception as error:
+                names = [text.split(",")[0][6:] for text in messages.texts if text.startswith("Name: ")]
+                detail = f"it has the operation {', '.join(dict.fromkeys(names))}" if names else _first_line(error)
+                raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}") from error
+            module.eval()
+        for node in module._modules.values():
+            kind = type(node).__name__
+            if kind not in _LAYERS | _LEAVES:
+                supported = ", ".join(sorted(name.removeprefix("Bound") for name in _LAYERS))
+                raise RunError(f"no bounds for the operation {kind.removeprefix('Bound')}; there are for {supported}")
+            if kind == "BoundLeakyRelu" and not 0 <= node.alpha <= 1:
+                raise RunError(f"no bounds for LeakyReLU with slope {node.alpha}; use one in [0, 1]")
+        # For an l_2 ball the interval of the first layer is looser than its linear bound.
+        module.check_IBP_first_linear = lambda _: False
+        return module
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and the value of every node by name."""
+        with torch.no_grad(), _engine_running():
+            logits = self._module(images)
+        values = {name: getattr(node, "forward_value", None) for name, node in self._module._modules.items()}
+        return logits, {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def nonlinear(self) -> list[tuple[str, str]]:
+        """(name, name of its input) of every node that needs bounds of its input, in the order of execution."""
+        nodes = [node for node in self._module._modules.values() if getattr(node, "requires_input_bounds", None)]
+        return [(node.name, node.inputs[0].name) for node in nodes]
+
+    def bounds(
+        self, ball: Ball, method: str, known: Intervals, rows: Tensor | None = None, node: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds of rows of a node's output (the logits by default), or of the output itself.
+
+        Args:
+            ball: The ball.
+            method: "ibp", "crown" or "alpha-crown": how to get from the known bounds to these.
+            known: Bounds of the inputs of nonlinear nodes.
+            rows: Rows, shape (B, S, *output shape).
+            node: Name of the node.
+        """
+        library = _library()
+        old = _is_old()
+        module = self._module
+        interval_argument = "intermediate_layer_bounds" if old else "interm_bounds"
+        library_method = {"ibp": "IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}[method]
+        try:
+            with _engine_running(), torch.set_grad_enabled(method == "alpha-crown"):
+                inputs = library.BoundedTensor(ball.center, _perturbation_class()(ball))
+                if old and method == "alpha-crown":  # 0.3 starts alpha-CROWN without the bounds it is given
+                    module.init_slope = functools.partial(
+                        type(module).init_slope, module, intermediate_layer_bounds=dict(known)
+                    )
+                lower, upper = module.compute_bounds(
+                    x=(inputs,), C=rows, method=library_method, final_node_name=node, **{interval_argument: dict(known)}
+                )
+                return lower.detach(), upper.detach()
+        except BaseException:
+            self._module = self._build()
+            raise
+
+    def input_bounds(self, ball: Ball, node: str, known: Intervals) -> tuple[Tensor, Tensor]:
+        """CROWN bounds of the input of a node.
+
+        They are what auto_LiRPA needs first to bound the node's output; the row asked for is 0.
+        """
+        shape = self._module[node].output_shape[1:]
+        self.bounds(ball, "crown", known, torch.zeros(len(ball.center), 1, *shape).to(ball.center), node)
+        found = self._module[node].inputs[0]
+        return found.lower.detach(), found.upper.detach()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 class BoundedNetwork:
     r"""A network whose logits can be bounded over balls of inputs.
+
+    * "ibp": interval bound propagation.
+    * "crown-ibp": linear bounds of the rows asked for, over intervals of the hidden layers.
+    * "crown": linear bounds of the rows and of every hidden layer, hidden ones intersected with their intervals.
+    * "alpha-crown": as "crown", then the lower slopes of the unstable neurons are optimised for each row (hidden
+      bounds stay those of "crown"); the better of the two is returned, so never looser than "crown".
+
+    For l_2 balls the first layer is bounded over the ball itself, not over its box, by every method.
 
     Args:
         network: The model f: (B, C, H, W) -> (B, K), normalisation included. Copied, put in eval mode and float64.
         shape: Shape (C, H, W) of one image.
         method: "ibp", "crown-ibp", "crown" or "alpha-crown".
 
+    Attributes:
+        method: The method in use: "crown" where "alpha-crown" was asked for and does not work, with a warning.
+        network: The copy.
+
     Raises:
         InputError: If the method is unknown.
-        RunError: If auto_LiRPA is missing, cannot convert the network, or the converted network does not
-            reproduce the model on random images.
+        RunError: If auto_LiRPA is missing or fails its self-test on this torch, cannot convert the network, or the
+            converted network does not reproduce the model, forwards or through the bounds of a ball of radius 0.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], method: Method) -> None:
         if method not in METHODS:
             raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-        self.method = method
-        self.shape = shape
+        _self_test()
+        self.method: Method = method
+        self.shape = tuple(shape)
         self.network = copy.deepcopy(network).double().eval().requires_grad_(False)
-        self.device = next(self.network.parameters()).device
-        self._module = self._build()
+        self._engine = _Engine(self.network, self.shape)
+        self.device = self._engine.device
+        if method == "alpha-crown" and not _alpha_improves():
+            self.method = "crown"
+        self._check_build()
+        if self.method == "alpha-crown":
+            self._check_alpha()
 
-    def _build(self) -> Any:
-        library = _library()
-        example = torch.rand(2, *self.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        options = {"verbosity": 0, "optimize_bound_args": {"iteration": _ALPHA_ITERATIONS}}
+    def _check_build(self) -> None:
+        """Compare with the model: the forward pass, and bounds of all neurons and logits on balls of radius 0."""
+        images = self._engine.images(2, 1)
+        with torch.no_grad():
+            expected = self.network(images)
+        logits, values = self._engine.forward(images)
+        ball = Ball(images, torch.zeros(len(images)).to(images), "linf")
+        relaxation = Relaxation(self, ball)
+        identity = torch.eye(expected.shape[1]).to(images).expand(len(images), -1, -1)
+        pairs = [(expected, logits)]
+        pairs += [(expected, bound) for bound in relaxation.rows(identity, _base(self.method))]
+        for name, (lower, upper) in relaxation.intermediate(_base(self.method)).items():
+            pairs += [(values[name], lower), (values[name], upper)]
+        if not all(got.shape == want.shape and _close(want, got) for want, got in pairs):
+            raise RunError(f"auto_LiRPA {version()} does not reproduce this network; build it of other layers")
+
+    def _check_alpha(self) -> None:
+        images = self._engine.images(1, 1)
+        ball = Ball(images, torch.full((1,), 0.01).to(images), "linf")
         try:
-            with _exporter_restored(), _quiet():
-                module = library.BoundedModule(
-                    copy.deepcopy(self.network), example.to(self.device), bound_opts=options, device=self.device
-                )
-                module.eval()
-        except Exception as error:
-            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}") from error
-        check = torch.rand(5, *self.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        check = check.to(self.device)
-        with torch.no_grad(), _quiet():
-            expected, got = self.network(check), module(check)
-        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-9, atol=1e-9):
-            raise RunError(
-                f"the network converted by auto_LiRPA {version()} does not reproduce the model on random images"
-            )
-        return module
+            Relaxation(self, ball).rows(torch.ones(1, 1, self.network(images).shape[1]).to(images))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the answer is crown)
+            self.method = "crown"
+            warnings.warn(f"alpha-crown fails on this network, crown used instead: {_first_line(error)}", stacklevel=3)
 
     def relax(self, ball: Ball) -> Relaxation:
-        """Prepare the bounds over a ball; intermediate bounds are computed once, at the first rows asked for."""
+        """Prepare the bounds over a ball; intermediate bounds are computed once, at the first rows asked for.
+
+        Raises:
+            InputError: If the images have another shape.
+        """
         return Relaxation(self, ball)
 
 
+def _base(method: Method) -> Method:
+    """The method whose hidden bounds a method uses."""
+    return "crown" if method == "alpha-crown" else method
+
+
+def _close(expected: Tensor, got: Tensor) -> bool:
+    return bool(((expected - got).abs() <= _TOLERANCE * (1 + expected.abs().max())).all())
+
+
 class Relaxation:
-    """Bounds of linear functions of the logits over one batch of balls."""
+    """Bounds over one batch of balls. Independent of every other relaxation of the same network.
+
+    Attributes:
+        ball: The balls.
+    """
 
     def __init__(self, bounded: BoundedNetwork, ball: Ball) -> None:
-        self._bounded = bounded
+        if tuple(ball.center.shape[1:]) != bounded.shape:
+            raise InputError(f"expected images of shape {bounded.shape}, got {tuple(ball.center.shape[1:])}")
         self.ball = ball
-        self._fresh = True
+        self._bounded = bounded
+        center, eps = (value.detach().to(bounded.device, torch.float64) for value in (ball.center, ball.eps))
+        self._ball = Ball(center, eps, ball.norm)
+        self._intermediate: dict[Method, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def intermediate(self, method: Method) -> Intervals:
+        """Bounds of the inputs of the nonlinear nodes, by name of the input, in the order of execution."""
+        engine = self._bounded._engine
+        base: Method = "crown" if _base(method) == "crown" else "ibp"
+        if base not in self._intermediate:
+            known: dict[str, tuple[Tensor, Tensor]] = {}
+            for node, name in engine.nonlinear():
+                if name in known:
+                    continue
+                lower, upper = engine.bounds(self._ball, "ibp", known, node=name)
+                if base == "crown" or (self._ball.norm == "l2" and not known):
+                    linear_lower, linear_upper = engine.input_bounds(self._ball, node, known)
+                    lower, upper = torch.maximum(lower, linear_lower), torch.minimum(upper, linear_upper)
+                known[name] = lower.detach(), upper.detach()
+            self._intermediate[base] = known
+        return self._intermediate[base]
 
     def rows(self, coefficients: Tensor, method: Method | None = None) -> tuple[Tensor, Tensor]:
         r"""Bounds of c . f(x') over the ball, for every row c.
@@ -307,29 +556,115 @@ class Relaxation:
 
         Returns:
             lower, upper: Shape (B, S) each, float64, `lower <= c . f(x') <= upper` for all x' in the ball in exact
-            arithmetic. A bound the engine could not give is NaN.
+            arithmetic. NaN where the engine could not give a bound, or a hidden bound was not finite.
+
+        Raises:
+            RunError: If alpha-crown is asked for and the network fell back to crown.
         """
         method = method or self._bounded.method
-        coefficients = coefficients.to(self.ball.center)
-        inputs = None
-        if self._fresh or method == "alpha-crown":
-            inputs = (_library().BoundedTensor(self.ball.center, _perturbation_class()(self.ball)),)
-        module = self._bounded._module
+        if method == "alpha-crown" and self._bounded.method != "alpha-crown":
+            raise RunError("alpha-crown is not available here; build the BoundedNetwork with it and look at its method")
+        coefficients = coefficients.detach().to(self._ball.center)
+        known = self.intermediate(method)
+        engine = self._bounded._engine
+        lower, upper = engine.bounds(self._ball, "ibp" if method == "ibp" else "crown", known, coefficients)
+        if method == "alpha-crown":
+            better_lower, better_upper = engine.bounds(self._ball, method, known, coefficients)
+            lower, upper = torch.fmax(lower, better_lower), torch.fmin(upper, better_upper)
+        finite = torch.ones(len(lower), 1, dtype=torch.bool, device=lower.device)
+        for bound in (bound for pair in known.values() for bound in pair):
+            finite &= torch.isfinite(bound).flatten(1).all(1, keepdim=True)
+        return torch.where(finite, lower, torch.nan), torch.where(finite, upper, torch.nan)
+
+    def preactivations(self) -> list[tuple[Tensor, Tensor]]:
+        """Bounds of the input of every nonlinear layer (ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool).
+
+        Returns:
+            One pair (lower, upper) a nonlinear layer, in the order of execution, each with the shape (B, ...) of that
+            layer's input; under alpha-crown those of crown. As the engine gives them: NaN stays NaN.
+        """
+        known = self.intermediate(self._bounded.method)
+        return [known[name] for _, name in self._bounded._engine.nonlinear()]
+
+
+def _test_network() -> nn.Module:
+    """r_i = relu of d + 1/4, d - 1/4, s, -s with d = x1 - x2, s = x1 + x2; f = (r1 + r2 - r3 + r4, -r1 - r2 + 2 r3, r1)."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, second = nn.Linear(2, 4, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+        first.weight.copy_(torch.tensor([[1, -1], [1, -1], [1, 1], [-1, -1]]))
+        first.bias.copy_(torch.tensor([0.25, -0.25, 0, 0]))
+        second.weight.copy_(torch.tensor([[1, 1, -1, 1], [-1, -1, 2, 0], [1, 0, 0, 0]]))
+        second.bias.zero_()
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second)
+
+
+def _test_bounds(method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of the logits of `_test_network` for |x - (1/2, 1/2)|_inf <= 1/4; sampled logits, corners included."""
+    engine = _Engine(_test_network(), (1, 1, 2))
+    ball = Ball(torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64), "linf")
+    ((node, name),) = engine.nonlinear()
+    known = {name: engine.bounds(ball, "ibp", {}, node=name)}
+    identity = torch.eye(3, dtype=torch.float64).expand(1, -1, -1)
+    side = torch.linspace(0.25, 0.75, 5, dtype=torch.float64)
+    with torch.no_grad():
+        samples = engine.network(torch.cartesian_prod(side, side).reshape(-1, 1, 1, 2))
+    if method == "crown":
+        linear = engine.input_bounds(ball, node, {})
+        if not all(_close(one, other) for one, other in zip(linear, known[name], strict=True)):
+            return torch.full((2, 3), torch.nan), torch.full((2, 3), torch.nan), samples
+    lower, upper = engine.bounds(ball, method, known, identity)
+    return lower[0], upper[0], samples
+
+
+# By hand. Intervals: r in [0, 3/4] x [0, 1/4] x [1/2, 3/2] x {0}. CROWN: r1 <= 3/4 (d + 1/4) + 3/16, r1 >= d + 1/4;
+# r2 <= 1/4 (d - 1/4) + 3/16, r2 >= 0; r3 = s; r4 = 0. So -2 x2 + 1/4 <= f1 <= -2 x2 + 1/2,
+# x1 + 3 x2 - 1/2 <= f2 <= x1 + 3 x2 - 1/4, and d + 1/4 <= f3 <= 3/4 d + 3/8. With slope 0 instead of 1: f3 >= 0.
+_BY_HAND = {
+    "ibp": ([-1.5, 0.0, 0.0], [0.5, 3.0, 0.75]),
+    "crown": ([-1.25, 0.5, -0.25], [0.0, 2.75, 0.75]),
+}
+
+
+@functools.cache
+def _self_test() -> None:
+    """Interval and CROWN bounds must be those worked out by hand, and hold for samples.
+
+    Raises:
+        RunError: If they are not: this auto_LiRPA does not work on this torch.
+    """
+    for method, bounds in _BY_HAND.items():
         try:
-            with _quiet(), torch.set_grad_enabled(method == "alpha-crown"):
-                lower, upper = module.compute_bounds(x=inputs, C=coefficients, method=_LIBRARY_METHOD[method])
-        except BaseException:
-            # After an exception the library's state is not to be trusted: build anew, and never call it a bound.
-            self._bounded._module = self._bounded._build()
-            self._fresh = True
+            lower, upper, samples = _test_bounds(method)
+        except RunError:
             raise
-        self._fresh = method == "alpha-crown"
-        return lower.detach(), upper.detach()
+        except Exception as error:
+            raise RunError(
+                f"auto_LiRPA {version()} fails on torch {torch.__version__}: {_first_line(error)}"
+            ) from error
+        right = all(
+            _close(torch.tensor(want, dtype=torch.float64), got)
+            for want, got in zip(bounds, (lower, upper), strict=True)
+        )
+        sound = bool(((lower - 1e-9 <= samples) & (samples <= upper + 1e-9)).all())
+        if not (right and sound):
+            raise RunError(
+                f"auto_LiRPA {version()} gives wrong {method} bounds on torch {torch.__version__}; use another"
+            )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's prints and the tracer's warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+@functools.cache
+def _alpha_improves() -> bool:
+    """Whether alpha-CROWN finds the slope that lifts the lower bound of f3 from -1/4 to 0; warns if not."""
+    try:
+        lower, upper, samples = _test_bounds("alpha-crown")
+        sound = bool(((lower - 1e-9 <= samples) & (samples <= upper + 1e-9)).all())
+        if sound and bool(lower[2] > -0.05):
+            return True
+        detail = "it does not improve on crown" if sound else "its bounds are wrong"
+    except Exception as error:  # noqa: BLE001 (whatever it is, the answer is crown)
+        detail = _first_line(error)
+    warnings.warn(
+        f"alpha-crown of auto_LiRPA {version()} does not work on torch {torch.__version__} ({detail}); crown is used instead",
+        stacklevel=4,
+    )
+    return False

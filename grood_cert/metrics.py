@@ -33,7 +33,9 @@ def checked(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
     if values.ndim != 1 or values.size == 0:
         raise InputError(f"{name}: expected a non-empty list of numbers, got shape {values.shape}")
     if bool(np.isnan(values).any()):
-        raise InputError(f"{name}: {int(np.isnan(values).sum())} of {values.size} are NaN; a metric of NaN means nothing")
+        raise InputError(
+            f"{name}: {int(np.isnan(values).sum())} of {values.size} are NaN; a metric of NaN means nothing"
+        )
     return values
 
 
@@ -54,16 +56,22 @@ def auroc(score_id: ArrayLike, score_ood: ArrayLike) -> float:
 
 
 def threshold_at_tpr(score_id: ArrayLike, percent: int = 95) -> float:
-    r"""Smallest t such that at least `percent` % of the scores are <= t.
+    r"""Smallest score t such that at least `percent` % of the scores are <= t, counted in integers.
+
+    Args:
+        score_id: Scores of the positive class.
+        percent: Level in whole percent, 1 to 100.
 
     Raises:
-        InputError: On empty or NaN scores.
+        InputError: On empty or NaN scores, or another level.
 
     Example:
         >>> threshold_at_tpr(range(1, 101))
         95.0
     """
     ordered = np.sort(checked(score_id, "ID scores"))
+    if percent not in range(1, 101):
+        raise InputError(f"percent: expected a whole number from 1 to 100, got {percent!r}")
     return float(ordered[-(-percent * len(ordered) // 100) - 1])
 
 
@@ -85,24 +93,36 @@ def fpr95_ood(score_id: ArrayLike, score_ood: ArrayLike) -> float:
 
     Raises:
         InputError: On empty or NaN scores.
+
+    Example:
+        >>> fpr95_ood([0.0] * 92 + [9.0] * 8, [0.0] * 50 + [9.0] * 50)
+        1.0
+        >>> fpr95_ood([0.0] * 92 + [9.0] * 8, [9.0] * 100), fpr95_id([0.0] * 92 + [9.0] * 8, [9.0] * 100)
+        (0.08, 1.0)
     """
     return fpr95_id(-checked(score_ood, "OOD scores"), -checked(score_id, "ID scores"))
 
 
 def calibrated_threshold(score_id: ArrayLike, percent: int = 95) -> float:
-    r"""gamma = the ceil(percent (n + 1) / 100)-th smallest calibration score (split-conformal quantile).
+    r"""Threshold gamma: the ceil(percent (n + 1) / 100)-th smallest calibration score (split-conformal quantile).
 
     A fresh ID sample from the same distribution is then accepted with probability at least percent/100, over the
     draw of the calibration set as well.
 
+    Args:
+        score_id: Scores of ID samples that were not trained on.
+        percent: Level in whole percent, 1 to 99.
+
     Raises:
-        InputError: On NaN, or if there are too few scores for the level (19 for 95 %).
+        InputError: On NaN, if there are too few scores for the level (19 for 95 %), or on another level.
 
     Example:
         >>> calibrated_threshold(range(1, 20)), calibrated_threshold(range(1, 101))
         (19.0, 96.0)
     """
     ordered = np.sort(checked(score_id, "calibration scores"))
+    if percent not in range(1, 100):
+        raise InputError(f"percent: expected a whole number from 1 to 99, got {percent!r}")
     rank = -(-percent * (len(ordered) + 1) // 100)
     if rank > len(ordered):
         need = -(-percent // (100 - percent))
@@ -111,5 +131,9 @@ def calibrated_threshold(score_id: ArrayLike, percent: int = 95) -> float:
 
 
 def mean_over_sets(values: Sequence[float]) -> float:
-    """Unweighted mean over OOD sets, the field's convention for one number per detector."""
+    """Unweighted mean over OOD sets, the field's convention for one number per detector.
+
+    Raises:
+        InputError: If there are no values, or one is NaN.
+    """
     return float(np.mean(checked(values)))

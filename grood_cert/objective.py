@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from grood_cert.energy import energy
 
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Terms:
         cross_entropy: CE over the ID batch.
         energy: L_S.
         gradient: L_grad, 0 where it was not computed.
-        active_energy_id: Share of ID samples with S >= m_in.
-        active_energy_aux: Share of auxiliary samples with S <= m_out.
-        active_gradient_id: Share of ID samples with S <= m_in.
-        active_gradient_aux: Share of auxiliary samples with S >= m_out.
+        active_energy_id: Share of ID samples with S >= m_in, by the scores that L_S saw.
+        active_energy_aux: Share of auxiliary samples with S <= m_out, likewise.
+        active_gradient_id: Share of ID samples with S <= m_in, by the scores that L_grad saw (or would have seen).
+        active_gradient_aux: Share of auxiliary samples with S >= m_out, likewise.
     """
 
     total: Tensor
@@ -145,34 +145,41 @@ def objective(network: nn.Module, images_id: Tensor, labels: Tensor, images_aux:
 
     Returns:
         The terms; `total` carries the graph.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> images, outliers = torch.rand(2, 1, 2, 2), torch.rand(5, 1, 2, 2)
+        >>> terms = objective(network, images, torch.tensor([0, 2]), outliers, Weights(0.1, 0.1, -8.0, -2.0))
+        >>> terms.total.shape, bool(terms.total.isfinite())
+        (torch.Size([]), True)
     """
     count = len(images_id)
     regularised = weights.lambda_grad > 0
     images = torch.cat([images_id, images_aux]).requires_grad_(regularised)
     logits = network(images)
     score = energy(logits)
-    score_id, score_aux = score[:count], score[count:]
     cross_entropy = functional.cross_entropy(logits[:count], labels)
-    hinge = energy_loss(score_id, score_aux, weights.m_in, weights.m_out)
+    hinge = energy_loss(score[:count], score[count:], weights.m_in, weights.m_out)
     total = cross_entropy + weights.lambda_S * hinge
-    slope = torch.zeros_like(total)
+    flat_score, slope = score, torch.zeros_like(total)
     if regularised:
         layers = [layer for layer in network.modules() if isinstance(layer, _BATCH_NORM)]
         if layers:
             with _running_statistics(layers):
-                score = energy(network(images))
-            score_id, score_aux = score[:count], score[count:]
-        (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=True)
+                flat_score = energy(network(images))
+        (gradient,) = torch.autograd.grad(flat_score.sum(), images, create_graph=True)
         norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-        slope = gradient_loss(norm[:count], norm[count:], score_id, score_aux, weights.m_in, weights.m_out)
+        slope = gradient_loss(
+            norm[:count], norm[count:], flat_score[:count], flat_score[count:], weights.m_in, weights.m_out
+        )
         total = total + weights.lambda_grad * slope
     return Terms(
         total=total,
         cross_entropy=cross_entropy.detach(),
         energy=hinge.detach(),
         gradient=slope.detach(),
-        active_energy_id=(score_id >= weights.m_in).double().mean(),
-        active_energy_aux=(score_aux <= weights.m_out).double().mean(),
-        active_gradient_id=(score_id <= weights.m_in).double().mean(),
-        active_gradient_aux=(score_aux >= weights.m_out).double().mean(),
+        active_energy_id=(score[:count] >= weights.m_in).float().mean(),
+        active_energy_aux=(score[count:] <= weights.m_out).float().mean(),
+        active_gradient_id=(flat_score[:count] <= weights.m_in).float().mean(),
+        active_gradient_aux=(flat_score[count:] >= weights.m_out).float().mean(),
     )

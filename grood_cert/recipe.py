@@ -7,7 +7,7 @@ import difflib
 import math
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 _CHOICES = {
     "optimizer.name": ("sgd", "adam"),
     "optimizer.schedule": ("cosine", "constant"),
-    "network.name": ("conv-small", "mlp", "resnet18"),
+    "network.name": ("conv-small", "mlp", "resnet18"),  # the keys of networks.NETWORKS, which would import torch
 }
 _POSITIVE = ("optimizer.lr", "optimizer.epochs", "optimizer.batch_size", "network.hidden_layers")
 _NOT_NEGATIVE = (
@@ -99,14 +99,15 @@ _NOT_NEGATIVE = (
     "data.seed",
     "seed",
 )
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_BELOW_ONE = ("optimizer.momentum",)
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
 def _convert(key: str, value: Any, kind: Any, problems: list[str]) -> Any:
     if kind == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        problems.append(f"{key}: expected a list of texts, got {value!r}")
+        problems.append(f'{key}: expected a list of texts such as ["digits:8,9"], got {value!r}')
         return ()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -120,21 +121,39 @@ def _convert(key: str, value: Any, kind: Any, problems: list[str]) -> Any:
         problems.append(f"{key}: expected a value above 0, got {value!r}")
     elif key in _NOT_NEGATIVE and not value >= 0:
         problems.append(f"{key}: expected 0 or more, got {value!r}")
+    elif key in _BELOW_ONE and not value < 1:
+        problems.append(f"{key}: expected a value below 1, got {value!r}")
     return value
+
+
+def _names(section: type, prefix: str = "") -> list[str]:
+    """Full names of all settings of a section."""
+    names: list[str] = []
+    for key, kind in typing.get_type_hints(section).items():
+        names += _names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+    return names
+
+
+def _hint(key: str, kinds: Iterable[str], prefix: str) -> str:
+    """What an unknown key may have meant: a setting of this section, or else one of another."""
+    near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    last = {name.rpartition(".")[2]: name for name in reversed(_names(Recipe))}
+    near = difflib.get_close_matches(key, last, n=1, cutoff=0.6)
+    return f"did you mean {last[near[0]]}?" if near else f"known are {', '.join(kinds)}"
 
 
 def _read(section: type, values: Any, prefix: str, problems: list[str]) -> Any:
     kinds = typing.get_type_hints(section)
     if not isinstance(values, dict):
-        problems.append(f"{prefix.rstrip('.')}: expected a table, got {values!r}")
+        problems.append(f"{prefix.rstrip('.') or 'recipe'}: expected a table, got {values!r}")
         return section()
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(kinds)}"
-            problems.append(f"{name}: unknown key; {hint}")
+            problems.append(f"{name}: unknown key; {_hint(key, kinds, prefix)}")
         elif dataclasses.is_dataclass(kinds[key]):
             arguments[key] = _read(typing.cast(type, kinds[key]), value, name + ".", problems)
         else:
@@ -159,7 +178,9 @@ def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     problems: list[str] = []
     recipe = typing.cast(Recipe, _read(Recipe, values, "", problems))
     if not problems and not recipe.objective.m_in < recipe.objective.m_out:
-        problems.append(f"objective: m_in must lie below m_out, got {recipe.objective.m_in} and {recipe.objective.m_out}")
+        problems.append(
+            f"objective: m_in must lie below m_out, got {recipe.objective.m_in} and {recipe.objective.m_out}"
+        )
     if problems:
         raise InputError(f"{source}: " + "; ".join(problems))
     return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -20,10 +21,11 @@ from grood_cert.detector import Architecture, Detector
 from grood_cert.energy import energy, gradient_norm_estimate
 from grood_cert.errors import InputError, RunError
 from grood_cert.files import check_writable, write_csv
-from grood_cert.objective import Weights, objective
+from grood_cert.objective import Terms, Weights, objective
 from grood_cert.recipe import OptimizerSection, Recipe
 
 _GRADIENT_BATCH = 256
+_WATCHED = 2000
 _LAST_LR = 1e-6
 TPR_PERCENT = 95
 
@@ -47,6 +49,9 @@ class Epoch:
         accuracy: Accuracy on the calibration split.
         fpr95_id: FPR95 of the held-out auxiliary outliers against the calibration split.
         seconds: Wall time of the epoch.
+
+    The last four measurements look at up to 2000 evenly spaced images of each split, none of which is trained or
+    tested on.
     """
 
     epoch: int
@@ -67,7 +72,8 @@ class Epoch:
 
 def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
     """The architecture a recipe asks for, normalised by the ID training images."""
-    images = experiment.train.images.double()
+    channels = [channel.double() for channel in experiment.train.images.unbind(1)]
+    spread = [float(channel.std(correction=0)) for channel in channels]
     options: dict[str, int] = {"width": recipe.network.width} if recipe.network.width else {}
     if recipe.network.name == "mlp":
         options["hidden_layers"] = recipe.network.hidden_layers
@@ -75,8 +81,8 @@ def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
         name=recipe.network.name,
         shape=experiment.train.shape,
         classes=len(experiment.train.class_names),
-        mean=tuple(images.mean(dim=(0, 2, 3)).tolist()),
-        std=tuple(images.std(dim=(0, 2, 3)).clamp(min=1e-6).tolist()),
+        mean=tuple(float(channel.mean()) for channel in channels),
+        std=tuple(value if value > 1e-6 else 1.0 for value in spread),  # a constant channel is only centred
         options=options,
     )
 
@@ -105,18 +111,14 @@ def _schedule(optimizer: torch.optim.Optimizer, section: OptimizerSection, steps
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _outliers(images: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of auxiliary outliers, reshuffled whenever all have been seen."""
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < count:
-            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        yield images[order[:count]]
-        order = order[count:]
+def _order(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """`length` indices below `count`: random orders of all of them, one after another."""
+    rounds = -(-length // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:length]
 
 
 def steps_per_epoch(recipe: Recipe, experiment: Experiment) -> int:
-    """Batches in one pass over the ID training images; the last, smaller one included."""
+    """Batches in one pass over the ID training images: as few as `batch_size` allows, of sizes that differ by 1."""
     return -(-len(experiment.train) // recipe.optimizer.batch_size)
 
 
@@ -129,8 +131,11 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train in place; one record an epoch.
 
+    An epoch passes once over the ID images; every batch holds as many auxiliary outliers as ID images. On the CPU,
+    the result depends on nothing but the arguments (and the number of threads).
+
     Args:
-        network: The network; moved to the device.
+        network: The network; moved to the device. After an epoch it is in eval mode.
         experiment: Images.
         recipe: Settings.
         device: "cpu", "cuda", ...
@@ -140,66 +145,81 @@ def fit(
         One `Epoch` for each pass over the ID images.
 
     Raises:
-        RunError: If the loss becomes NaN or infinite.
+        RunError: If the loss or a score becomes NaN or infinite; the network is then back in its state after the last
+            epoch that went well.
     """
     section = recipe.optimizer
     network.to(device)
     optimizer = _optimizer(network, section)
-    schedule = _schedule(optimizer, section, section.epochs * steps_per_epoch(recipe, experiment))
+    steps = steps_per_epoch(recipe, experiment)
+    schedule = _schedule(optimizer, section, section.epochs * steps)
     weights = Weights(**dataclasses.asdict(recipe.objective))
     generator = torch.Generator().manual_seed(recipe.seed)
-    outliers = _outliers(experiment.auxiliary.images, section.batch_size, generator)
+    train, auxiliary = experiment.train, experiment.auxiliary
+    names = [item.name for item in dataclasses.fields(Terms)]
     for number in range(1, section.epochs + 1):
         start = time.perf_counter()
+        good = copy.deepcopy(network.state_dict())
         network.train()
-        sums: dict[str, float] = {}
-        order = torch.randperm(len(experiment.train), generator=generator)
-        batches = order.split(section.batch_size)
-        for indices in batches:
-            images = experiment.train.images[indices].to(device)
-            labels = experiment.train.labels[indices].to(device)
-            terms = objective(network, images, labels, next(outliers)[: len(indices)].to(device), weights)
+        order_id = _order(len(train), len(train), generator).tensor_split(steps)
+        order_aux = _order(len(auxiliary), len(train), generator).tensor_split(steps)
+        history: list[Tensor] = []
+        for inside, outside in zip(order_id, order_aux, strict=True):
+            images, outliers = train.images[inside].to(device), auxiliary.images[outside].to(device)
+            terms = objective(network, images, train.labels[inside].to(device), outliers, weights)
             if not bool(torch.isfinite(terms.total)):
-                raise RunError(
-                    f"training diverged in epoch {number}: the loss is {float(terms.total.detach())}; "
-                    "lower optimizer.lr or objective.lambda_grad"
-                )
+                break
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            for key in dataclasses.fields(terms):
-                sums[key.name] = sums.get(key.name, 0.0) + float(getattr(terms, key.name).detach())
+            history.append(torch.stack([getattr(terms, name).detach() for name in names]))
             advance()
-        mean = {key: value / len(batches) for key, value in sums.items()}
+        network.eval()
+        watched = _watch(network, experiment) if len(history) == steps else None
+        if watched is None:
+            network.load_state_dict(good)
+            raise RunError(
+                f"training diverged in epoch {number}: the loss or a score is no finite number any more; "
+                "lower optimizer.lr, objective.lambda_grad or objective.lambda_S"
+            )
+        mean = dict(zip(names, torch.stack(history).double().mean(0).tolist(), strict=True))
         yield Epoch(
             epoch=number,
-            loss=mean["total"],
-            cross_entropy=mean["cross_entropy"],
-            energy_loss=mean["energy"],
-            gradient_loss=mean["gradient"],
-            **{key: value for key, value in mean.items() if key.startswith("active_")},
-            **_watch(network, experiment),
+            loss=mean.pop("total"),
+            energy_loss=mean.pop("energy"),
+            gradient_loss=mean.pop("gradient"),
+            **mean,
+            **watched,
             seconds=time.perf_counter() - start,
         )
 
 
 def mean_gradient_norm(network: nn.Module, images: Tensor) -> float:
-    """Mean over images of ||grad S||_2, per pixel unit; an estimate of nothing but the slope at the images."""
+    """Mean over images of ||grad S||_2, per pixel unit; it speaks of the slope at the images, not around them.
+
+    Args:
+        network: f in eval mode.
+        images: Shape (N, C, H, W).
+    """
     weight = next(network.parameters())
     norms = [gradient_norm_estimate(network, batch.to(weight), "l2") for batch in images.split(_GRADIENT_BATCH)]
     return float(torch.cat(norms).mean())
 
 
-def _watch(network: nn.Module, experiment: Experiment) -> dict[str, float]:
-    """What a run looks at after each epoch, on data that is neither trained nor tested on."""
-    network.eval()
-    inside = detectors.logits(network, experiment.calibration.images)
-    outside = detectors.logits(network, experiment.auxiliary_heldout.images)
+def _watch(network: nn.Module, experiment: Experiment) -> dict[str, float] | None:
+    """What a run looks at after each epoch; None if a logit is not finite."""
+    calibration, heldout = (
+        images.select(range(0, len(images), -(-len(images) // _WATCHED)))
+        for images in (experiment.calibration, experiment.auxiliary_heldout)
+    )
+    inside, outside = detectors.logits(network, calibration.images), detectors.logits(network, heldout.images)
+    if not bool(torch.isfinite(inside).all() and torch.isfinite(outside).all()):
+        return None
     return {
-        "gradient_norm_id": mean_gradient_norm(network, experiment.calibration.images),
-        "gradient_norm_aux": mean_gradient_norm(network, experiment.auxiliary_heldout.images),
-        "accuracy": _accuracy(inside, experiment.calibration),
+        "gradient_norm_id": mean_gradient_norm(network, calibration.images),
+        "gradient_norm_aux": mean_gradient_norm(network, heldout.images),
+        "accuracy": _accuracy(inside, calibration),
         "fpr95_id": metrics.fpr95_id(energy(inside).numpy(), energy(outside).numpy()),
     }
 
@@ -271,23 +291,30 @@ def run(
         data_dir: Folder that holds downloaded data sets.
         download: Whether a missing torchvision set may be downloaded.
         device: "cpu", "cuda", ...
-        force: Overwrite a run that is already there.
+        force: Replace a run that is already there; its `model.pt` is gone as soon as training starts.
         begin: Called once with the number of steps.
         advance: Called after every step.
         report: Called with every epoch's record.
 
     Raises:
-        InputError: If data or folder are unusable.
-        RunError: If training diverges.
+        InputError: If data, device or folder are unusable, before any work is spent.
+        RunError: If training diverges; `log.csv` then ends at the last epoch that went well.
     """
     target = out / "model.pt"
     if target.exists() and not force:
         raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
+    detectors.check_device(device)
     experiment = experiment_of(recipe, data_dir, download)
+    metrics.calibrated_threshold(range(len(experiment.calibration)), TPR_PERCENT)  # refuses too small a split
     check_writable(out)
-    torch.manual_seed(recipe.seed)
+    try:
+        target.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot replace {target}: {error.strerror or error}") from error
     architecture = architecture_of(recipe, experiment)
-    network = architecture.build()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = architecture.build()
     begin(recipe.optimizer.epochs * steps_per_epoch(recipe, experiment))
     rows: list[dict[str, Any]] = []
     for epoch in fit(network, experiment, recipe, device, advance):

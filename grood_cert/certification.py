@@ -1,0 +1,496 @@
+r"""Certification: formal bounds of S on an eps grid, certified radii, and the attack that brackets both.
+
+For an input whose decision at x is right (ID accepted, OOD rejected) the *certified radius* is an eps for which
+
+    ID:  S_ub(x; eps) < gamma           OOD:  S_lb(x; eps) > gamma
+
+was proved. It is searched for by secant steps on the bound, and only a value that was itself proved is returned, so
+the bound need not be monotone in eps. Beside it stand the distance of the nearest counterexample an attack found (an
+upper bracket) and the gradient-norm radius, which is an estimate and can exceed both.
+
+On every batch the chain `certified <= attack` and `S_lb <= S(x') <= S_ub` for every point any attack visited are
+checked; a violation raises `SoundnessError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grood_cert import attack, lirpa, rows
+from grood_cert.ball import NORMS, Ball, Norm, dual_norm
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector, versions
+from grood_cert.energy import energy, energy_gradient
+from grood_cert.errors import InputError, SoundnessError
+from grood_cert.files import check_writable, replacing, sha256, write_csv, write_json
+from grood_cert.lirpa import BoundedNetwork, Method
+from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column, manifest_path
+from grood_cert.score_bounds import ScoreBounds, score_bounds
+
+DEFAULT_EPS: dict[str, tuple[float, ...]] = {
+    "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
+    "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
+}
+_EVALUATIONS = 12
+_FIRST_SHARE = 0.7  # of the attack radius: where the search starts
+_GROWTH = 1.3  # log-log slope of the bound's deviation in eps, until two points tell
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to certify.
+
+    Attributes:
+        eps: Grid of radii in pixel units, ascending, without repetition.
+        norm: Norm of the balls.
+        method: How the bound engine relaxes the network.
+        precision: Relative precision at which the radius search stops.
+        batch_size: Samples bounded together.
+        seed: Seed of the attacks' starting points.
+    """
+
+    eps: tuple[float, ...]
+    norm: Norm = "linf"
+    method: Method = "crown"
+    precision: float = 1e-3
+    batch_size: int = 64
+    seed: int = 0
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Refuse settings that make no sense for images of this shape.
+
+        Raises:
+            InputError: Naming what is wrong.
+        """
+        if self.norm not in NORMS:
+            raise InputError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
+        if self.method not in lirpa.METHODS:
+            raise InputError(f"unknown method {self.method!r}; use one of {', '.join(lirpa.METHODS)}")
+        limit = largest_eps(shape, self.norm)
+        for value in self.eps:
+            if not (math.isfinite(value) and 0 <= value <= limit):
+                raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")
+        if not self.eps:
+            raise InputError("no eps given; add for example --eps 0.01 --eps 0.02")
+        for before, after in zip(self.eps, self.eps[1:], strict=False):
+            if not before < after:
+                raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
+        if not 0 < self.precision < 1:
+            raise InputError(f"precision must lie between 0 and 1, got {self.precision!r}")
+        if self.batch_size < 1:
+            raise InputError(f"batch size must be 1 or more, got {self.batch_size}")
+
+
+def largest_eps(shape: Sequence[int], norm: Norm) -> float:
+    """Radius at which the ball around any image contains the whole pixel box: 1 for l_inf, sqrt(d) for l_2."""
+    return 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
+
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+
+
+def search_radius(
+    evaluate: Evaluate,
+    margin: Tensor,
+    low: Tensor,
+    low_deviation: Tensor,
+    high: Tensor,
+    high_deviation: Tensor,
+    first: Tensor,
+    limit: float,
+    precision: float,
+) -> Tensor:
+    r"""Largest eps found with deviation(eps) < margin, for each sample; every value returned was itself proved.
+
+    The deviation D(eps) = S_ub - S (ID) or S - S_lb (OOD) grows at least linearly, about like a power of eps, so the
+    next eps comes from the line through the bracket's ends in log-log coordinates, aimed just below the margin. The
+    search of a sample ends when margin / D(low) - 1 <= precision, or after a fixed number of evaluations.
+
+    Args:
+        evaluate: (indices, eps) -> D, shape (len(indices),); NaN where nothing was proved.
+        margin: |gamma - S(x)|, shape (B,); samples with margin <= 0 get radius 0.
+        low: Largest eps proved so far, 0 if none, shape (B,).
+        low_deviation: D(low).
+        high: Smallest eps known to fail, infinity if none, shape (B,).
+        high_deviation: D(high), NaN if unknown.
+        first: First eps to try where nothing is known, shape (B,).
+        limit: Largest eps that makes sense.
+        precision: Relative precision.
+
+    Returns:
+        Shape (B,).
+
+    Example:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> square = lambda index, eps: eps**2
+        >>> search_radius(square, one / 4, zero, zero, one / 0, one * torch.nan, one, 9.0, 1e-4)
+        tensor([0.5000])
+    """
+    low, low_deviation, high, high_deviation = (t.clone() for t in (low, low_deviation, high, high_deviation))
+    growth = torch.full_like(margin, _GROWTH)
+    target = margin * (1 - precision / 2)
+    for _ in range(_EVALUATIONS):
+        active = (
+            (margin > 0) & (low < limit) & (margin > low_deviation * (1 + precision)) & (high > low * (1 + precision))
+        )
+        if not bool(active.any()):
+            break
+        bracket = (low_deviation > 0) & (high_deviation > low_deviation) & torch.isfinite(high)
+        slope = torch.where(bracket, (high_deviation / low_deviation).log() / (high / low).log(), growth)
+        guess = low * (target / low_deviation) ** (1 / slope.clamp(min=0.5))
+        below = high * (target / high_deviation).clamp(max=0.9)
+        guess = torch.where((low == 0) & torch.isfinite(below), below, guess)
+        guess = torch.where((low == 0) & ~torch.isfinite(below), torch.minimum(first, high / 2), guess)
+        widest = torch.where(torch.isfinite(high), low + 0.99 * (high - low), (4 * low).clamp(min=limit / 4096))
+        narrow = torch.where(torch.isfinite(high), low + 0.01 * (high - low), low)
+        guess = torch.where(torch.isfinite(guess), torch.maximum(torch.minimum(guess, widest), narrow), widest)
+        eps = guess.clamp(max=limit)
+        index = active.nonzero().squeeze(1)
+        got = torch.full_like(margin, torch.nan)
+        got[index] = evaluate(index, eps[index])
+        proved = active & (got < margin)
+        failed = active & ~proved
+        rise = (got / low_deviation).log() / (eps / low).log()
+        growth = torch.where(proved & torch.isfinite(rise) & (rise > 0.5), rise, growth)
+        low, low_deviation = torch.where(proved, eps, low), torch.where(proved, got, low_deviation)
+        high, high_deviation = torch.where(failed, eps, high), torch.where(failed, got, high_deviation)
+    return low
+
+
+def _decreasing(values: Tensor) -> Tensor:
+    """Running minimum from the right along the last axis; NaN counts as infinite and stays NaN where nothing is left."""
+    least = (
+        torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf, neginf=torch.nan).flip(-1).cummin(-1).values.flip(-1)
+    )
+    return torch.where(torch.isfinite(least), least, torch.full_like(least, torch.nan))
+
+
+class Certifier:
+    """Certifies batches of images against one detector.
+
+    Args:
+        detector: Network and gamma.
+        settings: What to certify.
+
+    Attributes:
+        failures: Messages of exceptions in the bound engine with the number of bounds lost to each; those bounds count
+            as not proved.
+
+    Raises:
+        InputError: If the settings make no sense for the detector.
+        RunError: If the bound engine is missing or cannot convert the network.
+    """
+
+    def __init__(self, detector: Detector, settings: Settings) -> None:
+        shape = detector.architecture.shape
+        settings.check(shape)
+        self.settings = settings
+        self.gamma = detector.gamma
+        self.network = detector.network
+        self.failures: dict[str, int] = {}
+        self._bounded = BoundedNetwork(detector.network, shape, settings.method)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._limit = largest_eps(shape, settings.norm)
+
+    @property
+    def method(self) -> str:
+        """The method in force: the one asked for, unless the engine had to fall back."""
+        return self._bounded.method
+
+    def certify(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The columns of `grood_cert.rows` that are computed, and `right`, each of shape (B,) or (B, len(eps)).
+
+        Args:
+            images: Shape (B, C, H, W), pixels in [0, 1].
+            kind: "id" (to be accepted), "ood" or "noise" (to be rejected).
+
+        Raises:
+            SoundnessError: If an attack contradicts a proof.
+        """
+        norm = self.settings.norm
+        images = images.to(next(self.network.parameters()))
+        with torch.no_grad():
+            logits = self.network(images)
+        score = energy(logits)
+        accepted = score <= self.gamma
+        right = accepted if kind == "id" else ~accepted
+        margin = torch.where(right, (self.gamma - score).abs(), torch.zeros_like(score))
+        slope = dual_norm(energy_gradient(self.network, images)[1], norm)
+        adversarial = self._attack(images, right)
+        columns, deviations = self._grid(images, score, kind, adversarial)
+        radii = {
+            name: self._radius(images, score, kind, margin, name, deviation, adversarial.radius)
+            for name, deviation in deviations.items()
+        }
+        # Both are proofs of the same statement, so the better one holds.
+        radii["radius_certified"] = torch.maximum(*radii.values())
+        _check_chain(images, adversarial, radii["radius_certified"])
+        return {
+            "right": right,
+            "prediction": logits.argmax(1),
+            "score": score,
+            "accepted": accepted.long(),
+            **radii,
+            "radius_attack": adversarial.radius,
+            "radius_gradient_norm_estimate": torch.where(right, margin / slope, torch.zeros_like(margin)),
+            "gradient_norm_estimate": slope,
+            **columns,
+        }
+
+    def _attack(self, images: Tensor, right: Tensor) -> attack.MinimumNorm:
+        """Nearest flipped points; a sample that is wrong at x is its own, at distance 0."""
+        radius, points = torch.zeros(len(images)).to(images), images.clone()
+        if bool(right.any()):
+            found = attack.minimum_norm(self.network, images[right], self.gamma, self.settings.norm, self._generator)
+            radius[right], points[right] = found.radius, found.points
+        return attack.MinimumNorm(radius, points)
+
+    def _bounds(self, images: Tensor, eps: Tensor) -> ScoreBounds:
+        """Bounds of S, all NaN where the engine raised an exception, which is counted."""
+        ball = Ball(images, eps, self.settings.norm)
+        try:
+            return score_bounds(self._bounded, ball)
+        except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing was proved)
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            self.failures[message] = self.failures.get(message, 0) + len(images)
+            nan = torch.full_like(eps, torch.nan)
+            return ScoreBounds(nan, nan, nan, nan)
+
+    def _deviations(self, bound: ScoreBounds, score: Tensor, kind: str) -> dict[str, Tensor]:
+        """How far each bound lets S move towards gamma; below the margin only if the decision is proved."""
+
+        def towards_gamma(lower: Tensor, upper: Tensor) -> Tensor:
+            proved = upper < self.gamma if kind == "id" else lower > self.gamma
+            deviation = upper - score if kind == "id" else score - lower
+            return torch.where(proved, deviation, torch.maximum(deviation, (self.gamma - score).abs()))
+
+        return {
+            "radius_certified": towards_gamma(bound.lower, bound.upper),
+            "radius_certified_per_logit": towards_gamma(bound.lower_per_logit, bound.upper_per_logit),
+        }
+
+    def _grid(
+        self, images: Tensor, score: Tensor, kind: str, adversarial: attack.MinimumNorm
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Bounds and attacks on the eps grid, and the deviations the radius search starts from; all (B, len(eps)).
+
+        A bound on a ball holds on every ball inside it, so formal envelopes take the best over larger eps. A witness
+        lies in every larger ball, so attacks carry theirs along.
+        """
+        columns: dict[str, list[Tensor]] = {name: [] for name in GRID_COLUMNS}
+        deviations: dict[str, list[Tensor]] = {}
+        high, low = adversarial.points, adversarial.points
+        for value in self.settings.eps:
+            eps = torch.full_like(score, value)
+            bound = self._bounds(images, eps)
+            ball = Ball(images, eps, self.settings.norm)
+            seen = attack.extremes(self.network, ball, self._generator, high, low)
+            high, low = seen.argmax, seen.argmin
+            _check_inside(images, eps, bound, seen)
+            for name, column in zip(GRID_COLUMNS, (bound.lower, bound.upper, seen.minimum, seen.maximum), strict=True):
+                columns[name].append(column)
+            for name, column in self._deviations(bound, score, kind).items():
+                deviations.setdefault(name, []).append(column)
+        stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
+        stacked["s_ub"], stacked["s_lb"] = _decreasing(stacked["s_ub"]), -_decreasing(-stacked["s_lb"])
+        return stacked, {name: _decreasing(torch.stack(values, 1)) for name, values in deviations.items()}
+
+    def _radius(
+        self, images: Tensor, score: Tensor, kind: str, margin: Tensor, name: str, known: Tensor, hint: Tensor
+    ) -> Tensor:
+        """Search one radius column, starting from the deviations known on the grid."""
+        grid = torch.tensor(self.settings.eps).to(score).expand_as(known)
+        proved = known < margin[:, None]
+        low = torch.where(proved, grid, 0).amax(1)
+        high = torch.where(~proved & (grid > low[:, None]), grid, torch.inf).amin(1)
+
+        def at(eps: Tensor, default: float) -> Tensor:
+            hit = grid == eps[:, None]
+            return torch.where(hit.any(1), torch.where(hit, known, 0).sum(1), default)
+
+        def evaluate(index: Tensor, eps: Tensor) -> Tensor:
+            return self._deviations(self._bounds(images[index], eps), score[index], kind)[name]
+
+        return search_radius(
+            evaluate,
+            margin,
+            low=low,
+            low_deviation=torch.where(low > 0, at(low, 0.0), 0.0),
+            high=high,
+            high_deviation=at(high, torch.nan),
+            first=(_FIRST_SHARE * hint).clamp(max=self._limit),
+            limit=self._limit,
+            precision=self.settings.precision,
+        )
+
+
+def _check_chain(images: Tensor, adversarial: attack.MinimumNorm, certified: Tensor) -> None:
+    wrong = ~(certified <= adversarial.radius)
+    if bool(wrong.any()):
+        raise SoundnessError(
+            f"{int(wrong.sum())} certified radii exceed the distance of a counterexample: no certificate of this run "
+            "can be trusted",
+            {
+                "image": images[wrong].cpu().numpy(),
+                "counterexample": adversarial.points[wrong].cpu().numpy(),
+                "radius_certified": certified[wrong].cpu().numpy(),
+                "radius_attack": adversarial.radius[wrong].cpu().numpy(),
+            },
+        )
+
+
+def _check_inside(images: Tensor, eps: Tensor, bound: ScoreBounds, seen: attack.Extremes) -> None:
+    below, above = seen.minimum < bound.lower, seen.maximum > bound.upper
+    wrong = below | above
+    if bool(wrong.any()):
+        points = torch.where(above.reshape(-1, *[1] * (images.dim() - 1)), seen.argmax, seen.argmin)
+        raise SoundnessError(
+            f"{int(wrong.sum())} points inside the ball of eps {float(eps[0]):g} score outside their proved bounds: no "
+            "certificate of this run can be trusted",
+            {
+                "image": images[wrong].cpu().numpy(),
+                "counterexample": points[wrong].cpu().numpy(),
+                "eps": eps[wrong].cpu().numpy(),
+                **{f"s_{name}": getattr(bound, name)[wrong].cpu().numpy() for name in ("lower", "upper")},
+                **{f"s_attack_{name}": getattr(seen, name)[wrong].cpu().numpy() for name in ("minimum", "maximum")},
+            },
+        )
+
+
+def subset(images: ImageSet, limit: int, seed: int) -> tuple[ImageSet, Tensor]:
+    """At most `limit` images (0: all), drawn without replacement by the seed, in their order in the set.
+
+    Returns:
+        The images and their positions in the set.
+    """
+    index = torch.arange(len(images))
+    if 0 < limit < len(images):
+        index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return images.select(index), index
+
+
+def certify(certifier: Certifier, sets: Sequence[ImageSet], limit: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Certify sets of images batch by batch.
+
+    Args:
+        certifier: Detector and settings.
+        sets: Image sets; their `kind` says which decision is right.
+        limit: Most images of each set, 0 for all; `subset` says which.
+
+    Yields:
+        One record a sample, with the columns of `grood_cert.rows`, a batch at a time.
+
+    Raises:
+        SoundnessError: If an attack contradicts a proof.
+    """
+    for whole in sets:
+        images, index = subset(whole, limit, certifier.settings.seed)
+        for part in torch.arange(len(images)).split(certifier.settings.batch_size):
+            columns = {
+                name: value.tolist() for name, value in certifier.certify(images.images[part], images.kind).items()
+            }
+            records = []
+            for position, sample in enumerate(part.tolist()):
+                record: dict[str, Any] = {
+                    "set": images.name,
+                    "kind": images.kind,
+                    "index": int(index[sample]),
+                    "label": int(images.labels[sample]),
+                }
+                for name, values in columns.items():
+                    if name in GRID_COLUMNS:
+                        for value, eps in zip(values[position], certifier.settings.eps, strict=True):
+                            record[grid_column(name, eps)] = value
+                    else:
+                        record[name] = values[position]
+                proved = record["radius_certified"] > 0
+                record["status"] = "misdecided" if not record.pop("right") else "certified" if proved else "undecided"
+                records.append(record)
+            yield records
+
+
+def run(
+    detector: Detector,
+    model: Path,
+    sets: Sequence[ImageSet],
+    settings: Settings,
+    out: Path,
+    *,
+    limit: int = 0,
+    force: bool = False,
+    begin: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> Rows:
+    """Certify a detector and write `rows.csv` and its manifest `rows.json` to a folder.
+
+    Args:
+        detector: The detector.
+        model: The checkpoint it came from, named and hashed in the manifest.
+        sets: Image sets.
+        settings: What to certify.
+        out: Folder; made if absent.
+        limit: Most images of each set, 0 for all.
+        force: Overwrite rows that are already there.
+        begin: Called once with the number of samples.
+        advance: Called after every batch with its size.
+
+    Raises:
+        InputError: If settings, sets or folder are unusable.
+        RunError: If the bound engine is missing or cannot convert the network.
+        SoundnessError: If an attack contradicts a proof; the evidence is saved as `counterexample.npz`.
+    """
+    target = out / "rows.csv"
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
+    if limit < 0:
+        raise InputError(f"limit must be 0 (all) or more, got {limit}")
+    certifier = Certifier(detector, settings)
+    check_writable(out)
+    started = time.perf_counter()
+    begin(sum(len(subset(images, limit, settings.seed)[0]) for images in sets))
+    records: list[dict[str, Any]] = []
+    try:
+        for batch in certify(certifier, sets, limit):
+            records += batch
+            advance(len(batch))
+    except SoundnessError as error:
+        error.counterexample = out / "counterexample.npz"
+        with replacing(error.counterexample) as temporary:
+            np.savez(temporary, **error.evidence)
+        raise
+    manifest = {
+        "model": {"path": str(model), "sha256": sha256(model), "name": detector.recipe.name},
+        "gamma": detector.gamma,
+        "calibration": detector.calibration,
+        "data": [
+            {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
+            for images in sets
+        ],
+        "limit": limit,
+        **dataclasses.asdict(settings),
+        "method": certifier.method,
+        "method_asked": settings.method,
+        "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
+        "dtype": str(next(detector.network.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(detector.network.parameters()).device),
+        "failures": certifier.failures,
+        "versions": {**versions(), "auto_LiRPA": lirpa.version()},
+        "machine": platform.machine(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_csv(target, rows.header(settings.eps), records)
+    write_json(manifest_path(target), manifest)
+    return from_records(records, manifest)

@@ -1,0 +1,338 @@
+"""The command line: parse, call one plain function, print.
+
+torch and matplotlib are imported inside the commands, so that `--help` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import grood_cert
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from grood_cert.training import Epoch
+
+app = typer.Typer(
+    name="grood-cert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train out-of-distribution detectors with gradient-regularised energy and prove how robust their score is.",
+    epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
+)
+
+_DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
+_Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
+_Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """A bar with counts, elapsed time and ETA on stderr."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=_console(stderr=True),
+    ) as progress:
+        yield progress
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from grood_cert.errors import InputError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu or auto") from None
+    return name
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(records: Sequence[Mapping[str, Any]], columns: Mapping[str, str], title: str) -> None:
+    """Print records as a table; `columns` maps keys to headings."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for key, heading in columns.items():
+        table.add_column(heading, justify="left" if isinstance(records[0][key], str) else "right")
+    for record in records:
+        table.add_row(*(_cell(record[key]) for key in columns))
+    _console().print(table)
+
+
+def _epoch_line(epoch: Epoch) -> str:
+    return (
+        f"epoch {epoch.epoch:3d}  loss {epoch.loss:.3f}  CE {epoch.cross_entropy:.3f}  L_S {epoch.energy_loss:.3f}  "
+        f"L_grad {epoch.gradient_loss:.3f}  "
+        f"active L_S {epoch.active_energy_id:.2f}/{epoch.active_energy_aux:.2f}  "
+        f"L_grad {epoch.active_gradient_id:.2f}/{epoch.active_gradient_aux:.2f}  "
+        f"|grad S| {epoch.gradient_norm_id:.2f}/{epoch.gradient_norm_aux:.2f}  "
+        f"acc {epoch.accuracy:.3f}  fpr95_id {epoch.fpr95_id:.3f}"
+    )
+
+
+RADIUS_COLUMNS = {
+    "set": "set",
+    "samples": "samples",
+    "certified": "certified",
+    "undecided": "undecided",
+    "misdecided": "misdecided",
+    "radius_gradient_norm_estimate": "gradient-norm\nestimate",
+    "radius_certified_per_logit": "certified,\nper logit",
+    "radius_certified": "certified",
+    "radius_attack": "attack",
+    "certified_to_attack_per_logit": "per logit\n/attack",
+    "certified_to_attack": "certified\n/attack",
+}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(grood_cert.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, for example train/digits-greg.toml.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: model.pt and log.csv.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one setting: objective.lambda_grad=0.1 (repeatable).")
+    ] = None,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    device: _Device = "auto",
+    force: _Force = False,
+) -> None:
+    """Train a detector: cross-entropy + energy margins + gradient penalty (GReg)."""
+    from grood_cert import recipe as recipes
+    from grood_cert import training
+
+    chosen = recipes.load(recipe, settings or ())
+    with _progress("training") as progress:
+        task = progress.add_task("", total=None)
+        detector = training.run(
+            chosen,
+            out,
+            data_dir=data_dir,
+            download=download,
+            device=_device(device),
+            force=force,
+            begin=lambda steps: progress.update(task, total=steps),
+            advance=lambda: progress.advance(task),
+            report=lambda epoch: progress.console.print(_epoch_line(epoch)),
+        )
+    found = detector.metrics
+    sets = [{"set": name, **values} for name, values in found["ood"].items()]
+    columns = {
+        "set": "OOD set",
+        "kind": "kind",
+        "samples": "samples",
+        "auroc": "AUROC",
+        "fpr95_id": "fpr95_id",
+        "fpr95_ood": "fpr95_ood",
+    }
+    if sets:
+        print_table(sets, columns, f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}")
+    typer.echo(f"wrote {out / 'model.pt'} and {out / 'log.csv'}")
+
+
+@app.command()
+def certify(
+    model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
+    eps: Annotated[
+        list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="Norm of the ball: linf or l2.")] = "linf",
+    method: Annotated[str, typer.Option(help="ibp, crown-ibp, crown or alpha-crown.")] = "crown",
+    out: Annotated[Path | None, typer.Option(help="Folder of rows.csv and rows.json. [default: the model's]")] = None,
+    ood: Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")] = None,
+    limit: Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")] = 0,
+    precision: Annotated[float, typer.Option(help="Relative precision of the certified radius.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Samples bounded together.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the attacks and of --limit.")] = 0,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    device: _Device = "auto",
+    force: _Force = False,
+) -> None:
+    """Certify a detector: sound bounds of S on an eps grid, certified radii, and attacks that bracket them."""
+    import dataclasses
+    from typing import cast
+
+    from grood_cert import certification, curves, detector, training
+    from grood_cert.ball import Norm
+    from grood_cert.lirpa import Method
+
+    loaded = detector.load(model, _device(device))
+    settings = certification.Settings(
+        eps=tuple(eps or certification.DEFAULT_EPS.get(norm, ())),
+        norm=cast(Norm, norm),
+        method=cast(Method, method),
+        precision=precision,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    settings.check(loaded.architecture.shape)
+    trained = loaded.recipe
+    if ood:
+        trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, ood=tuple(ood)))
+    experiment = training.experiment_of(trained, data_dir, download)
+    folder = out or model.parent
+    with _progress("certifying") as progress:
+        task = progress.add_task("", total=None)
+        rows = certification.run(
+            loaded,
+            model,
+            [experiment.test, *experiment.ood],
+            settings,
+            folder,
+            limit=limit,
+            force=force,
+            begin=lambda samples: progress.update(task, total=samples),
+            advance=lambda samples: progress.advance(task, samples),
+        )
+    used = rows.manifest["method"]
+    print_table(
+        curves.radius_summary(rows), RADIUS_COLUMNS, f"median radii of the samples that are right at x, {norm}, {used}"
+    )
+    for message, count in rows.manifest["failures"].items():
+        typer.echo(f"not proved because the bound engine failed, {count} bounds: {message}", err=True)
+    typer.echo(f"wrote {folder / 'rows.csv'} and {folder / 'rows.json'}")
+
+
+@app.command()
+def curve(
+    rows: Annotated[list[Path], typer.Argument(help="rows.csv of one or more certifications.")],
+    out: Annotated[
+        Path, typer.Option(help="Figure: .png, .pdf or .svg. A table of its numbers goes beside it (.csv).")
+    ],
+    label: Annotated[
+        list[str] | None, typer.Option(help="Name of each model, in order. [default: the recipe's]")
+    ] = None,
+    perturb: Annotated[str, typer.Option(help="Which side moves in the FPR95 curve: ood, id or both.")] = "ood",
+    at: Annotated[float | None, typer.Option(help="eps of the gamma sweep; must be on the grid.")] = None,
+) -> None:
+    """Draw robustness against FPR: certified and attacked FPR95, radius distributions, and the gamma sweep."""
+    from typing import cast
+
+    from grood_cert import plots
+    from grood_cert import rows as results
+    from grood_cert.curves import Perturbed
+
+    plots.check_format(out)
+    certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
+    side = cast(Perturbed, perturb)
+    plots.save(plots.robustness_figure(certifications, side, at), out)
+    plots.write_table(certifications, side, out.with_suffix(".csv"))
+    typer.echo(f"wrote {out} and {out.with_suffix('.csv')}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = Path("runs/demo"),
+    limit: Annotated[int, typer.Option(help="Samples certified of each set; 0: all.")] = 100,
+    device: _Device = "auto",
+    force: _Force = False,
+) -> None:
+    """Train two detectors on real digits, certify both, draw the curves: a few minutes on a CPU."""
+    from grood_cert import demo as demonstration
+
+    with _progress("demo") as progress:
+        task = progress.add_task("", total=None)
+
+        def stage(text: str, total: int) -> None:
+            progress.console.print(text)
+            progress.reset(task, total=total)
+
+        result = demonstration.run(
+            out,
+            limit=limit,
+            device=_device(device),
+            force=force,
+            stage=stage,
+            advance=lambda n: progress.advance(task, n),
+        )
+    print_table(
+        result.summary,
+        demonstration.COLUMNS,
+        "digits 0-5 against 8-9 and photograph patches, l_inf, CROWN with joint bounds",
+    )
+    typer.echo(demonstration.NOTE)
+    for path, what in result.files.items():
+        typer.echo(f"{path}  {what}")
+
+
+def main() -> None:
+    """Run the command line; errors become one line on stderr and an exit code, without a traceback."""
+    from grood_cert.errors import InputError, RunError, SoundnessError
+
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(error, 2)
+    except RunError as error:
+        code = _fail(error, 1)
+    except SoundnessError as error:
+        saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
+        code = _fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message(), 2)  # a usage error of click, or of the copy of it that typer carries
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: object, code: int) -> int:
+    typer.echo("grood-cert: error: " + " ".join(str(message).split()), err=True)
+    return code

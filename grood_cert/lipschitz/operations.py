@@ -1,0 +1,231 @@
+r"""The layers of a network as mathematics: linear maps that know their transpose and their absolute value, and pools.
+
+A linear map W acts on tensors of shape (N, ...). Three views of it are all that bound propagation needs:
+
+    linear(x) = W x,        transpose(y) = W^T y,        absolute() = the map with entries |W_ij|,
+
+and an interval |x - c| <= r is mapped to |W x - W c| <= |W| r, exactly coordinate by coordinate. Zero padding and
+stride are part of W: the transpose of a convolution is taken with the output padding that restores the input size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class LinearMap(ABC):
+    """x -> W x + bias."""
+
+    bias: Tensor | None
+
+    @abstractmethod
+    def linear(self, values: Tensor) -> Tensor:
+        """W x, without the bias; values of shape (N, *input_shape)."""
+
+    @abstractmethod
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y; values of shape (N, *output_shape)."""
+
+    @abstractmethod
+    def absolute(self) -> LinearMap:
+        """The map |W|, entry by entry, with the bias |bias|."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """W x + bias."""
+        values = self.linear(values)
+        return values if self.bias is None else values + self.bias
+
+
+def _abs(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.abs()
+
+
+@dataclass(frozen=True)
+class Dense(LinearMap):
+    """A fully connected layer: weight of shape (outputs, inputs)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return values @ self.weight.T
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y."""
+        return values @ self.weight
+
+    def absolute(self) -> Dense:
+        """|W|."""
+        return Dense(self.weight.abs(), _abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Convolution(LinearMap):
+    """A zero-padded convolution over images of the size `input_size` = (H, W); the bias has shape (channels, 1, 1)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    input_size: tuple[int, int]
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return functional.conv2d(values, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y."""
+        extra = tuple(
+            size + 2 * pad - dilate * (kernel - 1) - 1 - (out - 1) * step
+            for size, pad, dilate, kernel, out, step in zip(
+                self.input_size,
+                self.padding,
+                self.dilation,
+                self.weight.shape[2:],
+                values.shape[2:],
+                self.stride,
+                strict=True,
+            )
+        )
+        return functional.conv_transpose2d(
+            values, self.weight, None, self.stride, self.padding, extra, self.groups, self.dilation
+        )
+
+    def absolute(self) -> Convolution:
+        """|W|."""
+        return replace(self, weight=self.weight.abs(), bias=_abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Scale(LinearMap):
+    """A diagonal map: factor and bias broadcast against the layer's shape (normalisation, BatchNorm in eval mode)."""
+
+    factor: Tensor
+    bias: Tensor | None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return values * self.factor
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y."""
+        return values * self.factor
+
+    def absolute(self) -> Scale:
+        """|W|."""
+        return Scale(self.factor.abs(), _abs(self.bias))
+
+
+@dataclass(frozen=True)
+class AveragePool(LinearMap):
+    """Mean over windows; padding counts as zeros."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    input_size: tuple[int, int]
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return functional.avg_pool2d(values, self.kernel, self.stride, self.padding)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y: every value is spread over its window, divided by the area."""
+        weight = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=values.dtype, device=values.device)
+        single = Convolution(weight, None, self.stride, self.padding, (1, 1), 1, self.input_size)
+        flat = single.transpose(values.flatten(0, 1).unsqueeze(1))
+        return flat.reshape(*values.shape[:2], *self.input_size)
+
+    def absolute(self) -> AveragePool:
+        """|W| = W."""
+        return self
+
+
+@dataclass(frozen=True)
+class Reshape(LinearMap):
+    """The same numbers in another shape."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return values.reshape(-1, *self.output_shape)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y."""
+        return values.reshape(-1, *self.input_shape)
+
+    def absolute(self) -> Reshape:
+        """|W| = W."""
+        return self
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The sum of two nodes."""
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """Maximum over windows; padding never wins."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    input_size: tuple[int, int]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The pooled values, shape (N, C, H', W')."""
+        return functional.max_pool2d(values, self.kernel, self.stride, self.padding)
+
+    @property
+    def _padded(self) -> tuple[int, int]:
+        return self.input_size[0] + 2 * self.padding[0], self.input_size[1] + 2 * self.padding[1]
+
+    def windows(self, values: Tensor, fill: float) -> Tensor:
+        """The entries of every window, shape (N, C, entries, windows); padding reads `fill`."""
+        high, wide = self.padding
+        padded = functional.pad(values, (wide, wide, high, high), value=fill)
+        entries = functional.unfold(padded, self.kernel, stride=self.stride)
+        return entries.reshape(len(values), values.shape[1], math.prod(self.kernel), -1)
+
+    def spread(self, entries: Tensor) -> Tensor:
+        """Transpose of `windows`: entries of shape (N, C, entries, windows) summed into (N, C, H, W)."""
+        padded = functional.fold(entries.flatten(1, 2), self._padded, self.kernel, stride=self.stride)
+        high, wide = self.padding
+        return padded[..., high : high + self.input_size[0], wide : wide + self.input_size[1]]
+
+    def routing(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Mask intervals of every (window, entry): [0, 0] if it cannot win, [1, 1] if no other can, else [0, 1].
+
+        The derivative of a maximum is a point of the simplex over the maximisers. Entry j can be one only if
+        u_j >= max_i l_i; the comparison is not strict, so ties keep all their candidates.
+
+        Args:
+            lower: Lower bounds of the pool's input, shape (N, C, H, W).
+            upper: Upper bounds.
+
+        Returns:
+            Lower and upper ends, shape (N, C, entries, windows), 0 or 1.
+        """
+        low, high = self.windows(lower, -math.inf), self.windows(upper, -math.inf)
+        possible = high >= low.amax(2, keepdim=True)
+        alone = possible & (possible.sum(2, keepdim=True) == 1)
+        return alone.to(lower), possible.to(lower)
+
+    @property
+    def overlap(self) -> int:
+        """The largest number of windows that one entry can belong to."""
+        return math.prod(-(-kernel // step) for kernel, step in zip(self.kernel, self.stride, strict=True))

@@ -1,0 +1,170 @@
+r"""The result of a certification: one row a sample, in one CSV with a JSON manifest beside it.
+
+`COLUMNS` and `GRID_COLUMNS` are the one place where the columns are documented. A grid column occurs once for each
+eps, as `NAME@EPS`. Radii and eps are in pixel units ([0, 1]) of the run's norm.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grood_cert.errors import InputError
+
+COLUMNS: dict[str, str] = {
+    "set": "name of the image set",
+    "kind": "id, ood or noise",
+    "index": "position of the image in its test set",
+    "label": "class index within the set",
+    "prediction": "class of the largest logit",
+    "score": "S(x), clean",
+    "accepted": "1 if S(x) <= gamma, else 0",
+    "status": "certified (a positive radius was proved), undecided (none was), misdecided (wrong already at x)",
+    "radius_certified": "formal: largest eps found for which the decision was proved on the whole ball; 0 if none",
+    "radius_certified_per_logit": "formal: the same from bounds of each logit alone (U0, L0)",
+    "radius_attack": "upper bracket: distance of the nearest point found with the other decision; inf if none",
+    "radius_gradient_norm_estimate": "estimate, proves nothing: |S(x) - gamma| / ||grad S(x)||_q",
+    "gradient_norm_estimate": "estimate of the local Lipschitz constant from below: ||grad S(x)||_q, q dual to the norm",
+}
+GRID_COLUMNS: dict[str, str] = {
+    "s_lb": "formal: S_lb <= S on the ball of radius eps; nan if not proved",
+    "s_ub": "formal: S <= S_ub on the ball of radius eps; nan if not proved",
+    "s_attack_min": "smallest S an attack saw in the ball",
+    "s_attack_max": "largest S an attack saw in the ball",
+}
+KINDS = ("id", "ood", "noise")
+STATUSES = ("certified", "undecided", "misdecided")
+_TEXT = ("set", "kind", "status")
+_INTEGERS = ("index", "label", "prediction", "accepted")
+
+
+def grid_column(name: str, eps: float) -> str:
+    """Name of a grid column.
+
+    Example:
+        >>> grid_column("s_lb", 0.01)
+        's_lb@0.01'
+    """
+    return f"{name}@{eps!r}"
+
+
+def header(eps: Sequence[float]) -> list[str]:
+    """All columns of a file with this eps grid, in order."""
+    return [*COLUMNS, *(grid_column(name, value) for value in eps for name in GRID_COLUMNS)]
+
+
+def manifest_path(rows: Path) -> Path:
+    """Where the manifest of a rows file lies."""
+    return rows.with_suffix(".json")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows in memory, column by column.
+
+    Attributes:
+        manifest: What the run was: model, norm, method, eps, gamma, data, versions, ...
+        eps: The eps grid, ascending.
+        columns: The single columns by name, each of shape (N,).
+        grid: The grid columns by name, each of shape (N, len(eps)).
+    """
+
+    manifest: Mapping[str, Any]
+    eps: tuple[float, ...]
+    columns: Mapping[str, NDArray[Any]]
+    grid: Mapping[str, NDArray[np.float64]]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.columns["score"])
+
+    @property
+    def norm(self) -> str:
+        """Norm of the balls."""
+        return str(self.manifest["norm"])
+
+    @property
+    def gamma(self) -> float:
+        """Threshold the radii refer to."""
+        return float(self.manifest["gamma"])
+
+    def of_kind(self, kind: str) -> NDArray[np.bool_]:
+        """Mask of the rows of one kind."""
+        return np.asarray(self.columns["kind"] == kind)
+
+    def sets(self, kind: str) -> dict[str, NDArray[np.bool_]]:
+        """Masks of the sets of one kind, by name, in the order of the file."""
+        names = dict.fromkeys(self.columns["set"][self.of_kind(kind)].tolist())
+        return {name: np.asarray((self.columns["set"] == name) & self.of_kind(kind)) for name in names}
+
+
+def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> Rows:
+    """Arrange records (as written or as read, values may be text) by column.
+
+    Raises:
+        KeyError: If a column is missing.
+        ValueError: If a value does not read as a number.
+    """
+    eps = tuple(float(value) for value in manifest["eps"])
+    columns: dict[str, NDArray[Any]] = {}
+    for name in COLUMNS:
+        kind: type = str if name in _TEXT else int if name in _INTEGERS else float
+        columns[name] = np.array([kind(record[name]) for record in records])
+    grid = {
+        name: np.array([[float(record[grid_column(name, value)]) for value in eps] for record in records])
+        for name in GRID_COLUMNS
+    }
+    return Rows(manifest, eps, columns, {name: values.reshape(len(records), len(eps)) for name, values in grid.items()})
+
+
+def read(path: Path) -> Rows:
+    """Read a rows file and its manifest.
+
+    Raises:
+        InputError: If a file is missing, is empty, or is not what a certification writes.
+    """
+    companion = manifest_path(path)
+    for file in (path, companion):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; write it with: grood-cert certify MODEL --out FOLDER")
+    try:
+        manifest = json.loads(companion.read_text(encoding="utf-8"))
+        with path.open(newline="", encoding="utf-8") as stream:
+            records = list(csv.DictReader(stream))
+        if not records:
+            raise InputError(f"{path}: holds no rows; certify at least one sample")
+        rows = from_records(records, manifest)
+        known = {"norm", "gamma", "model", "method"} <= manifest.keys()
+        if not known or not set(rows["kind"]) <= set(KINDS) or not set(rows["status"]) <= set(STATUSES):
+            raise ValueError("values that no certification writes")
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not the rows of a certification ({reason})") from None
+    if not np.isfinite(rows["score"]).all():
+        raise InputError(f"{path}: holds scores that are not finite")
+    return rows
+
+
+def labelled(certifications: Sequence[Rows], paths: Sequence[Path], labels: Sequence[str]) -> dict[str, Rows]:
+    """Certifications by the name to print: the labels given, else the recipes' names, else the folders' names.
+
+    Raises:
+        InputError: If the number of labels is wrong, or two names are the same.
+    """
+    if labels and len(labels) != len(paths):
+        raise InputError(f"{len(labels)} labels for {len(paths)} rows files; give one label for each, in order")
+    names = list(labels) or [str(rows.manifest["model"]["name"]) for rows in certifications]
+    if len(set(names)) < len(names) and not labels:
+        names = [path.absolute().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError("two models would be drawn under the same name; give each its own --label")
+    return dict(zip(names, certifications, strict=True))
