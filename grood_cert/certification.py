@@ -115,8 +115,9 @@ def search_radius(
     r"""Largest eps found with deviation(eps) < margin, for each sample; every value returned was itself proved.
 
     The deviation D(eps) = S_ub - S (ID) or S - S_lb (OOD) grows at least linearly, about like a power of eps, so the
-    next eps comes from the line through the bracket's ends in log-log coordinates, aimed just below the margin. The
-    search of a sample ends when margin / D(low) - 1 <= precision, or after a fixed number of evaluations.
+    next eps comes from the line through the bracket's ends in log-log coordinates, aimed just below the margin, and
+    from bisection where that line is unknown or has missed twice. The search of a sample ends when
+    margin / D(low) - 1 <= precision, or after a fixed number of evaluations.
 
     Args:
         evaluate: (indices, eps) -> D, shape (len(indices),); NaN where nothing was proved.
@@ -140,22 +141,24 @@ def search_radius(
     """
     low, low_deviation, high, high_deviation = (t.clone() for t in (low, low_deviation, high, high_deviation))
     growth = torch.full_like(margin, _GROWTH)
+    misses = torch.zeros_like(margin)  # in a row
     target = margin * (1 - precision / 2)
     for _ in range(_EVALUATIONS):
-        active = (
-            (margin > 0) & (low < limit) & (margin > low_deviation * (1 + precision)) & (high > low * (1 + precision))
-        )
+        active = (margin > low_deviation * (1 + precision)) & (low < limit) & (high > low * (1 + precision))
         if not bool(active.any()):
             break
-        bracket = (low_deviation > 0) & (high_deviation > low_deviation) & torch.isfinite(high)
+        bounded = torch.isfinite(high)
+        bracket = bounded & (low_deviation > 0) & (high_deviation > low_deviation)
         slope = torch.where(bracket, (high_deviation / low_deviation).log() / (high / low).log(), growth)
-        guess = low * (target / low_deviation) ** (1 / slope.clamp(min=0.5))
-        below = high * (target / high_deviation).clamp(max=0.9)
-        guess = torch.where((low == 0) & torch.isfinite(below), below, guess)
-        guess = torch.where((low == 0) & ~torch.isfinite(below), torch.minimum(first, high / 2), guess)
-        widest = torch.where(torch.isfinite(high), low + 0.99 * (high - low), (4 * low).clamp(min=limit / 4096))
-        narrow = torch.where(torch.isfinite(high), low + 0.01 * (high - low), low)
-        guess = torch.where(torch.isfinite(guess), torch.maximum(torch.minimum(guess, widest), narrow), widest)
+        secant = low * (target / low_deviation) ** (1 / slope.clamp(min=0.5))
+        below = high * (target / high_deviation).clamp(max=0.9)  # right or too low wherever D is convex
+        start = torch.where(torch.isfinite(below), below, torch.minimum(first, high / 2))
+        guess = torch.where(low > 0, secant, start)
+        middle = torch.where(bounded, (low + high) / 2, torch.maximum(4 * low, torch.full_like(low, limit / 4096)))
+        blind = ~torch.isfinite(guess) | (bounded & (low > 0) & ~bracket & (guess > middle)) | (misses >= 2)
+        guess = torch.where(blind, middle, guess)
+        narrow, wide = low + 0.01 * (high - low), low + 0.99 * (high - low)
+        guess = torch.where(bounded, torch.maximum(torch.minimum(guess, wide), narrow), guess)
         eps = guess.clamp(max=limit)
         index = active.nonzero().squeeze(1)
         got = torch.full_like(margin, torch.nan)
@@ -166,6 +169,7 @@ def search_radius(
         growth = torch.where(proved & torch.isfinite(rise) & (rise > 0.5), rise, growth)
         low, low_deviation = torch.where(proved, eps, low), torch.where(proved, got, low_deviation)
         high, high_deviation = torch.where(failed, eps, high), torch.where(failed, got, high_deviation)
+        misses = torch.where(failed, misses + 1, 0)
     return low
 
 

@@ -6,10 +6,9 @@ torch and matplotlib are imported inside the commands, so that `--help` answers 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -17,7 +16,6 @@ import grood_cert
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from grood_cert.training import Epoch
 
@@ -43,28 +41,40 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """A bar with counts, elapsed time and ETA on stderr."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+class _Bar:
+    """A bar with counts, elapsed time and ETA on stderr; it appears when a stage begins, once the input is checked."""
 
-    with Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=_console(stderr=True),
-    ) as progress:
-        yield progress
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, console=_console(stderr=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str, total: int) -> None:
+        """Show a new line for a stage of this many steps."""
+        self._task = self._progress.add_task(stage, total=total)
+        self._progress.start()
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the newest line on."""
+        self._progress.advance(self._task, steps)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text)
 
 
 def _device(name: str) -> str:
@@ -84,18 +94,20 @@ def _device(name: str) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def print_table(records: Sequence[Mapping[str, Any]], columns: Mapping[str, str], title: str) -> None:
-    """Print records as a table; `columns` maps keys to headings."""
+def _print_across(records: Sequence[Mapping[str, Any]], name: str, quantities: Mapping[str, str], title: str) -> None:
+    """Print one column a record, headed by its `name`, and one line a quantity (key: words)."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for key, heading in columns.items():
-        table.add_column(heading, justify="left" if isinstance(records[0][key], str) else "right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
     for record in records:
-        table.add_row(*(_cell(record[key]) for key in columns))
+        table.add_column(str(record[name]), justify="right", overflow="fold")
+    for key, words in quantities.items():
+        table.add_row(words, *(_cell(record[key]) for record in records))
     _console().print(table)
 
 
@@ -110,18 +122,19 @@ def _epoch_line(epoch: Epoch) -> str:
     )
 
 
-RADIUS_COLUMNS = {
-    "set": "set",
+_DETECTION = {"kind": "kind", "samples": "samples", "auroc": "AUROC", "fpr95_id": "fpr95_id", "fpr95_ood": "fpr95_ood"}
+_RADII = {
+    "kind": "kind",
     "samples": "samples",
     "certified": "certified",
     "undecided": "undecided",
-    "misdecided": "misdecided",
-    "radius_gradient_norm_estimate": "gradient-norm\nestimate",
-    "radius_certified_per_logit": "certified,\nper logit",
-    "radius_certified": "certified",
+    "misdecided": "misdecided at x",
+    "radius_gradient_norm_estimate": "gradient-norm estimate",
+    "radius_certified_per_logit": "certified, per logit",
+    "radius_certified": "certified, joint",
     "radius_attack": "attack",
-    "certified_to_attack_per_logit": "per logit\n/attack",
-    "certified_to_attack": "certified\n/attack",
+    "certified_to_attack_per_logit": "ratio per logit / attack",
+    "certified_to_attack": "ratio certified / attack",
 }
 
 
@@ -157,8 +170,7 @@ def train(
     from grood_cert import training
 
     chosen = recipes.load(recipe, settings or ())
-    with _progress("training") as progress:
-        task = progress.add_task("", total=None)
+    with _Bar() as bar:
         detector = training.run(
             chosen,
             out,
@@ -166,22 +178,14 @@ def train(
             download=download,
             device=_device(device),
             force=force,
-            begin=lambda steps: progress.update(task, total=steps),
-            advance=lambda: progress.advance(task),
-            report=lambda epoch: progress.console.print(_epoch_line(epoch)),
+            begin=lambda steps: bar.begin("training", steps),
+            advance=bar.advance,
+            report=lambda epoch: bar.print(_epoch_line(epoch)),
         )
     found = detector.metrics
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
-    columns = {
-        "set": "OOD set",
-        "kind": "kind",
-        "samples": "samples",
-        "auroc": "AUROC",
-        "fpr95_id": "fpr95_id",
-        "fpr95_ood": "fpr95_ood",
-    }
-    if sets:
-        print_table(sets, columns, f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}")
+    title = f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}"
+    _print_across(sets, "set", _DETECTION, title)
     typer.echo(f"wrote {out / 'model.pt'} and {out / 'log.csv'}")
 
 
@@ -227,8 +231,7 @@ def certify(
         trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, ood=tuple(ood)))
     experiment = training.experiment_of(trained, data_dir, download)
     folder = out or model.parent
-    with _progress("certifying") as progress:
-        task = progress.add_task("", total=None)
+    with _Bar() as bar:
         rows = certification.run(
             loaded,
             model,
@@ -237,13 +240,12 @@ def certify(
             folder,
             limit=limit,
             force=force,
-            begin=lambda samples: progress.update(task, total=samples),
-            advance=lambda samples: progress.advance(task, samples),
+            begin=lambda samples: bar.begin("certifying", samples),
+            advance=bar.advance,
         )
     used = rows.manifest["method"]
-    print_table(
-        curves.radius_summary(rows), RADIUS_COLUMNS, f"median radii of the samples that are right at x, {norm}, {used}"
-    )
+    title = f"medians over the samples that are right at x: radius in {norm}, {used}"
+    _print_across(curves.radius_summary(rows), "set", _RADII, title)
     for message, count in rows.manifest["failures"].items():
         typer.echo(f"not proved because the bound engine failed, {count} bounds: {message}", err=True)
     typer.echo(f"wrote {folder / 'rows.csv'} and {folder / 'rows.json'}")
@@ -286,26 +288,11 @@ def demo(
     """Train two detectors on real digits, certify both, draw the curves: a few minutes on a CPU."""
     from grood_cert import demo as demonstration
 
-    with _progress("demo") as progress:
-        task = progress.add_task("", total=None)
-
-        def stage(text: str, total: int) -> None:
-            progress.console.print(text)
-            progress.reset(task, total=total)
-
+    with _Bar() as bar:
         result = demonstration.run(
-            out,
-            limit=limit,
-            device=_device(device),
-            force=force,
-            stage=stage,
-            advance=lambda n: progress.advance(task, n),
+            out, limit=limit, device=_device(device), force=force, begin=bar.begin, advance=bar.advance
         )
-    print_table(
-        result.summary,
-        demonstration.COLUMNS,
-        "digits 0-5 against 8-9 and photograph patches, l_inf, CROWN with joint bounds",
-    )
+    _print_across(result.summary, "model", demonstration.QUANTITIES, demonstration.TITLE)
     typer.echo(demonstration.NOTE)
     for path, what in result.files.items():
         typer.echo(f"{path}  {what}")

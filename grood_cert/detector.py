@@ -121,8 +121,6 @@ class Detector:
     def save(self, path: Path) -> None:
         """Write the checkpoint; weights as float32 where that loses nothing, as after training.
 
-        The same detector gives the same bytes.
-
         Raises:
             InputError: If the file cannot be written.
         """

@@ -329,9 +329,10 @@ class _Engine:
     Every call hands over the ball and all intermediate bounds it is to use: nothing is taken from an earlier call.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, network: nn.Module, shape: tuple[int, ...], convolutions: str = "patches") -> None:
         self.network = network
         self.shape = shape
+        self.convolutions = convolutions
         self.device = next(iter(network.parameters())).device
         self._module = self._build()
 
@@ -344,6 +345,7 @@ class _Engine:
         library = _library()
         options = {
             "verbosity": 0,
+            "conv_mode": self.convolutions,
             # Bounds of a sample must not depend on its batch, so no selection of neurons by the batch's union.
             "sparse_intermediate_bounds": False,
             "sparse_features_alpha": False,
@@ -360,12 +362,13 @@ class _Engine:
                 detail = f"it has the operation {', '.join(dict.fromkeys(names))}" if names else _first_line(error)
                 raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}") from error
             module.eval()
+        kinds = {type(node).__name__ for node in module._modules.values()}
+        if not kinds <= _LAYERS | _LEAVES:
+            unknown, layers = kinds - _LAYERS - _LEAVES, _LAYERS
+            names = [", ".join(sorted(kind.removeprefix("Bound") for kind in group)) for group in (unknown, layers)]
+            raise RunError(f"no bounds for the operation {names[0]}; there are for {names[1]}")
         for node in module._modules.values():
-            kind = type(node).__name__
-            if kind not in _LAYERS | _LEAVES:
-                supported = ", ".join(sorted(name.removeprefix("Bound") for name in _LAYERS))
-                raise RunError(f"no bounds for the operation {kind.removeprefix('Bound')}; there are for {supported}")
-            if kind == "BoundLeakyRelu" and not 0 <= node.alpha <= 1:
+            if type(node).__name__ == "BoundLeakyRelu" and not 0 <= node.alpha <= 1:
                 raise RunError(f"no bounds for LeakyReLU with slope {node.alpha}; use one in [0, 1]")
         # For an l_2 ball the interval of the first layer is looser than its linear bound.
         module.check_IBP_first_linear = lambda _: False
@@ -463,31 +466,43 @@ class BoundedNetwork:
         self.method: Method = method
         self.shape = tuple(shape)
         self.network = copy.deepcopy(network).double().eval().requires_grad_(False)
-        self._engine = _Engine(self.network, self.shape)
-        self.device = self._engine.device
-        if method == "alpha-crown" and not _alpha_improves():
-            self.method = "crown"
-        self._check_build()
-        if self.method == "alpha-crown":
+        self.device = next(iter(self.network.parameters())).device
+        for convolutions in ("patches", "matrix"):  # patches are fast; matrices know dilation, groups, LeakyReLU
+            self._engine = _Engine(self.network, self.shape, convolutions)
+            reason = self._disagreement()
+            if not reason:
+                break
+        else:
+            raise RunError(
+                f"auto_LiRPA {version()} does not reproduce this network ({reason}); build it of other layers"
+            )
+        if method == "alpha-crown":
             self._check_alpha()
 
-    def _check_build(self) -> None:
+    def _disagreement(self) -> str:
         """Compare with the model: the forward pass, and bounds of all neurons and logits on balls of radius 0."""
-        images = self._engine.images(2, 1)
-        with torch.no_grad():
-            expected = self.network(images)
-        logits, values = self._engine.forward(images)
-        ball = Ball(images, torch.zeros(len(images)).to(images), "linf")
-        relaxation = Relaxation(self, ball)
-        identity = torch.eye(expected.shape[1]).to(images).expand(len(images), -1, -1)
-        pairs = [(expected, logits)]
-        pairs += [(expected, bound) for bound in relaxation.rows(identity, _base(self.method))]
-        for name, (lower, upper) in relaxation.intermediate(_base(self.method)).items():
-            pairs += [(values[name], lower), (values[name], upper)]
-        if not all(got.shape == want.shape and _close(want, got) for want, got in pairs):
-            raise RunError(f"auto_LiRPA {version()} does not reproduce this network; build it of other layers")
+        images = self._engine.images(16, 1)
+        try:
+            with torch.no_grad():
+                logits = self.network(images)
+            if not _close(logits, self._engine.forward(images)[0]):
+                return "other logits"
+            images, logits = images[:2], logits[:2]
+            _, values = self._engine.forward(images)
+            relaxation = Relaxation(self, Ball(images, torch.zeros(len(images)).to(images), "linf"))
+            identity = torch.eye(logits.shape[1]).to(images).expand(len(images), -1, -1)
+            bounds = {name: (values[name], pair) for name, pair in relaxation.intermediate(self.method).items()}
+            bounds["the logits"] = logits, relaxation.rows(identity, _base(self.method))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the network is refused)
+            return _first_line(error)
+        wrong = [name for name, (value, pair) in bounds.items() if not all(_close(value, bound) for bound in pair)]
+        return f"bounds of {wrong[0]} on a ball of radius 0" if wrong else ""
 
     def _check_alpha(self) -> None:
+        """Fall back to crown, with a warning, where alpha-crown does not work."""
+        if not _alpha_improves():
+            self.method = "crown"
+            return
         images = self._engine.images(1, 1)
         ball = Ball(images, torch.full((1,), 0.01).to(images), "linf")
         try:
@@ -511,7 +526,8 @@ def _base(method: Method) -> Method:
 
 
 def _close(expected: Tensor, got: Tensor) -> bool:
-    return bool(((expected - got).abs() <= _TOLERANCE * (1 + expected.abs().max())).all())
+    same = expected.shape == got.shape
+    return same and bool(((expected - got).abs() <= _TOLERANCE * (1 + expected.abs().max())).all())
 
 
 class Relaxation:
@@ -568,7 +584,7 @@ class Relaxation:
         known = self.intermediate(method)
         engine = self._bounded._engine
         lower, upper = engine.bounds(self._ball, "ibp" if method == "ibp" else "crown", known, coefficients)
-        if method == "alpha-crown":
+        if method == "alpha-crown" and known:
             better_lower, better_upper = engine.bounds(self._ball, method, known, coefficients)
             lower, upper = torch.fmax(lower, better_lower), torch.fmin(upper, better_upper)
         finite = torch.ones(len(lower), 1, dtype=torch.bool, device=lower.device)

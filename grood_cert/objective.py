@@ -21,7 +21,7 @@ References:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +121,7 @@ def gradient_loss(
 
 
 @contextlib.contextmanager
-def _running_statistics(layers: list[nn.Module]) -> Iterator[None]:
+def _running_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
     """BatchNorm layers in eval mode while the block runs."""
     training = [layer for layer in layers if layer.training]
     for layer in training:

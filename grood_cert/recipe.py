@@ -21,7 +21,7 @@ class DataSection:
 
     id: str = "digits:0-5"
     auxiliary: str = "digits:6,7"
-    ood: tuple[str, ...] = ("digits:8,9", "photo-patches", "uniform-noise")
+    ood: tuple[str, ...] = ("digits:8,9", "photo-patches", "uniform-noise", "smooth-noise")
     calibration_share: float = 0.2
     test_share: float = 0.2
     heldout_share: float = 0.2
@@ -43,8 +43,8 @@ class ObjectiveSection:
     """Weights and margins of `grood_cert.objective`; lambda_grad is in the units of the paper's formula."""
 
     lambda_S: float = 0.1  # noqa: N815
-    lambda_grad: float = 0.1
-    m_in: float = -8.0
+    lambda_grad: float = 0.2
+    m_in: float = -6.0
     m_out: float = -2.0
 
 
@@ -57,7 +57,7 @@ class OptimizerSection:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 64
 
 
@@ -130,7 +130,7 @@ def _names(section: type, prefix: str = "") -> list[str]:
     """Full names of all settings of a section."""
     names: list[str] = []
     for key, kind in typing.get_type_hints(section).items():
-        names += _names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+        names += _names(typing.cast(type, kind), f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
     return names
 
 

@@ -58,13 +58,18 @@ class ScoreBounds:
     upper_per_logit: Tensor
 
 
-def _outward(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Widen by the rounding margin; NaN where the pair is not finite or crosses by more than rounding explains."""
+def _ordered(lower: Tensor, upper: Tensor) -> Tensor:
+    """Where both bounds are finite and cross by no more than rounding explains."""
     scale = 1 + torch.maximum(lower.abs(), upper.abs())
-    ordered = torch.isfinite(lower) & torch.isfinite(upper) & (lower - upper <= _CROSSING * scale)
-    nan = torch.full_like(lower, torch.nan)
+    return torch.isfinite(lower) & torch.isfinite(upper) & (lower - upper <= _CROSSING * scale)
+
+
+def _outward(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Widen by the rounding margin; NaN where the pair is no interval."""
     low, high = torch.minimum(lower, upper), torch.maximum(lower, upper)
-    return torch.where(ordered, low - _ROUNDING * scale, nan), torch.where(ordered, high + _ROUNDING * scale, nan)
+    margin = _ROUNDING * (1 + torch.maximum(low.abs(), high.abs()))
+    ordered, nan = _ordered(lower, upper), torch.full_like(lower, torch.nan)
+    return torch.where(ordered, low - margin, nan), torch.where(ordered, high + margin, nan)
 
 
 def gibbs_upper(row_lower: Tensor, weights: Tensor) -> Tensor:
@@ -159,17 +164,19 @@ def score_bounds(bounded: BoundedNetwork, ball: Ball) -> ScoreBounds:
     known = torch.isfinite(lower).all(-1)
     rows = torch.where(known[:, None, None], torch.stack([p_middle, slopes], 1), 0.0)
     row_lower, row_upper = relaxation.rows(rows, method)
-    uppers = [upper_per_logit, gibbs_upper(row_center, p_center), gibbs_upper(row_lower[:, 0], p_middle)]
-    lowers = [lower_per_logit, chord_lower(row_upper[:, 1], slopes, upper)]
+    uppers = [gibbs_upper(row_center, p_center), gibbs_upper(row_lower[:, 0], p_middle)]
+    lowers = [chord_lower(row_upper[:, 1], slopes, upper)]
     if bounded.method == "alpha-crown":
-        row_lower, row_upper = relaxation.rows(
-            torch.where(known[:, None, None], torch.stack([p_center, slopes], 1), 0.0)
-        )
+        rows = torch.where(known[:, None, None], torch.stack([p_center, slopes], 1), 0.0)
+        row_lower, row_upper = relaxation.rows(rows)
         uppers.append(gibbs_upper(row_lower[:, 0], p_center))
         lowers.append(chord_lower(row_upper[:, 1], slopes, upper))
-    best_upper = torch.stack([torch.nan_to_num(bound, nan=torch.inf) for bound in uppers]).amin(0)
-    best_lower = torch.stack([torch.nan_to_num(bound, nan=-torch.inf) for bound in lowers]).amax(0)
-    best_lower, best_upper = _outward(best_lower, best_upper)
+    # NaN in one bound leaves the others: each is a proof of its own.
+    joint_upper = torch.stack([torch.nan_to_num(bound, nan=torch.inf) for bound in uppers]).amin(0)
+    joint_lower = torch.stack([torch.nan_to_num(bound, nan=-torch.inf) for bound in lowers]).amax(0)
+    best_upper = torch.minimum(joint_upper + _ROUNDING * (1 + joint_upper.abs()), upper_per_logit)
+    best_lower = torch.maximum(joint_lower - _ROUNDING * (1 + joint_lower.abs()), lower_per_logit)
+    known = known & _ordered(best_lower, best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(
         lower=torch.where(known, best_lower, nan),

@@ -91,7 +91,7 @@ class LeakyReLU(Activation):
         return torch.where(unstable, steep, stable), torch.zeros_like(lower), high, constant
 
     def softened(self, values: Tensor, width: Tensor | float) -> Tensor:
-        """slope z + (1 - slope) width softplus(z / width)."""
+        """The kink smoothed: slope z + (1 - slope) width softplus(z / width)."""
         return self.slope * values + (1 - self.slope) * width * functional.softplus(values / width)
 
 
@@ -168,14 +168,15 @@ class Softplus(Activation):
 
 @dataclass(frozen=True)
 class GELU(Activation):
-    """Z Phi(z); sigma'' = phi(z) (2 - z^2), so sigma' rises exactly on [-sqrt 2, sqrt 2]."""
+    """The function z Phi(z); sigma'' = phi(z) (2 - z^2), so sigma' rises exactly on [-sqrt 2, sqrt 2]."""
 
     steepest: float = 1.1289041
     lowest_slope: float = -0.1289041
 
     def __call__(self, values: Tensor) -> Tensor:
         """sigma(z)."""
-        return functional.gelu(values)
+        result: Tensor = functional.gelu(values)
+        return result
 
     def _derivative(self, values: Tensor) -> Tensor:
         density = torch.exp(-values.square() / 2) / math.sqrt(2 * math.pi)

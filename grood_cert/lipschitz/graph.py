@@ -239,7 +239,7 @@ def _is_flatten(call: fx.Node) -> bool:
     if call.target not in (torch.flatten, "flatten"):
         return False
     arguments = dict(zip(("start_dim", "end_dim"), call.args[1:], strict=False)) | dict(call.kwargs)
-    return arguments.get("start_dim") == 1 and arguments.get("end_dim", -1) == -1
+    return bool(arguments.get("start_dim") == 1 and arguments.get("end_dim", -1) == -1)
 
 
 def _operation(call: fx.Node, modules: dict[str, nn.Module], shape: tuple[int, ...]) -> Operation | None:
@@ -294,7 +294,9 @@ def _nodes(network: nn.Module, shape: tuple[int, ...]) -> tuple[Node, ...]:
         name = str(call.target) if call.op == "call_module" else call.name
         nodes.append(Node(operation, inputs, _shape_after(operation, [nodes[i].shape for i in inputs]), name))
     if len(nodes[-1].shape) != 1:
-        raise InputError(f"the network must return logits of shape (B, K), got (B, {', '.join(map(str, nodes[-1].shape))})")
+        raise InputError(
+            f"the network must return logits of shape (B, K), got (B, {', '.join(map(str, nodes[-1].shape))})"
+        )
     return tuple(nodes)
 
 
@@ -330,7 +332,7 @@ def trace(network: nn.Module, shape: tuple[int, ...]) -> Graph:
     Example:
         >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), (1, 2, 2))
         >>> [node.name for node in graph.nodes], graph.classes
-        (['image', '_0', '_1', '_2', '_3'], 2)
+        (['image', '0', '1', '2', '3'], 2)
     """
     for name, module in network.named_modules():
         if module.training:

@@ -106,7 +106,9 @@ def gradient_intervals(
                 send(node.inputs[0], *product_interval(ranges[number], lower, upper))
             else:
                 assert isinstance(operation, MaxPool)
-                low, high = product_interval(ranges[number], lower.flatten(2).unsqueeze(2), upper.flatten(2).unsqueeze(2))
+                low, high = product_interval(
+                    ranges[number], lower.flatten(2).unsqueeze(2), upper.flatten(2).unsqueeze(2)
+                )
                 send(node.inputs[0], operation.spread(low), operation.spread(high))
     return pending[0]
 
@@ -115,16 +117,15 @@ def norm_of_box(lower: Tensor, upper: Tensor, norm: str) -> Tensor:
     """The largest dual norm of a vector in a box: the norm of max(|a|, |b|); last axis, norm of the ball."""
     largest = torch.maximum(lower.abs(), upper.abs())
     order = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
-    return torch.linalg.vector_norm(largest, ord=order, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(largest, ord=order, dim=-1)
+    return length
 
 
 def jacobian_intervals(graph: Graph, slopes: tuple[Interval, ...], batch: int) -> Interval:
     """Intervals of every J_k, shape (B, K, d): one backward pass with the K unit heads of every sample."""
     classes = graph.classes
     heads = torch.eye(classes, dtype=torch.float64, device=slopes[0][0].device if slopes else None).repeat(batch, 1)
-    repeated = tuple(
-        (low.repeat_interleave(classes, 0), high.repeat_interleave(classes, 0)) for low, high in slopes
-    )
+    repeated = tuple((low.repeat_interleave(classes, 0), high.repeat_interleave(classes, 0)) for low, high in slopes)
     lower, upper = gradient_intervals(graph, repeated, Weights.fixed(heads))
     return lower.flatten(1).reshape(batch, classes, -1), upper.flatten(1).reshape(batch, classes, -1)
 

@@ -24,7 +24,8 @@ def gradient_norm(gradient: Tensor, norm: str) -> Tensor:
         >>> gradient_norm(torch.tensor([[3.0, -4.0]]), "l1")
         tensor([4.])
     """
-    return torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL_ORDER[norm], dim=1)
+    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL_ORDER[norm], dim=1)
+    return length
 
 
 class L1Ball(Ball):
@@ -48,7 +49,8 @@ class L1Ball(Ball):
 
     def distance(self, points: Tensor) -> Tensor:
         """||x' - x||_1, shape (B,)."""
-        return torch.linalg.vector_norm((points - self.center).flatten(1), ord=1, dim=1)
+        length: Tensor = torch.linalg.vector_norm((points - self.center).flatten(1), ord=1, dim=1)
+        return length
 
     def project(self, points: Tensor) -> Tensor:
         """A point of the ball near each given point: clipped to the box, then pulled towards x along the segment."""

@@ -88,7 +88,7 @@ def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Ten
         The set, widened by 1e-12 relative.
 
     Example:
-        >>> box = softmax_weights(torch.zeros(1, 2), torch.zeros(1, 2))
+        >>> box = softmax_weights(torch.zeros(1, 2).double(), torch.zeros(1, 2).double())
         >>> bool(((box.lower < 0.5) & (box.upper > 0.5)).all())
         True
     """

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grood_cert
+from grood_cert import networks
+from grood_cert.detector import Architecture, Detector, check_device, load, logits, versions
+from grood_cert.energy import energy
+from grood_cert.errors import InputError
+from grood_cert.recipe import Recipe
+
+
+def make(name: str = "conv-small", seed: int = 0) -> Detector:
+    architecture = Architecture(name, (1, 8, 8), 3, (0.3,), (0.37,), {"width": 4})
+    torch.manual_seed(seed)
+    network = architecture.build()
+    network(torch.rand(16, 1, 8, 8))  # gives BatchNorm statistics of its own
+    return Detector(
+        network=network.double().eval().requires_grad_(False),
+        gamma=-1.0625,
+        architecture=architecture,
+        class_names=("zero", "one", "two"),
+        recipe=Recipe(name="made by hand"),
+        calibration={"samples": 40, "percent": 95},
+        metrics={"accuracy": 0.5, "ood": {"a": {"auroc": 0.75}}},
+        versions=versions(),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.pt"
+    make().save(path)
+    return path
+
+
+def rewrite(path, **changes) -> None:
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, **changes}, path)
+
+
+def refusal(path, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        load(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize("name", list(networks.NETWORKS))
+def test_round_trip_gives_the_same_scores_to_the_last_bit(name, tmp_path):
+    detector = make(name)
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    detector.save(tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt")
+    assert torch.equal(loaded.score(images), detector.score(images))
+    assert loaded.score(images).dtype == torch.float64
+    for item in dataclasses.fields(Detector):
+        if item.name != "network":
+            assert getattr(loaded, item.name) == getattr(detector, item.name), item.name
+    assert not loaded.network.training
+    assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+    loaded.save(tmp_path / "again.pt")
+    assert torch.equal(load(tmp_path / "again.pt").score(images), detector.score(images))
+
+
+def test_weights_that_need_float64_keep_it(tmp_path):
+    detector = make()
+    with torch.no_grad():
+        detector.network[1].weight += 1e-12
+    images = torch.rand(5, 1, 8, 8)
+    detector.save(tmp_path / "model.pt")
+    assert torch.equal(load(tmp_path / "model.pt").score(images), detector.score(images))
+
+
+def test_the_file_is_plain_and_small(saved):
+    """What torch.load(weights_only=True) opens without any class of ours; float32 weights."""
+    content = torch.load(saved, weights_only=True)
+    assert content["architecture"]["name"] == "conv-small"
+    assert content["architecture"]["mean"] == (0.3,)
+    assert content["class_names"] == ["zero", "one", "two"]
+    assert content["gamma"] == -1.0625
+    assert content["recipe"]["objective"]["lambda_grad"] == Recipe().objective.lambda_grad
+    assert content["versions"] == {
+        "grood_cert": grood_cert.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": ".".join(map(str, __import__("sys").version_info[:3])),
+    }
+    assert {tensor.dtype for tensor in content["state_dict"].values()} == {torch.float32}
+
+
+def test_score_in_batches(tmp_path):
+    detector = make()
+    images = torch.rand(600, 1, 8, 8, dtype=torch.float64)
+    whole = -torch.logsumexp(detector.network(images), 1)
+    torch.testing.assert_close(detector.score(images), whole, rtol=1e-13, atol=0)
+    assert torch.equal(energy(logits(detector.network, images)), detector.score(images))
+
+
+def test_logits_follow_the_network_in_type():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).float()
+    assert logits(network, torch.rand(3, 1, 2, 2, dtype=torch.float64)).dtype == torch.float32
+    assert not logits(network, torch.rand(3, 1, 2, 2)).requires_grad
+
+
+def test_missing(tmp_path):
+    assert "no such checkpoint; train one with: grood-cert train" in refusal(tmp_path / "model.pt")
+
+
+def test_a_folder(tmp_path):
+    assert "not a grood-cert checkpoint" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_truncated(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    assert "not a grood-cert checkpoint, or a truncated one" in refusal(saved)
+
+
+def test_damaged_bytes_never_pass_as_another_kind_of_error(saved):
+    """Whatever is overwritten, the answer is a checkpoint or one clear line."""
+    content = saved.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(content), 4):
+            damaged[position] = rng.integers(256)
+        saved.write_bytes(damaged)
+        try:
+            load(saved)
+        except InputError as error:
+            assert str(saved) in str(error) and "\n" not in str(error)
+
+
+class Rude:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["RUDE"],)
+
+
+def test_a_pickle_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUDE", str(tmp_path / "made"))
+    with (tmp_path / "model.pt").open("wb") as stream:
+        pickle.dump(Rude(), stream)
+    assert "not a grood-cert checkpoint" in refusal(tmp_path / "model.pt")
+    torch.save({"format": "grood-cert checkpoint", "x": Rude()}, tmp_path / "model.pt")
+    assert "not a grood-cert checkpoint" in refusal(tmp_path / "model.pt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], torch.zeros(3), {"format": "another"}, nn.Linear(1, 1).state_dict()])
+def test_foreign_torch_files(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "not a grood-cert checkpoint; expected a model.pt" in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", bytes(range(256)) * 20])
+def test_foreign_bytes(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    assert "not a grood-cert checkpoint" in refusal(tmp_path / "model.pt")
+
+
+def test_another_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    assert "not a grood-cert checkpoint" in refusal(tmp_path / "model.pt")
+
+
+def test_another_format_version(saved):
+    rewrite(saved, format_version=2)
+    assert "checkpoint format 2; this version reads 1" in refusal(saved)
+
+
+def test_nan_and_infinite_weights(saved):
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    for value in (float("nan"), float("inf")):
+        damaged = {key: tensor.clone() for key, tensor in state.items()}
+        damaged["1.weight"][0, 0, 0, 0] = value
+        rewrite(saved, state_dict=damaged)
+        assert "weights or a gamma that are not finite" in refusal(saved)
+    rewrite(saved, state_dict=state, gamma=float("nan"))
+    assert "weights or a gamma that are not finite" in refusal(saved)
+
+
+def changed(saved, section: str, **changes):
+    return {**torch.load(saved, weights_only=True)[section], **changes}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("state_dict", {"1.weight": torch.zeros(1)}, "size mismatch for 1.weight"),
+        ("state_dict", {"extra": torch.zeros(1)}, "extra"),
+        ("architecture", {"name": "vgg"}, "unknown network 'vgg'"),
+        ("architecture", {"options": {"depth": 3}}, "does not take these options"),
+        ("architecture", {"options": 3}, "TypeError"),
+        ("architecture", {"shape": [1, 8]}, "damaged checkpoint"),
+        ("architecture", {"mean": [0.1, 0.2]}, "normalisation has 2 channels"),
+        ("architecture", {"std": [0.0]}, "one positive std"),
+        ("architecture", {"classes": 4}, "size mismatch"),
+        ("recipe", {"objective": {"lambda": 1}}, "recipe: objective.lambda: unknown key"),
+    ],
+)
+def test_contents_that_do_not_fit(saved, section, changes, message):
+    rewrite(saved, **{section: changed(saved, section, **changes)})
+    text = refusal(saved)
+    assert message in text and text.startswith(f"{saved}: ")
+
+
+@pytest.mark.parametrize("key", ["architecture", "state_dict", "gamma", "class_names", "recipe", "calibration"])
+def test_missing_parts(saved, key):
+    content = torch.load(saved, weights_only=True)
+    del content[key]
+    torch.save(content, saved)
+    assert f"damaged checkpoint (KeyError: '{key}')" in refusal(saved)
+
+
+def test_class_names_must_match_the_logits(saved):
+    rewrite(saved, class_names=["zero", "one"])
+    assert "2 class names for 3 logits" in refusal(saved)
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
+def test_devices_that_are_not_there(saved, device):
+    assert f"device '{device}' cannot be used here; use cpu" in refusal(saved, device=device)
+    with pytest.raises(InputError):
+        check_device(device)
+
+
+def test_saving_where_nothing_can_be_saved(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        make().save(tmp_path / "file" / "model.pt")

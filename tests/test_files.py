@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grood_cert.errors import InputError
+from grood_cert.files import check_writable, replacing, sha256, write_csv, write_json
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "folder" / "notes.txt"
+    with replacing(target) as temporary:
+        assert temporary.parent == target.parent and temporary.suffix == ".txt"
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert os.listdir(target.parent) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_block_leaves_the_old_file_and_no_other(tmp_path, error):
+    target = tmp_path / "notes.txt"
+    target.write_text("old")
+    with pytest.raises(error), replacing(target) as temporary:
+        temporary.write_text("half of")
+        raise error
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    write_json(tmp_path / "ours.json", 1)
+    assert (tmp_path / "ours.json").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_json(tmp_path / "link.json", [1])
+    assert json.loads((tmp_path / "real.json").read_text()) == [1]
+    assert (tmp_path / "link.json").is_symlink()
+
+
+def test_a_folder_and_a_device_are_refused(tmp_path):
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(InputError, match="cannot write .*: there is something there that is not a file"):
+            write_json(path, 1)
+    assert Path("/dev/null").is_char_device()
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unusable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot write .*file/rows.csv: "):
+        write_csv(tmp_path / "file" / "rows.csv", ["a"], [])
+    with pytest.raises(InputError, match="cannot write to .*file: File exists"):
+        check_writable(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    for act in (check_writable, lambda folder: write_json(folder / "a.json", 1)):
+        with pytest.raises(InputError, match="cannot write .*locked.*: Permission denied"):
+            act(tmp_path / "locked")
+
+
+def test_permission_denied_is_an_input_error(tmp_path, monkeypatch):
+    """The same as above for root, with the refusal played by a stand-in."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match="cannot write to .*: Permission denied"):
+        check_writable(tmp_path)
+
+
+def test_check_writable_makes_the_folder_and_nothing_else(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_csv_keeps_every_digit(tmp_path):
+    values = [0.1, 1 / 3, 1e-300, -0.0, float("inf"), np.float64(2) / 3]
+    write_csv(tmp_path / "a.csv", ["value", "note"], [{"value": value, "note": None} for value in values])
+    text = (tmp_path / "a.csv").read_bytes()
+    assert b"\r" not in text
+    with (tmp_path / "a.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["value"]) for row in rows] == values
+    assert {row["note"] for row in rows} == {""}
+
+
+def test_csv_refuses_unknown_columns_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="not in fieldnames"):
+        write_csv(tmp_path / "a.csv", ["a"], [{"b": 1}])
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_is_json_even_with_nan(tmp_path):
+    """NaN is no JSON; the strict parser of any other language would refuse the whole file."""
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    write_json(tmp_path / "a.json", {"a": (float("nan"), 1.5), "b": {"c": float("-inf")}, "d": "é", "e": True})
+    value = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert value == {"a": [None, 1.5], "b": {"c": None}, "d": "é", "e": True}
+
+
+def test_sha256(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(InputError, match="cannot read .*missing: No such file"):
+        sha256(tmp_path / "missing")
