@@ -61,7 +61,8 @@ class _Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.tasks:  # stopping a bar that never showed would print an empty line
+            self._progress.stop()
 
     def begin(self, stage: str, total: int) -> None:
         """Show a new line for a stage of this many steps."""

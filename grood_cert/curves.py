@@ -105,7 +105,7 @@ def fpr_curve(rows: Rows, perturbed: Perturbed = "ood") -> FprCurve:
             formal, witness = (np.repeat(values[:, :1], len(eps), axis=1) for values in (formal, witness))
         proved = formal > gamma_certified
         fooled = witness <= gamma_attacked
-        certified.append(1 - proved.mean(0))
+        certified.append((~proved).mean(0))
         attacked.append(fooled.mean(0))
         for index, value in enumerate(eps):
             record = {"set": name, "eps": float(value), "samples": int(mask.sum())}

@@ -29,7 +29,7 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito, "Color Universal Design", 2008; ordered so that neighbours also differ in lightness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLE: Any = {  # Any: matplotlib types rc keys one by one
+STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9.5,
@@ -117,7 +117,7 @@ def robustness_figure(
         InputError: If the certifications cannot share an axis.
     """
     norm = _NORM_LABELS[common_norm(certifications)]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         panels: Sequence[Axes] = figure.subplots(2, 2).ravel().tolist()
         for index, rows in enumerate(certifications.values()):
@@ -178,7 +178,7 @@ def save(figure: Figure, path: Path) -> None:
         InputError: If the ending is unknown or the file cannot be written.
     """
     check_format(path)
-    with replacing(path) as temporary, mpl.rc_context(_STYLE):
+    with replacing(path) as temporary, mpl.rc_context(STYLE):
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
         figure.savefig(temporary, format=path.suffix.lower()[1:], metadata=metadata)
 

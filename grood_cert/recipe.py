@@ -130,7 +130,9 @@ def _names(section: type, prefix: str = "") -> list[str]:
     """Full names of all settings of a section."""
     names: list[str] = []
     for key, kind in typing.get_type_hints(section).items():
-        names += _names(typing.cast(type, kind), f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+        names += (
+            _names(typing.cast(type, kind), f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+        )
     return names
 
 

@@ -157,7 +157,9 @@ def test_a_pickle_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], torch.zeros(3), {"format": "another"}, nn.Linear(1, 1).state_dict()])
+@pytest.mark.parametrize(
+    "content", [{"a": 1}, [1, 2], torch.zeros(3), {"format": "another"}, nn.Linear(1, 1).state_dict()]
+)
 def test_foreign_torch_files(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     assert "not a grood-cert checkpoint; expected a model.pt" in refusal(tmp_path / "model.pt")

@@ -51,7 +51,7 @@ def test_a_link_is_written_through(tmp_path):
 
 def test_a_folder_and_a_device_are_refused(tmp_path):
     for path in (tmp_path, Path("/dev/null")):
-        with pytest.raises(InputError, match="cannot write .*: there is something there that is not a file"):
+        with pytest.raises(InputError, match=r"cannot write .*: there is something there that is not a file"):
             write_json(path, 1)
     assert Path("/dev/null").is_char_device()
     assert os.listdir(tmp_path) == []
@@ -59,9 +59,9 @@ def test_a_folder_and_a_device_are_refused(tmp_path):
 
 def test_an_unusable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write .*file/rows.csv: "):
+    with pytest.raises(InputError, match=r"cannot write .*file/rows.csv: "):
         write_csv(tmp_path / "file" / "rows.csv", ["a"], [])
-    with pytest.raises(InputError, match="cannot write to .*file: File exists"):
+    with pytest.raises(InputError, match=r"cannot write to .*file: File exists"):
         check_writable(tmp_path / "file")
 
 
@@ -69,7 +69,7 @@ def test_an_unusable_folder_is_refused(tmp_path):
 def test_a_folder_without_permission_is_refused(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     for act in (check_writable, lambda folder: write_json(folder / "a.json", 1)):
-        with pytest.raises(InputError, match="cannot write .*locked.*: Permission denied"):
+        with pytest.raises(InputError, match=r"cannot write .*locked.*: Permission denied"):
             act(tmp_path / "locked")
 
 
@@ -80,7 +80,7 @@ def test_permission_denied_is_an_input_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(InputError, match="cannot write to .*: Permission denied"):
+    with pytest.raises(InputError, match=r"cannot write to .*: Permission denied"):
         check_writable(tmp_path)
 
 
@@ -121,5 +121,5 @@ def test_sha256(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
-    with pytest.raises(InputError, match="cannot read .*missing: No such file"):
+    with pytest.raises(InputError, match=r"cannot read .*missing: No such file"):
         sha256(tmp_path / "missing")

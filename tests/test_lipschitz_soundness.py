@@ -1,14 +1,11 @@
 """No gradient norm or secant found in a ball exceeds a bound proved for it: random networks of every kind of layer."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.energy import energy_gradient
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz
 from grood_cert.lipschitz.estimates import (
     _norms,
@@ -17,15 +14,13 @@ from grood_cert.lipschitz.estimates import (
     uniform_in_ball,
 )
 from grood_cert.lipschitz.graph import trace
-from grood_cert.lipschitz.l1_ball import L1Ball, gradient_norm
-from grood_cert.lipschitz.preactivations import preactivations
+from grood_cert.lipschitz.l1_ball import L1Ball
 from grood_cert.networks import Normalize
 
 NETWORKS = 216
 GROUPS = 12
 EPS = [0.0, 1e-6, 1e-3, 0.02, 0.2, 1.0]
 ACTIVATIONS = [nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.GELU]
-KINKS = (nn.ReLU, nn.LeakyReLU)
 
 
 class Residual(nn.Module):
@@ -53,9 +48,9 @@ def random_network(seed):
     activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
     kind = ("mlp", "conv", "residual", "average-pool", "max-pool", "batch-norm")[(seed // len(ACTIVATIONS)) % 6]
     classes = pick(1, 2, 3, 10)
-    width = pick(1, 2, 3, 8, 16) if kind != "mlp" else pick(1, 2, 5, 16, 64)
+    width = pick(1, 2, 3, 6) if kind != "mlp" else pick(1, 2, 5, 16, 64)
     channels = pick(1, 2)
-    shape = (channels, 6, 6) if kind != "mlp" else (channels, 2, 3)
+    shape = (channels, 5, 5) if kind != "mlp" else (channels, 2, 3)
     layers = [Normalize([0.4] * channels, [0.3] * channels)]
     if kind == "mlp":
         layers.append(nn.Flatten())
@@ -102,6 +97,15 @@ def random_network(seed):
     return network, shape, kind
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_ball(images, eps, norm):
     return L1Ball(images, eps) if norm == "l1" else Ball(images, eps, norm)
 
@@ -123,12 +127,11 @@ def test_nothing_found_exceeds_a_bound(group):
         images = images_of(shape, len(EPS), generator)
         for norm in ("linf", "l2", "l1"):
             ball = make_ball(images, eps * (shape[0] * 6 if norm == "l1" else 1), norm)
-            bounds = local_lipschitz(graph, ball)
+            bounds = local_lipschitz(graph, ball, methods=METHODS if seed % 4 == 0 else METHODS[:-1])
             points = uniform_in_ball(ball, 12, generator)
             found = _norms(graph, points.flatten(0, 1), norm).reshape(len(points), -1).amax(0)
-            ascended, argument = ascended_gradient_norm_estimate(graph, ball, generator, restarts=1, steps=4)
+            ascended, argument = ascended_gradient_norm_estimate(graph, ball, generator, restarts=1, steps=3)
             secant = secant_estimate(graph, ball, torch.cat([points, argument[None], ball.project(1 - images)[None]]))
-            assert set(bounds.methods) == set(METHODS)
             for name, bound in {**bounds.methods, "auto": bounds.auto}.items():
                 where = f"seed {seed} ({kind}), {norm}, {name}"
                 assert bool(torch.isfinite(bound).all()), where

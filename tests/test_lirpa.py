@@ -408,6 +408,26 @@ def test_resnet18():
         assert ((upper - lower) < 10 * (high - low)).all()
 
 
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(1, 2, 2, stride=2), nn.Linear(16, 4)])
+@pytest.mark.parametrize("first", [[normalize()], []], ids=["normalised", "plain"])
+def test_the_first_layer_is_bounded_exactly_over_an_l2_ball(method, layer, first):
+    """Padding and the pixel box included; a bound over the box around the ball would be several times as wide."""
+    flat = [nn.Flatten()] if isinstance(layer, nn.Linear) else []
+    network = nn.Sequential(*first, *flat, layer, nn.ReLU(), nn.Flatten())
+    network.append(nn.Linear(network.float()(torch.zeros(1, *SHAPE)).shape[1], CLASSES))
+    network = randomised(network, 1)
+    affine = network[: len(first) + len(flat) + 1]
+    ball = ball_of(2, 0.3, "l2")
+    ((lower, upper),) = BoundedNetwork(network, SHAPE, method).relax(ball).preactivations()
+    jacobian = torch.func.jacrev(lambda x: affine(x[None]).flatten())(ball.center[0]).flatten(1).detach()
+    rows = jacobian.expand(2, -1, -1)
+    with torch.no_grad():
+        value = affine(ball.center).flatten(1)
+    assert torch.allclose(upper.flatten(1), value + support(rows, ball), rtol=1e-10, atol=1e-10)
+    assert torch.allclose(lower.flatten(1), value - support(-rows, ball), rtol=1e-10, atol=1e-10)
+
+
 # --- alpha-CROWN ----------------------------------------------------------------------------------------------------
 
 
@@ -519,8 +539,10 @@ def test_after_an_exception_the_bounds_are_right(monkeypatch):
     ball, rows = ball_of(2, 0.1, "linf"), rows_of(2)
     relaxation = network.relax(ball)
     want = relaxation.rows(rows)
+    module = network._engine._module
     with pytest.raises(RuntimeError):
         relaxation.rows(torch.ones(2, 3, CLASSES + 5, dtype=torch.float64))
+    assert network._engine._module is not module
     for again in (relaxation, network.relax(ball)):
         for one, other in zip(again.rows(rows), want, strict=True):
             assert torch.equal(one, other)
@@ -587,11 +609,12 @@ def test_degenerate_networks(name, method):
         assert high.abs().max() > 88
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1)])
 @pytest.mark.parametrize("method", METHODS)
-def test_overflow_is_nan_and_stays_in_its_sample(method):
+def test_overflow_is_nan_and_stays_in_its_sample(method, activation):
     """0.3 itself answers a NaN constant term with 0, for the whole batch: a wrong bound for the healthy sample."""
     skip_without_alpha(method)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.ReLU(), nn.Linear(2, CLASSES)).double()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), activation, nn.Linear(2, CLASSES)).double()
     with torch.no_grad():
         network[1].weight.fill_(1.5e307)
         network[1].bias.copy_(torch.tensor([-7.2e307, -7.3e307], dtype=torch.float64))
@@ -669,7 +692,7 @@ def test_a_layer_is_bounded_right_or_refused(layers, norm):
 
 
 def test_a_batch_norm_and_dropout_network_is_not_refused():
-    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout2d(), nn.Flatten(), nn.Linear(8, CLASSES)]
+    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8, CLASSES)]
     BoundedNetwork(randomised(nn.Sequential(*layers), 0), SHAPE, "crown")
 
 

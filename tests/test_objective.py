@@ -192,7 +192,9 @@ def test_weight_zero_is_energy_fine_tuning(name):
     terms = objective(network, images, labels, outliers, ENERGY_ONLY)
     logits = twin(torch.cat([images, outliers]))
     free_energy = -logits.logsumexp(1)
-    loss_s = (functional.relu(free_energy[:6] + 1.9) ** 2).mean() + (functional.relu(-1.7 - free_energy[6:]) ** 2).mean()
+    loss_s = (functional.relu(free_energy[:6] + 1.9) ** 2).mean() + (
+        functional.relu(-1.7 - free_energy[6:]) ** 2
+    ).mean()
     expected = functional.cross_entropy(logits[:6], labels) + 0.3 * loss_s
     torch.testing.assert_close(terms.total, expected, rtol=1e-13, atol=0)
     assert torch.equal(parameter_gradient(network, terms.total), parameter_gradient(twin, expected))

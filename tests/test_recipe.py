@@ -72,7 +72,12 @@ def test_settings_override_the_file(tmp_path):
     path.write_text('name = "a"\n[objective]\nlambda_grad = 0.5\nm_in = -9\n')
     recipe = load(
         path,
-        ["objective.lambda_grad=0", "data.id=digits:0-3", 'data.ood=["digits:8", "photo-patches"]', "optimizer.lr = 1e-3"],
+        [
+            "objective.lambda_grad=0",
+            "data.id=digits:0-3",
+            'data.ood=["digits:8", "photo-patches"]',
+            "optimizer.lr = 1e-3",
+        ],
     )
     assert recipe.name == "a"
     assert (recipe.objective.lambda_grad, recipe.objective.m_in) == (0.0, -9.0)
@@ -84,7 +89,10 @@ def test_settings_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("objective.lambda_grad", "--set objective.lambda_grad: expected KEY=VALUE, for example objective.lambda_grad=0.1"),
+        (
+            "objective.lambda_grad",
+            "--set objective.lambda_grad: expected KEY=VALUE, for example objective.lambda_grad=0.1",
+        ),
         ("=3", "--set =3: expected KEY=VALUE"),
         ("name.x=3", "--set name.x=3: name is not a table"),
         ("objective.lambda_gard=1", "did you mean objective.lambda_grad?"),

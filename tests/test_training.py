@@ -133,7 +133,9 @@ def test_one_step_is_plain_sgd_on_the_objective():
         auxiliary=dataclasses.replace(data.auxiliary, images=data.auxiliary.images.double()),
     )
     twin = network_of(small(network={"name": "conv-small"}), data).double()
-    ordered_id, ordered_aux = (energy(twin(part.images)).detach().sort().values for part in (data.train, data.auxiliary))
+    ordered_id, ordered_aux = (
+        energy(twin(part.images)).detach().sort().values for part in (data.train, data.auxiliary)
+    )
     m_in, m_out = float(ordered_id[6:8].mean()), float(ordered_aux[12:14].mean())  # some samples on either side
     recipe = small(
         network={"name": "conv-small"},
@@ -191,7 +193,9 @@ def test_constant_schedule():
         schedule.step()
 
 
-@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(20, 8, [7, 7, 6]), (9, 8, [5, 4]), (8, 8, [8]), (1, 8, [1])])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"), [(20, 8, [7, 7, 6]), (9, 8, [5, 4]), (8, 8, [8]), (1, 8, [1])]
+)
 def test_an_epoch_sees_every_image_once_in_even_batches(monkeypatch, count, batch_size, sizes):
     """No last batch of one sample, on which BatchNorm would stumble, unless there is but one."""
     data = experiment(train=count, auxiliary=6)
@@ -305,7 +309,11 @@ def test_a_run_does_not_overwrite_another(tmp_path):
     [
         ({"data": {"auxiliary": "digits:0"}}, {}, "auxiliary set 'digits:0' and ID set 'digits:0-5' share class 0"),
         ({"data": {"ood": ["digits:0-5"]}}, {}, "OOD set 'digits:0-5' and ID set"),
-        ({"data": {"calibration_share": 0.01}}, {}, "11 calibration scores cannot hold a 95 % quantile; use at least 19"),
+        (
+            {"data": {"calibration_share": 0.01}},
+            {},
+            "11 calibration scores cannot hold a 95 % quantile; use at least 19",
+        ),
         ({"data": {"id": "cifar10"}}, {}, "data set 'cifar10' is not in "),
         ({}, {"device": "abacus"}, "device 'abacus' cannot be used here; use cpu"),
         ({}, {"device": "meta"}, "device 'meta' cannot be used here; use cpu"),
@@ -320,7 +328,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, recipe, options, message
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(InputError, match="cannot write to .*run: "):
+    with pytest.raises(InputError, match=r"cannot write to .*run: "):
         training.run(small(), tmp_path / "run")
 
 

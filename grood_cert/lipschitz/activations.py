@@ -170,8 +170,8 @@ class Softplus(Activation):
 class GELU(Activation):
     """The function z Phi(z); sigma'' = phi(z) (2 - z^2), so sigma' rises exactly on [-sqrt 2, sqrt 2]."""
 
-    steepest: float = 1.1289041
-    lowest_slope: float = -0.1289041
+    steepest: float = 1.1289041452  # the value at sqrt 2, rounded up
+    lowest_slope: float = -0.1289041452
 
     def __call__(self, values: Tensor) -> Tensor:
         """sigma(z)."""

@@ -10,7 +10,8 @@ function closes the argument: max over x' in B of a . x' = a . x + max a . (x' -
 pointwise larger one, so the result is an upper bound.
 
 Sources are intersected: largest lower, smallest upper bound. Each is first moved outward by 1e-12 of
-|W| |x| + |b|, the magnitude of what was summed, so exact-arithmetic claims survive rounding. A sample whose bounds
+|W| |x| + |b|, the magnitude of what was summed (|x| of an activation is the larger of |sigma(z)| and |z|), so
+exact-arithmetic claims survive rounding. A sample whose bounds
 cross or are not finite is *not proved*.
 
 References:
@@ -61,11 +62,11 @@ class Preactivations:
     proved: Tensor
 
 
-def _linear_interval(operation: LinearMap, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Image of a box, and the magnitude |W| |x| + |b| of what was summed."""
+def _linear_interval(operation: LinearMap, lower: Tensor, upper: Tensor) -> Interval:
+    """Image of a box."""
     absolute = operation.absolute()
     center, radius = operation((lower + upper) / 2), absolute.linear((upper - lower) / 2)
-    return center - radius, center + radius, absolute(torch.maximum(lower.abs(), upper.abs()))
+    return center - radius, center + radius
 
 
 def _outward(lower: Tensor, upper: Tensor, magnitude: Tensor) -> Interval:
@@ -257,7 +258,8 @@ def preactivations(
         operation, origin = node.operation, node.inputs[0]
         lower, upper = intervals[origin]
         if isinstance(operation, LinearMap):
-            lower, upper, magnitude = _linear_interval(operation, lower, upper)
+            lower, upper = _linear_interval(operation, lower, upper)
+            magnitude = operation.absolute()(magnitudes[origin])
         elif isinstance(operation, Addition):
             other = node.inputs[1]
             lower, upper = lower + intervals[other][0], upper + intervals[other][1]
@@ -272,6 +274,7 @@ def preactivations(
                 lower, upper = _intersect((lower, upper), _outward(*known[number], magnitudes[origin]))
             proved &= _ordered(lower, upper)
             intervals[origin] = lower, upper
+            before = torch.maximum(lower.abs(), upper.abs())  # lines around a flat activation cancel terms of this size
             inputs.append((lower, upper))
             slopes.append(slopes_of(operation, lower, upper))
             relaxed.add(number, lower, upper)
@@ -279,8 +282,8 @@ def preactivations(
                 lower, upper = operation.values(lower, upper)
             else:
                 assert isinstance(operation, MaxPool)
-                lower, upper = operation(lower), operation(upper)
-            magnitude = torch.maximum(lower.abs(), upper.abs())
+                lower, upper, before = operation(lower), operation(upper), operation(before)
+            magnitude = torch.maximum(torch.maximum(lower.abs(), upper.abs()), before)
         intervals.append(_outward(lower, upper, magnitude))
         magnitudes.append(magnitude)
     logits, weights = _logits(graph, relaxed, source, intervals[-1], magnitudes[-1], given_rows)
