@@ -129,18 +129,34 @@ class Ball:
         """
         low = (self.lower - self.center).flatten(1).unsqueeze(1)
         high = (self.upper - self.center).flatten(1).unsqueeze(1)
-        eps = self.eps.reshape(-1, 1)
-        size = max(1, _BLOCK // max(1, rows[:, :1].numel()))
-        return torch.cat([_support(block, low, high, eps, self.norm) for block in torch.split(rows, size, 1)], 1)
+        if self.norm == "linf":
+            return _box_support(rows, low, high)
+        return l2_support(rows, low, high, self.eps)
 
 
-def _support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor, norm: Norm) -> Tensor:
-    """`Ball.support` of one block of rows: low, high of shape (B, 1, d), eps of shape (B, 1)."""
-    box = (rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT).squeeze(-1)
-    if norm == "linf":
-        return box
+def _box_support(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return (rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT).squeeze(-1)
+
+
+def l2_support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    r"""`Ball.support` for l_2: upper bound of max a . d over ||d||_2 <= eps, low <= d <= high.
+
+    Args:
+        rows: Coefficients a, shape (B, S, d).
+        low: Lower ends of the box, at most 0, shape (B, 1, d).
+        high: Upper ends, at least 0, shape (B, 1, d).
+        eps: Radii, shape (B,).
+
+    Returns:
+        Shape (B, S).
+    """
+    size = max(1, _BLOCK // max(1, rows[:, :1].numel()))
+    return torch.cat([_l2_block(block, low, high, eps.unsqueeze(1)) for block in torch.split(rows, size, 1)], 1)
+
+
+def _l2_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(rows, dim=-1)
-    best = torch.minimum(box, eps * length)
+    best = torch.minimum(_box_support(rows, low, high), eps * length)
     with torch.no_grad():
         tolerance = 1 + 8 * torch.finfo(rows.dtype).eps
         step = eps / length  # 1 / mu, shape (B, S)

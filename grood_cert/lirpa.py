@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grood_cert.ball import Ball
+from grood_cert.ball import Ball, l2_support
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks import Normalize
 
@@ -270,10 +270,10 @@ def _perturbation_class() -> type:
     """auto_LiRPA's perturbation, with our `Ball` as its set.
 
     Interval propagation inside the library reads the norm and the box: it is told the l_inf box around the ball,
-    which contains it. Linear bounds are made concrete by `Ball.support`, which knows the ball and the box.
+    which contains it. Linear bounds are made concrete by `l2_support`, which knows the ball and the box.
     """
     library = _library()
-    matrix_of_patches = importlib.import_module("auto_LiRPA.patches").patches_to_matrix
+    unfold = importlib.import_module("auto_LiRPA.patches").inplace_unfold
     identity_type = importlib.import_module("auto_LiRPA.utils").eyeC
 
     class BallPerturbation(library.PerturbationLpNorm):  # type: ignore[name-defined, misc]
@@ -282,21 +282,30 @@ def _perturbation_class() -> type:
             self.ball = ball
 
         def concretize(self, x: Tensor, A: Any, sign: int = -1, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
-            if A is None or self.ball.norm == "linf" or isinstance(A, identity_type) or getattr(A, "identity", 0) == 1:
+            ball = self.ball
+            if A is None or ball.norm == "linf" or isinstance(A, identity_type) or getattr(A, "identity", 0) == 1:
                 return super().concretize(x, A, sign, *args, **kwargs)
-            output_shape = None
-            if not isinstance(A, Tensor):
-                patches = A
-                A = matrix_of_patches(  # noqa: N806
-                    *(patches.patches, x.shape, patches.stride, patches.padding),
-                    *(patches.output_shape, patches.unstable_idx),
-                )
-                if patches.unstable_idx is None:
-                    output_shape = (x.shape[0], patches.patches.shape[0], *patches.patches.shape[2:4])
-            rows = A.reshape(A.shape[0], A.shape[1], -1)
-            center = (rows @ x.flatten(1).unsqueeze(-1)).squeeze(-1)
-            bound = center + self.ball.support(rows) if sign == 1 else center - self.ball.support(-rows)
-            return bound if output_shape is None else bound.reshape(output_shape)
+            images = x, ball.lower - x, ball.upper - x
+            if isinstance(A, Tensor):
+                rows = A.reshape(A.shape[0], A.shape[1], -1)
+                center, low, high = (image.flatten(1).unsqueeze(1) for image in images)
+                return self._bound(rows, center, low, high, ball.eps, sign)
+            # Patches: at each of H x W places, S rows over a window of the image, (S, B, H, W, window).
+            if A.unstable_idx is not None:
+                raise NotImplementedError("a selection of patches")
+            patches = A.patches.expand(-1, len(x), -1, -1, -1, -1, -1).flatten(4)
+            number, batch, height, width, size = patches.shape
+            places = batch * height * width
+            windows = A.patches.shape[-2:], A.stride, A.padding, A.inserted_zeros, A.output_padding
+            center, low, high = (unfold(image, *windows).reshape(places, 1, size) for image in images)
+            rows = patches.permute(1, 2, 3, 0, 4).reshape(places, number, size)
+            eps = ball.eps.repeat_interleave(height * width)
+            bound = self._bound(rows, center, low, high, eps, sign)
+            return bound.reshape(batch, height, width, number).permute(0, 3, 1, 2)
+
+        @staticmethod
+        def _bound(rows: Tensor, center: Tensor, low: Tensor, high: Tensor, eps: Tensor, sign: int) -> Tensor:
+            return (rows @ center.mT).squeeze(-1) + sign * l2_support(sign * rows, low, high, eps)
 
     return BallPerturbation
 

@@ -43,7 +43,7 @@ class ObjectiveSection:
     """Weights and margins of `grood_cert.objective`; lambda_grad is in the units of the paper's formula."""
 
     lambda_S: float = 0.1  # noqa: N815
-    lambda_grad: float = 0.2
+    lambda_grad: float = 0.1
     m_in: float = -6.0
     m_out: float = -2.0
 
@@ -57,7 +57,7 @@ class OptimizerSection:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
-    epochs: int = 40
+    epochs: int = 60
     batch_size: int = 64
 
 

@@ -198,7 +198,9 @@ def test_slope_and_value_ranges_hold_every_sampled_point(activation):
     function = graph.nodes[2].operation
     generator = torch.Generator().manual_seed(0)
     lower = 8 * torch.randn(400, 1, generator=generator, dtype=torch.float64)
-    width = torch.rand(400, 1, generator=generator, dtype=torch.float64) * torch.logspace(-9, 1.3, 400).double()[:, None]
+    width = (
+        torch.rand(400, 1, generator=generator, dtype=torch.float64) * torch.logspace(-9, 1.3, 400).double()[:, None]
+    )
     lower[:20], width[:20] = torch.where(torch.arange(20)[:, None] % 2 == 0, 0.0, -width[:20]), width[:20]
     upper = lower + width
     points = lower + width * torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -18,7 +18,7 @@ from grood_cert.lipschitz.l1_ball import L1Ball
 from grood_cert.networks import Normalize
 
 NETWORKS = 216
-GROUPS = 12
+GROUPS = 7
 EPS = [0.0, 1e-6, 1e-3, 0.02, 0.2, 1.0]
 ACTIVATIONS = [nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.GELU]
 
@@ -132,15 +132,14 @@ def test_nothing_found_exceeds_a_bound(group):
             found = _norms(graph, points.flatten(0, 1), norm).reshape(len(points), -1).amax(0)
             ascended, argument = ascended_gradient_norm_estimate(graph, ball, generator, restarts=1, steps=3)
             secant = secant_estimate(graph, ball, torch.cat([points, argument[None], ball.project(1 - images)[None]]))
+            # a secant carries the rounding of S divided by the distance; distances are close to eps
+            largest = torch.stack([value.flatten(1).abs().amax(1) for value in graph.values(images)[1:]]).amax(0)
+            noise = 1e-13 * largest / eps.clamp(min=1e-300)
             for name, bound in {**bounds.methods, "auto": bounds.auto}.items():
                 where = f"seed {seed} ({kind}), {norm}, {name}"
                 assert bool(torch.isfinite(bound).all()), where
                 for what, value in (("sampled", found), ("ascended", ascended)):
-                    excess = value - bound * (1 + 1e-9)
-                    assert bool((excess <= 1e-12 * bounds.methods["product"]).all()), f"{where}, {what}: {value} > {bound}"
-                # a secant over a distance t carries the rounding of S, about 1e-13 |S| / t
-                noise = 1e-13 * (1 + graph(images).abs().amax(1)) / eps.clamp(min=1e-300)
-                noise = noise + 1e-12 * bounds.methods["product"] / eps.clamp(min=1e-300)
-                assert bool((secant <= bound * (1 + 1e-9) + noise).all()), f"{where}, secant: {secant} > {bound}"
+                    assert bool((value <= bound).all()), f"{where}, {what}: {value} > {bound}"
+                assert bool((secant <= bound + noise).all()), f"{where}, secant: {secant} > {bound}"
             parts = torch.stack(list(bounds.methods.values()))
             assert bool((bounds.auto == parts.amin(0)).all())
