@@ -37,7 +37,8 @@ def dual_norm(gradient: Tensor, norm: Norm) -> Tensor:
         >>> dual_norm(torch.tensor([[3.0, -4.0]]), "linf"), dual_norm(torch.tensor([[3.0, -4.0]]), "l2")
         (tensor([7.]), tensor([5.]))
     """
-    return torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    return length
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Ball:
     def distance(self, points: Tensor) -> Tensor:
         """||x' - x||_p of each point, shape (B,)."""
         offset = (points - self.center).flatten(1)
-        return torch.linalg.vector_norm(offset, ord=float("inf") if self.norm == "linf" else 2, dim=1)
+        length: Tensor = torch.linalg.vector_norm(offset, ord=float("inf") if self.norm == "linf" else 2, dim=1)
+        return length
 
     def support(self, rows: Tensor) -> Tensor:
         r"""Upper bound of max over x' in B of a . (x' - x); exact for l_inf, exact up to rounding for l_2 as a rule.

@@ -14,27 +14,23 @@ checked; a violation raises `SoundnessError`.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from grood_cert import attack, lirpa, rows
+from grood_cert import attack, lirpa, rows, runs
 from grood_cert.ball import NORMS, Ball, Norm, dual_norm
 from grood_cert.data import ImageSet
-from grood_cert.detector import Detector, versions
+from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.files import check_writable, replacing, sha256, write_csv, write_json
+from grood_cert.files import write_csv, write_json
 from grood_cert.lirpa import BoundedNetwork, Method
 from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column, manifest_path
 from grood_cert.score_bounds import ScoreBounds, score_bounds
@@ -373,25 +369,13 @@ def _check_inside(images: Tensor, eps: Tensor, bound: ScoreBounds, seen: attack.
         )
 
 
-def subset(images: ImageSet, limit: int, seed: int) -> tuple[ImageSet, Tensor]:
-    """At most `limit` images (0: all), drawn without replacement by the seed, in their order in the set.
-
-    Returns:
-        The images and their positions in the set.
-    """
-    index = torch.arange(len(images))
-    if 0 < limit < len(images):
-        index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-    return images.select(index), index
-
-
 def certify(certifier: Certifier, sets: Sequence[ImageSet], limit: int = 0) -> Iterator[list[dict[str, Any]]]:
     """Certify sets of images batch by batch.
 
     Args:
         certifier: Detector and settings.
         sets: Image sets; their `kind` says which decision is right.
-        limit: Most images of each set, 0 for all; `subset` says which.
+        limit: Most images of each set, 0 for all; `runs.subset` says which.
 
     Yields:
         One record a sample, with the columns of `grood_cert.rows`, a batch at a time.
@@ -399,30 +383,19 @@ def certify(certifier: Certifier, sets: Sequence[ImageSet], limit: int = 0) -> I
     Raises:
         SoundnessError: If an attack contradicts a proof.
     """
-    for whole in sets:
-        images, index = subset(whole, limit, certifier.settings.seed)
-        for part in torch.arange(len(images)).split(certifier.settings.batch_size):
-            columns = {
-                name: value.tolist() for name, value in certifier.certify(images.images[part], images.kind).items()
-            }
-            records = []
-            for position, sample in enumerate(part.tolist()):
-                record: dict[str, Any] = {
-                    "set": images.name,
-                    "kind": images.kind,
-                    "index": int(index[sample]),
-                    "label": int(images.labels[sample]),
-                }
-                for name, values in columns.items():
-                    if name in GRID_COLUMNS:
-                        for value, eps in zip(values[position], certifier.settings.eps, strict=True):
-                            record[grid_column(name, eps)] = value
-                    else:
-                        record[name] = values[position]
-                proved = record["radius_certified"] > 0
-                record["status"] = "misdecided" if not record.pop("right") else "certified" if proved else "undecided"
-                records.append(record)
-            yield records
+    settings = certifier.settings
+    for images, records in runs.batches(sets, limit, settings.batch_size, settings.seed):
+        columns = {name: value.tolist() for name, value in certifier.certify(images.images, images.kind).items()}
+        columns["label"] = images.labels.tolist()
+        for position, record in enumerate(records):
+            for name, values in columns.items():
+                if name in GRID_COLUMNS:
+                    record |= {grid_column(name, eps): v for eps, v in zip(settings.eps, values[position], strict=True)}
+                else:
+                    record[name] = values[position]
+            proved = record["radius_certified"] > 0
+            record["status"] = "misdecided" if not record.pop("right") else "certified" if proved else "undecided"
+        yield records
 
 
 def run(
@@ -456,43 +429,20 @@ def run(
         SoundnessError: If an attack contradicts a proof; the evidence is saved as `counterexample.npz`.
     """
     target = out / "rows.csv"
-    if target.exists() and not force:
-        raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
-    if limit < 0:
-        raise InputError(f"limit must be 0 (all) or more, got {limit}")
     certifier = Certifier(detector, settings)
-    check_writable(out)
+    runs.check_target(target, limit, force)
     started = time.perf_counter()
-    begin(sum(len(subset(images, limit, settings.seed)[0]) for images in sets))
+    begin(runs.size(sets, limit))
     records: list[dict[str, Any]] = []
-    try:
+    with runs.evidence_saved(out):
         for batch in certify(certifier, sets, limit):
             records += batch
             advance(len(batch))
-    except SoundnessError as error:
-        error.counterexample = out / "counterexample.npz"
-        with replacing(error.counterexample) as temporary:
-            np.savez(temporary, **error.evidence)
-        raise
-    manifest = {
-        "model": {"path": str(model), "sha256": sha256(model), "name": detector.recipe.name},
-        "gamma": detector.gamma,
-        "calibration": detector.calibration,
-        "data": [
-            {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
-            for images in sets
-        ],
-        "limit": limit,
-        **dataclasses.asdict(settings),
+    manifest = runs.manifest(detector, model, sets, limit, settings) | {
         "method": certifier.method,
         "method_asked": settings.method,
         "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
-        "dtype": str(next(detector.network.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(detector.network.parameters()).device),
         "failures": certifier.failures,
-        "versions": {**versions(), "auto_LiRPA": lirpa.version()},
-        "machine": platform.machine(),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_csv(target, rows.header(settings.eps), records)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from grood_cert import certification, detector, lirpa, rows, training
+from grood_cert import certification, detector, lirpa, rows, runs, training
 from grood_cert.ball import Ball
 from grood_cert.certification import Certifier, Settings, search_radius
 from grood_cert.data import ImageSet
@@ -211,10 +211,10 @@ def test_eps_zero_and_the_whole_box(loaded):
 
 def test_subset_is_seeded_and_names_its_positions():
     images = ImageSet("x", "id", torch.rand(20, 1, 2, 2), torch.arange(20), tuple(map(str, range(20))))
-    chosen, index = certification.subset(images, 5, seed=3)
+    chosen, index = runs.subset(images, 5, seed=3)
     assert len(chosen) == 5 and torch.equal(chosen.labels, index) and torch.equal(index, index.sort().values)
-    assert torch.equal(certification.subset(images, 5, seed=3)[1], index)
-    assert len(certification.subset(images, 0, seed=3)[0]) == len(certification.subset(images, 99, seed=3)[0]) == 20
+    assert torch.equal(runs.subset(images, 5, seed=3)[1], index)
+    assert len(runs.subset(images, 0, seed=3)[0]) == len(runs.subset(images, 99, seed=3)[0]) == 20
 
 
 # What must not pass

@@ -72,6 +72,11 @@ def test_round_trip_gives_the_same_scores_to_the_last_bit(name, tmp_path):
     assert torch.equal(load(tmp_path / "again.pt").score(images), detector.score(images))
 
 
+def test_the_architecture_carries_the_normalisation():
+    normalize = make().network[0]
+    assert normalize.mean.item() == pytest.approx(0.3) and normalize.std.item() == pytest.approx(0.37)
+
+
 def test_weights_that_need_float64_keep_it(tmp_path):
     detector = make()
     with torch.no_grad():

@@ -137,6 +137,21 @@ def test_crown_agrees_with_auto_lirpa():
     torch.testing.assert_close(known.logits[1], upper, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_bounds_on_top_of_auto_lirpa_are_those_on_top_of_our_crown(norm):
+    torch.manual_seed(0)
+    network = build("conv-small", (1, 8, 8), 4, [0.3], [0.4], width=2).double().eval().requires_grad_(False)
+    graph = trace(network, (1, 8, 8))
+    ball = Ball(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0.0, 0.01, 0.05]).double(), norm)
+    relaxation = BoundedNetwork(network, (1, 8, 8), "crown").relax(ball)
+    rows = relaxation.rows(logit_rows(4).expand(3, -1, -1))
+    known = preactivations(graph, ball, "ibp", given=relaxation.preactivations(), given_rows=rows)
+    assert bool(known.proved.all())
+    theirs, ours = local_lipschitz(graph, ball, known), local_lipschitz(graph, ball)
+    for name, bound in ours.methods.items():
+        torch.testing.assert_close(theirs.methods[name], bound, rtol=1e-3, atol=0.0)
+
+
 def small_graph():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 3)).eval()

@@ -358,7 +358,7 @@ def exact_range(network, ball, row):
 def test_against_the_exact_range_of_small_networks(method):
     skip_without_alpha(method)
     gaps = []
-    for seed in range(4):
+    for seed in range(2 if method == "alpha-crown" else 6):
         network = two_pixel_net(seed)
         relaxed = BoundedNetwork(network, (1, 1, 2), method)
         for eps in (0.02, 0.3):
@@ -399,10 +399,11 @@ def test_resnet18():
     shape = (1, 16, 16)
     network = randomised(build("resnet18", shape, CLASSES, [0.3], [0.4], width=1), 3)
     generator = torch.Generator().manual_seed(0)
+    relaxed = BoundedNetwork(network, shape, "crown-ibp")
     for norm in ("linf", "l2"):
         x = torch.rand(2, *shape, generator=generator, dtype=torch.float64)
         ball, rows = Ball(x, torch.full((2,), 1e-3, dtype=torch.float64), norm), rows_of(2, rows=1)
-        lower, upper = BoundedNetwork(network, shape, "crown-ibp").relax(ball).rows(rows, "crown")
+        lower, upper = relaxed.relax(ball).rows(rows, "crown")
         low, high = extremes(network, ball, rows, samples=10, steps=3)
         assert_contains(lower, upper, low, high)
         assert ((upper - lower) < 10 * (high - low)).all()
@@ -436,7 +437,7 @@ def test_the_first_layer_is_bounded_exactly_over_an_l2_ball(method, layer, first
 def test_alpha_crown_is_never_looser_and_mostly_tighter(name, norm):
     skip_without_alpha("alpha-crown")
     network, plain = bounded(name, "alpha-crown"), bounded(name, "crown")
-    for number, eps, seed, count in ((3, 0.02, 0, 4), (2, 0.1, 1, 1), (4, 0.05, 2, 2)):
+    for number, eps, seed, count in ((3, 0.02, 0, 2), (2, 0.1, 1, 1)):
         ball, rows = ball_of(number, eps, norm, seed), rows_of(number, seed, count)
         lower, upper = network.relax(ball).rows(rows)
         crown_lower, crown_upper = plain.relax(ball).rows(rows)
@@ -596,7 +597,7 @@ def test_degenerate_networks(name, method):
     network = degenerate_networks()[name]
     relaxed = BoundedNetwork(network, SHAPE, method)
     for norm in ("linf", "l2"):
-        for eps in (0.0, 0.1, 1.0):
+        for eps in (0.1,) if method == "alpha-crown" else (0.0, 0.1, 1.0):
             ball, rows = ball_of(2, eps, norm), rows_of(2, rows=1)
             lower, upper = relaxed.relax(ball).rows(rows)
             low, high = extremes(network, ball, rows, samples=10, steps=2)
@@ -825,7 +826,7 @@ assert not os.listdir(os.environ["HOME"]), os.listdir(os.environ["HOME"])
 
 def test_nothing_global_is_changed_and_nothing_is_printed(tmp_path):
     """Import, builds, bounds and failing bounds in a fresh interpreter, with an empty home."""
-    methods = METHODS if alpha_works() else METHODS[:-1]
+    methods = ("ibp", "alpha-crown" if alpha_works() else "crown")
     code = f"METHODS = {methods!r}\n" + textwrap.dedent(_SNAPSHOT)
     environment = {
         **lirpa.sys.modules["os"].environ,

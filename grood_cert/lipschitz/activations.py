@@ -180,7 +180,8 @@ class GELU(Activation):
 
     def _derivative(self, values: Tensor) -> Tensor:
         density = torch.exp(-values.square() / 2) / math.sqrt(2 * math.pi)
-        return 0.5 * torch.special.erfc(-values / _SQRT_TWO) + values * density
+        cumulative: Tensor = 0.5 * torch.special.erfc(-values / _SQRT_TWO)
+        return cumulative + values * density
 
     def slopes(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The ends, and the turning points -sqrt 2 and sqrt 2 where they lie inside."""

@@ -79,6 +79,11 @@ class Graph:
         return self.nodes[-1].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where the network's parameters are."""
+        return _device_of(self.network)
+
+    @property
     def nonlinear(self) -> tuple[int, ...]:
         """Numbers of the activations and maximum pools, in execution order."""
         return tuple(i for i, node in enumerate(self.nodes) if isinstance(node.operation, Activation | MaxPool))
@@ -110,6 +115,10 @@ class Graph:
     def __call__(self, images: Tensor) -> Tensor:
         """The logits, shape (B, K)."""
         return self.values(images)[-1]
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
 class _Tracer(fx.Tracer):
@@ -269,6 +278,7 @@ def _nodes(network: nn.Module, shape: tuple[int, ...]) -> tuple[Node, ...]:
     except (fx.proxy.TraceError, TypeError) as error:
         raise InputError(f"the network cannot be traced into a graph: {str(error).splitlines()[0]}") from error
     modules = dict(network.named_modules())
+    device = _device_of(network)
     nodes = [Node(None, (), shape, "image")]
     number: dict[fx.Node, int] = {}
     for call in traced.nodes:
@@ -292,7 +302,7 @@ def _nodes(network: nn.Module, shape: tuple[int, ...]) -> tuple[Node, ...]:
             continue
         number[call] = len(nodes)
         name = str(call.target) if call.op == "call_module" else call.name
-        nodes.append(Node(operation, inputs, _shape_after(operation, [nodes[i].shape for i in inputs]), name))
+        nodes.append(Node(operation, inputs, _shape_after(operation, [nodes[i].shape for i in inputs], device), name))
     if len(nodes[-1].shape) != 1:
         raise InputError(
             f"the network must return logits of shape (B, K), got (B, {', '.join(map(str, nodes[-1].shape))})"
@@ -300,7 +310,7 @@ def _nodes(network: nn.Module, shape: tuple[int, ...]) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def _shape_after(operation: Operation, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+def _shape_after(operation: Operation, shapes: list[tuple[int, ...]], device: torch.device) -> tuple[int, ...]:
     if isinstance(operation, Addition):
         if shapes[0] != shapes[1]:
             raise InputError(f"an addition of shapes {shapes[0]} and {shapes[1]} (broadcasting) cannot be bounded")
@@ -309,9 +319,9 @@ def _shape_after(operation: Operation, shapes: list[tuple[int, ...]]) -> tuple[i
         return shapes[0]
     if isinstance(operation, Dense):
         return (operation.weight.shape[0],)
-    weight = operation.weight if isinstance(operation, Convolution) else torch.empty(0)
+    kind = operation.weight.dtype if isinstance(operation, Convolution) else torch.float32
     with torch.no_grad():
-        return tuple(operation(torch.zeros(1, *shapes[0], dtype=weight.dtype, device=weight.device)).shape[1:])
+        return tuple(operation(torch.zeros(1, *shapes[0], dtype=kind, device=device)).shape[1:])
 
 
 def trace(network: nn.Module, shape: tuple[int, ...]) -> Graph:
@@ -339,8 +349,7 @@ def trace(network: nn.Module, shape: tuple[int, ...]) -> Graph:
             raise InputError(f"module {name or type(module).__name__} is in train mode; call network.eval() first")
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     graph = Graph(_nodes(network, shape), network)
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    images = torch.rand(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(graph.device)
     with torch.no_grad():
         expected, got = network(images), graph(images)
     scale = float(expected.abs().max())

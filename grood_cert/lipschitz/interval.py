@@ -124,7 +124,7 @@ def norm_of_box(lower: Tensor, upper: Tensor, norm: str) -> Tensor:
 def jacobian_intervals(graph: Graph, slopes: tuple[Interval, ...], batch: int) -> Interval:
     """Intervals of every J_k, shape (B, K, d): one backward pass with the K unit heads of every sample."""
     classes = graph.classes
-    heads = torch.eye(classes, dtype=torch.float64, device=slopes[0][0].device if slopes else None).repeat(batch, 1)
+    heads = torch.eye(classes, dtype=torch.float64, device=graph.device).repeat(batch, 1)
     repeated = tuple((low.repeat_interleave(classes, 0), high.repeat_interleave(classes, 0)) for low, high in slopes)
     lower, upper = gradient_intervals(graph, repeated, Weights.fixed(heads))
     return lower.flatten(1).reshape(batch, classes, -1), upper.flatten(1).reshape(batch, classes, -1)

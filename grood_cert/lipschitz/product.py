@@ -60,13 +60,14 @@ def torus_norm(convolution: Convolution) -> float:
     return float(torch.linalg.matrix_norm(transformed, ord=2).max()) * (1 + ROUNDING)
 
 
-def operator_norm(operation: LinearMap, shape: tuple[int, ...], norm: str) -> float:
+def operator_norm(operation: LinearMap, shape: tuple[int, ...], norm: str, device: str | torch.device = "cpu") -> float:
     r"""Upper bound of ||W||_{p->p}; exact for l_inf and l_1, and for l_2 where the unrolled map is small.
 
     Args:
         operation: The map.
         shape: Shape of its input.
         norm: "linf", "l2" or "l1".
+        device: Where the map's tensors are.
 
     Returns:
         The bound, moved up by 1e-12.
@@ -76,7 +77,7 @@ def operator_norm(operation: LinearMap, shape: tuple[int, ...], norm: str) -> fl
         >>> round(operator_norm(Dense(torch.tensor([[3.0, 4.0]]).double(), None), (2,), "l2"), 6)
         5.0
     """
-    ones = torch.ones(1, *shape, dtype=torch.float64)
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
     absolute = operation.absolute()
     rows = absolute.linear(ones)
     largest_row = float(rows.max()) * (1 + ROUNDING)
@@ -86,15 +87,15 @@ def operator_norm(operation: LinearMap, shape: tuple[int, ...], norm: str) -> fl
     if norm == "l1":
         return largest_column
     if ones.numel() * rows.numel() <= _UNROLLED_ENTRIES:
-        return matrix_norm(unrolled(operation, shape), norm)
+        return matrix_norm(unrolled(operation, shape, device), norm)
     bound = math.sqrt(largest_row * largest_column)
     return min(bound, torus_norm(operation)) if isinstance(operation, Convolution) else bound
 
 
-def unrolled(operation: LinearMap, shape: tuple[int, ...]) -> Tensor:
+def unrolled(operation: LinearMap, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
     """The matrix of a linear map, shape (outputs, inputs)."""
     size = math.prod(shape)
-    return operation.linear(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1).T
+    return operation.linear(torch.eye(size, dtype=torch.float64, device=device).reshape(size, *shape)).flatten(1).T
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,11 @@ class _Product:
         assert isinstance(operation, LinearMap)
         inputs = math.prod(shape) if state.matrix is None else state.matrix.shape[1]
         if inputs * max(math.prod(shape), node.size) > _UNROLLED_ENTRIES:
-            return _State(state.norm(self._norm) * operator_norm(operation, shape, self._norm), number, None)
+            return _State(
+                state.norm(self._norm) * operator_norm(operation, shape, self._norm, self._graph.device), number, None
+            )
         if state.matrix is None:
-            return _State(state.factor, state.base, unrolled(operation, shape))
+            return _State(state.factor, state.base, unrolled(operation, shape, self._graph.device))
         columns = state.matrix.T.reshape(-1, *shape)
         return _State(state.factor, state.base, operation.linear(columns).flatten(1).T)
 
@@ -191,7 +194,7 @@ def product_bound(graph: Graph, norm: str) -> float:
         node = graph.nodes[number]
         if isinstance(node.operation, Activation):
             low, high = node.operation.lowest_slope, node.operation.steepest
-            ones = torch.ones(node.shape, dtype=torch.float64)
+            ones = torch.ones(node.shape, dtype=torch.float64, device=graph.device)
             slopes[number] = low * ones, high * ones
     return _Product(graph, slopes, norm).bound()
 

@@ -1,0 +1,284 @@
+r"""A Lipschitz analysis: every estimate and every bound of the local constant, for each sample and each eps.
+
+The product is one row for each sample and eps in `lipschitz.csv`, with a manifest beside it. `COLUMNS` is the one
+place where the columns are documented. Constants are per pixel unit, in the dual of the ball's norm.
+
+On every batch the chain (gradient norm, sampled, ascended, secant) <= every bound is checked; a violation raises
+`SoundnessError`. CLEVER extrapolates and may exceed the truth, so it is outside the chain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grood_cert import attack, certification, runs
+from grood_cert.ball import Ball, Norm
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector
+from grood_cert.energy import energy
+from grood_cert.errors import InputError, SoundnessError
+from grood_cert.files import write_csv, write_json
+from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
+from grood_cert.lipschitz.estimates import (
+    ascended_gradient_norm_estimate,
+    gradient_norm_estimate,
+    sampled_gradient_norm_estimate,
+    secant_estimate,
+)
+from grood_cert.lipschitz.graph import Graph, trace
+from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY, Preactivations, logit_rows, preactivations
+from grood_cert.lipschitz.weng2018clever import clever_estimate
+from grood_cert.lirpa import BoundedNetwork, Method
+
+COLUMNS: dict[str, str] = {
+    "set": "name of the image set",
+    "kind": "id, ood or noise",
+    "index": "position of the image in its test set",
+    "score": "S(x)",
+    "eps": "radius of the ball, pixel units",
+    "gradient_norm_estimate": "estimate from below: ||grad S(x)||_q, what GReg penalises",
+    "sampled_estimate": "estimate from below: largest gradient norm at points sampled in the ball",
+    "ascended_estimate": "estimate from below: largest gradient norm found by ascent; the reference for tightness",
+    "secant_estimate": "estimate from below: largest |S(x') - S(x)| / ||x' - x||_p seen",
+    "clever_estimate": "estimate, neither below nor above: extreme-value fit (CLEVER)",
+    "clever_p_value": "goodness of that fit (Kolmogorov-Smirnov); nan where there is none",
+    "clever_fitted": "1 if the fit was usable, 0 if the sample maximum stands in",
+    **{f"bound_{name.replace('-', '_')}": f"formal upper bound: {name}; nan if not proved" for name in METHODS},
+    "bound": "formal upper bound: the smallest of all, and of those at larger eps; inf if nothing was proved",
+    "provenance": "the method that gave the bound at this eps",
+    "bound_fixed_head": "formal, upwards only: S(x') <= S(x) + bound ||x' - x||_p; enough for ID",
+}
+_LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
+_CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
+_SHARES = (0.01, 0.1, 0.3, 0.6, 1.0)  # of the way to where an attack or the ascent ended: where secants are taken
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to analyse.
+
+    Attributes:
+        eps: Radii in pixel units, ascending, without repetition.
+        norm: Norm of the balls.
+        method: Engine method for the pre-activation bounds.
+        samples: Points sampled in each ball.
+        clever_batches: Batch maxima of CLEVER; 0 leaves CLEVER out.
+        ascents: Starting points of the gradient ascent.
+        memory: Bytes that blocks of rows may take.
+        batch_size: Samples analysed together.
+        seed: Seed of all sampling.
+    """
+
+    eps: tuple[float, ...]
+    norm: Norm = "linf"
+    method: Method = "crown"
+    samples: int = 256
+    clever_batches: int = 50
+    ascents: int = 4
+    memory: int = DEFAULT_MEMORY
+    batch_size: int = 64
+    seed: int = 0
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Refuse settings that make no sense.
+
+        Raises:
+            InputError: Naming what is wrong.
+        """
+        certification.Settings(self.eps, self.norm, self.method, batch_size=self.batch_size).check(shape)
+        for name, least in (("samples", 1), ("clever_batches", 0), ("ascents", 1), ("memory", 2**16)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name.replace('_', ' ')} must be {least} or more, got {getattr(self, name)}")
+
+
+class Analyser:
+    """Analyses batches of images against one detector.
+
+    Args:
+        detector: Network; gamma plays no part.
+        settings: What to analyse.
+
+    Raises:
+        InputError: If the settings make no sense for the detector, or a layer of its network is not supported.
+        RunError: If the bound engine is missing or cannot convert the network.
+    """
+
+    def __init__(self, detector: Detector, settings: Settings) -> None:
+        shape = detector.architecture.shape
+        settings.check(shape)
+        self.settings = settings
+        self.graph = trace(detector.network, shape)
+        self._bounded = BoundedNetwork(detector.network, shape, settings.method)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+
+    @property
+    def method(self) -> str:
+        """The engine method in force."""
+        return self._bounded.method
+
+    def preactivations(self, ball: Ball) -> Preactivations:
+        """Bounds of auto_LiRPA, intersected with intervals of our own."""
+        return engine_preactivations(self._bounded, self.graph, ball)
+
+    def analyse(self, images: Tensor) -> list[dict[str, Any]]:
+        """All columns but `set`, `kind` and `index`, as one dictionary of lists for each eps.
+
+        Args:
+            images: Shape (B, C, H, W), pixels in [0, 1].
+
+        Raises:
+            SoundnessError: If an estimate from below exceeds a formal bound.
+        """
+        images = images.to(next(self.graph.network.parameters()))
+        with torch.no_grad():
+            score = energy(self.graph.network(images))
+        pages: list[dict[str, Any]] = []
+        best: list[Tensor] = []
+        for value in self.settings.eps:
+            ball = Ball(images, torch.full_like(score, value), self.settings.norm)
+            page: dict[str, Any] = {"score": score, "eps": torch.full_like(score, value)}
+            page |= self._estimates(ball)
+            bounds = local_lipschitz(
+                self.graph, ball, self.preactivations(ball), fixed_head=True, memory=self.settings.memory
+            )
+            page |= {f"bound_{name.replace('-', '_')}": bound for name, bound in bounds.methods.items()}
+            page |= {"bound": bounds.auto, "provenance": bounds.provenance, "bound_fixed_head": bounds.fixed_head}
+            _check_chain(images, page)
+            pages.append(page)
+            best.append(bounds.auto)
+        for page, bound in zip(pages, running_minimum(torch.stack(best, 1)).T, strict=True):
+            page["bound"] = bound
+            _check_chain(images, page)
+        return [{k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in page.items()} for page in pages]
+
+    def _estimates(self, ball: Ball) -> dict[str, Tensor]:
+        settings, generator = self.settings, self._generator
+        at_center = gradient_norm_estimate(self.graph, ball)
+        ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents)
+        seen = attack.extremes(self.graph.network, ball, generator, ball.center, ball.center)
+        ends = torch.stack([argument, seen.argmax, seen.argmin])
+        segments = torch.cat([ball.center + share * (ends - ball.center) for share in _SHARES])
+        found = {
+            "gradient_norm_estimate": at_center,
+            "sampled_estimate": sampled_gradient_norm_estimate(self.graph, ball, settings.samples, generator),
+            "ascended_estimate": ascended,
+            "secant_estimate": secant_estimate(self.graph, ball, segments),
+        }
+        nan = torch.full_like(at_center, torch.nan)
+        if settings.clever_batches:
+            clever = clever_estimate(self.graph, ball, generator, settings.clever_batches, settings.samples)
+            fitted = clever.fitted.to(at_center)
+            return found | dict(zip(_CLEVER, (clever.lipschitz_estimate, clever.p_value, fitted), strict=True))
+        return found | dict.fromkeys(_CLEVER, nan)
+
+
+def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
+    """Pre-activation bounds and softmax weights from auto_LiRPA, intersected with intervals of our own.
+
+    Args:
+        bounded: The network inside its bound engine.
+        graph: The same network.
+        ball: Batch of balls.
+    """
+    relaxation = bounded.relax(ball)
+    rows = logit_rows(graph.classes).to(ball.center).expand(len(ball.center), -1, -1)
+    return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
+
+
+def _check_chain(images: Tensor, page: dict[str, Any]) -> None:
+    largest = torch.stack([page[name] for name in _LOWER]).amax(0)
+    for name, bound in page.items():
+        if not name.startswith("bound") or name == "bound_fixed_head":
+            continue
+        wrong = largest > bound * (1 + _ROUNDING) + _ROUNDING * (bound == 0)
+        if bool(wrong.any()):
+            raise SoundnessError(
+                f"{int(wrong.sum())} slopes found by search exceed {name} at eps {float(page['eps'][0]):g}: no bound of "
+                "this run can be trusted",
+                {
+                    "image": images[wrong].cpu().numpy(),
+                    name: bound[wrong].cpu().numpy(),
+                    **{lower: page[lower][wrong].cpu().numpy() for lower in _LOWER},
+                },
+            )
+
+
+def analyse(analyser: Analyser, sets: Sequence[ImageSet], limit: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Analyse sets of images batch by batch.
+
+    Args:
+        analyser: Detector and settings.
+        sets: Image sets.
+        limit: Most images of each set, 0 for all.
+
+    Yields:
+        The records of a batch: one for each sample and eps, with the columns of `COLUMNS`.
+    """
+    settings = analyser.settings
+    for images, names in runs.batches(sets, limit, settings.batch_size, settings.seed):
+        pages = analyser.analyse(images.images)
+        yield [
+            name | {column: values[position] for column, values in page.items()}
+            for position, name in enumerate(names)
+            for page in pages
+        ]
+
+
+def run(
+    detector: Detector,
+    model: Path,
+    sets: Sequence[ImageSet],
+    settings: Settings,
+    out: Path,
+    *,
+    limit: int = 0,
+    force: bool = False,
+    begin: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> list[dict[str, Any]]:
+    """Analyse a detector and write `lipschitz.csv` and its manifest `lipschitz.json` to a folder.
+
+    Args:
+        detector: The detector.
+        model: The checkpoint it came from, named and hashed in the manifest.
+        sets: Image sets.
+        settings: What to analyse.
+        out: Folder; made if absent.
+        limit: Most images of each set, 0 for all.
+        force: Overwrite an analysis that is already there.
+        begin: Called once with the number of samples.
+        advance: Called after every batch with its size.
+
+    Returns:
+        The records, as written.
+
+    Raises:
+        InputError: If settings, sets, folder or a layer of the network are unusable.
+        RunError: If the bound engine is missing or cannot convert the network.
+        SoundnessError: If an estimate from below exceeds a formal bound; the evidence is saved.
+    """
+    target = out / "lipschitz.csv"
+    analyser = Analyser(detector, settings)
+    runs.check_target(target, limit, force)
+    started = time.perf_counter()
+    begin(runs.size(sets, limit))
+    records: list[dict[str, Any]] = []
+    with runs.evidence_saved(out):
+        for batch in analyse(analyser, sets, limit):
+            records += batch
+            advance(len(batch) // len(settings.eps))
+    manifest = runs.manifest(detector, model, sets, limit, settings) | {
+        "method": analyser.method,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_csv(target, list(COLUMNS), records)
+    write_json(target.with_suffix(".json"), manifest)
+    return records

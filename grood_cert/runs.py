@@ -1,0 +1,99 @@
+"""What every run over a detector's test sets shares: which samples, the manifest, and the evidence of a violation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grood_cert import lirpa
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector, versions
+from grood_cert.errors import InputError, SoundnessError
+from grood_cert.files import check_writable, replacing, sha256
+
+
+def subset(images: ImageSet, limit: int, seed: int) -> tuple[ImageSet, Tensor]:
+    """At most `limit` images (0: all), drawn without replacement by the seed, in their order in the set.
+
+    Returns:
+        The images and their positions in the set.
+    """
+    index = torch.arange(len(images))
+    if 0 < limit < len(images):
+        index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return images.select(index), index
+
+
+def size(sets: Sequence[ImageSet], limit: int) -> int:
+    """Number of samples of a run."""
+    return sum(min(len(images), limit) if limit else len(images) for images in sets)
+
+
+def batches(
+    sets: Sequence[ImageSet], limit: int, batch_size: int, seed: int
+) -> Iterator[tuple[ImageSet, list[dict[str, Any]]]]:
+    """The samples of a run, batch by batch, never across sets.
+
+    Yields:
+        The images of a batch, and the columns that name each of them: `set`, `kind`, `index`.
+    """
+    for whole in sets:
+        images, index = subset(whole, limit, seed)
+        for part in torch.arange(len(images)).split(batch_size):
+            names = [{"set": whole.name, "kind": whole.kind, "index": int(index[sample])} for sample in part]
+            yield images.select(part), names
+
+
+def check_target(target: Path, limit: int, force: bool) -> None:
+    """Refuse to start a run that could not be written, or would overwrite another.
+
+    Raises:
+        InputError: If so.
+    """
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
+    if limit < 0:
+        raise InputError(f"limit must be 0 (all) or more, got {limit}")
+    check_writable(target.parent)
+
+
+@contextlib.contextmanager
+def evidence_saved(folder: Path) -> Iterator[None]:
+    """Save the evidence of a `SoundnessError` as `counterexample.npz` in the folder, and let the error go on."""
+    try:
+        yield
+    except SoundnessError as error:
+        error.counterexample = folder / "counterexample.npz"
+        with replacing(error.counterexample) as temporary:
+            np.savez(temporary, **error.evidence)
+        raise
+
+
+def manifest(detector: Detector, model: Path, sets: Sequence[ImageSet], limit: int, settings: Any) -> dict[str, Any]:
+    """What was run on what: model, data, settings, software, machine and time."""
+    weight = next(detector.network.parameters())
+    return {
+        "model": {"path": str(model), "sha256": sha256(model), "name": detector.recipe.name},
+        "gamma": detector.gamma,
+        "calibration": detector.calibration,
+        "data": [
+            {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
+            for images in sets
+        ],
+        "limit": limit,
+        **dataclasses.asdict(settings),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
+        "versions": {**versions(), "auto_LiRPA": lirpa.version()},
+        "machine": platform.machine(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
