@@ -31,6 +31,10 @@ from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.files import write_csv, write_json
+from grood_cert.lipschitz.bound import local_lipschitz
+from grood_cert.lipschitz.engine import engine_preactivations
+from grood_cert.lipschitz.graph import trace
+from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.lirpa import BoundedNetwork, Method
 from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column, manifest_path
 from grood_cert.score_bounds import ScoreBounds, score_bounds
@@ -41,6 +45,7 @@ DEFAULT_EPS: dict[str, tuple[float, ...]] = {
 }
 _EVALUATIONS = 12
 _FIRST_SHARE = 0.7  # of the attack radius: where the search starts
+_PATH_POINTS = 10  # of the path integral of Lipschitz bounds
 _GROWTH = 1.3  # log-log slope of the bound's deviation in eps, until two points tell
 
 
@@ -55,6 +60,7 @@ class Settings:
         precision: Relative precision at which the radius search stops.
         batch_size: Samples bounded together.
         seed: Seed of the attacks' starting points.
+        lipschitz: Whether to prove radii from local Lipschitz bounds too.
     """
 
     eps: tuple[float, ...]
@@ -63,6 +69,7 @@ class Settings:
     precision: float = 1e-3
     batch_size: int = 64
     seed: int = 0
+    lipschitz: bool = False
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Refuse settings that make no sense for images of this shape.
@@ -203,6 +210,7 @@ class Certifier:
         self._bounded = BoundedNetwork(detector.network, shape, settings.method)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._limit = largest_eps(shape, settings.norm)
+        self._graph = trace(detector.network, shape) if settings.lipschitz else None
 
     @property
     def method(self) -> str:
@@ -236,7 +244,9 @@ class Certifier:
         }
         # Both are proofs of the same statement, so the better one holds.
         radii["radius_certified"] = torch.maximum(*radii.values())
-        _check_chain(images, adversarial, radii["radius_certified"])
+        radii |= self._lipschitz_radii(images, kind, margin, adversarial.radius)
+        for name, radius in radii.items():
+            _check_chain(images, adversarial, name, radius)
         return {
             "right": right,
             "prediction": logits.argmax(1),
@@ -248,6 +258,41 @@ class Certifier:
             "gradient_norm_estimate": slope,
             **columns,
         }
+
+    def _lipschitz_radii(self, images: Tensor, kind: str, margin: Tensor, attack_radius: Tensor) -> dict[str, Tensor]:
+        """Radii from local Lipschitz bounds, NaN if not asked for; an exception proves nothing and is counted.
+
+        ID needs no more than the constant of p0 . f, OOD the constant of S. The search and the integration grid end at
+        the attack radius, beyond which nothing can be proved.
+        """
+        nan = torch.full_like(margin, torch.nan)
+        found = {"radius_lipschitz_fixed_point": nan, "radius_lipschitz_path": nan}
+        if self._graph is None:
+            return found
+        graph = self._graph
+        furthest = torch.where(torch.isfinite(attack_radius), attack_radius, torch.full_like(margin, self._limit))
+
+        def bound(eps: Tensor) -> Tensor:
+            ball = Ball(images, eps, self.settings.norm)
+            known = engine_preactivations(self._bounded, graph, ball)
+            bounds = local_lipschitz(graph, ball, known, ("jacobian-crown",), fixed_head=kind == "id")
+            return bounds.auto if bounds.fixed_head is None else torch.fmin(bounds.auto, bounds.fixed_head)
+
+        try:
+            largest = float(furthest.max())
+            if largest > 0:
+                found["radius_lipschitz_fixed_point"] = fixed_point_radius(bound, margin, largest)
+                grid = furthest.clamp(min=largest * 1e-6)[:, None] * torch.arange(1, _PATH_POINTS + 1).to(margin)
+                grid = (grid / _PATH_POINTS).clamp(max=self._limit)
+                bounds = torch.stack([bound(eps) for eps in grid.T], 1)
+                found["radius_lipschitz_path"] = path_radius(grid, bounds, margin)
+        except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing was proved)
+            self._count_failure(error, len(images))
+        return found
+
+    def _count_failure(self, error: Exception, bounds: int) -> None:
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        self.failures[message] = self.failures.get(message, 0) + bounds
 
     def _attack(self, images: Tensor, right: Tensor) -> attack.MinimumNorm:
         """Nearest flipped points; a sample that is wrong at x is its own, at distance 0."""
@@ -263,8 +308,7 @@ class Certifier:
         try:
             return score_bounds(self._bounded, ball)
         except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing was proved)
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            self.failures[message] = self.failures.get(message, 0) + len(images)
+            self._count_failure(error, len(images))
             nan = torch.full_like(eps, torch.nan)
             return ScoreBounds(nan, nan, nan, nan)
 
@@ -336,16 +380,16 @@ class Certifier:
         )
 
 
-def _check_chain(images: Tensor, adversarial: attack.MinimumNorm, certified: Tensor) -> None:
-    wrong = ~(certified <= adversarial.radius)
+def _check_chain(images: Tensor, adversarial: attack.MinimumNorm, name: str, certified: Tensor) -> None:
+    wrong = certified > adversarial.radius
     if bool(wrong.any()):
         raise SoundnessError(
-            f"{int(wrong.sum())} certified radii exceed the distance of a counterexample: no certificate of this run "
-            "can be trusted",
+            f"{int(wrong.sum())} of {name} exceed the distance of a counterexample: no certificate of this run can be "
+            "trusted",
             {
                 "image": images[wrong].cpu().numpy(),
                 "counterexample": adversarial.points[wrong].cpu().numpy(),
-                "radius_certified": certified[wrong].cpu().numpy(),
+                name: certified[wrong].cpu().numpy(),
                 "radius_attack": adversarial.radius[wrong].cpu().numpy(),
             },
         )

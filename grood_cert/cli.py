@@ -133,6 +133,8 @@ _RADII = {
     "radius_gradient_norm_estimate": "gradient-norm estimate",
     "radius_certified_per_logit": "certified, per logit",
     "radius_certified": "certified, joint",
+    "radius_lipschitz_fixed_point": "Lipschitz, fixed point",
+    "radius_lipschitz_path": "Lipschitz, path integral",
     "radius_attack": "attack",
     "certified_to_attack_per_logit": "ratio per logit / attack",
     "certified_to_attack": "ratio certified / attack",
@@ -204,6 +206,7 @@ def certify(
     precision: Annotated[float, typer.Option(help="Relative precision of the certified radius.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Samples bounded together.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the attacks and of --limit.")] = 0,
+    lipschitz: Annotated[bool, typer.Option("--lipschitz", help="Prove radii from Lipschitz bounds too.")] = False,
     data_dir: _DataDir = None,
     download: _Download = False,
     device: _Device = "auto",
@@ -225,6 +228,7 @@ def certify(
         precision=precision,
         batch_size=batch_size,
         seed=seed,
+        lipschitz=lipschitz,
     )
     settings.check(loaded.architecture.shape)
     trained = loaded.recipe

@@ -216,7 +216,7 @@ def radius_summary(rows: Rows) -> list[dict[str, Any]]:
     """One record a set: how many samples were decided how, and medians over those that are right at x.
 
     Returns:
-        Records with `set`, `kind`, `samples`, `certified`, `undecided`, `misdecided`, the medians of the four radii,
+        Records with `set`, `kind`, `samples`, `certified`, `undecided`, `misdecided`, the medians of the radii,
         `certified_to_attack` (median ratio of certified and attack radius; an unfound attack counts with ratio 0) and
         `certified_to_attack_per_logit`. Medians of no sample are None.
     """
@@ -231,9 +231,12 @@ def radius_summary(rows: Rows) -> list[dict[str, Any]]:
                 "radius_gradient_norm_estimate",
                 "radius_certified_per_logit",
                 "radius_certified",
+                "radius_lipschitz_fixed_point",
+                "radius_lipschitz_path",
                 "radius_attack",
             ):
-                record[column] = float(np.median(rows[column][right])) if right.any() else None
+                known = rows[column][right][~np.isnan(rows[column][right])]
+                record[column] = float(np.median(known)) if len(known) else None
             for label, column in (
                 ("certified_to_attack", "radius_certified"),
                 ("certified_to_attack_per_logit", "radius_certified_per_logit"),

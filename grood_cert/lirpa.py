@@ -9,14 +9,14 @@ it, and for how long:
   `torch.onnx.utils` have two functions that torch has moved. All of it is put back, as are the things that the import
   itself changes for everybody: warning filters, the root logger, the two TorchScript executor switches.
 * For good, inside auto_LiRPA only: `parse_graph.parse_graph` sees graph nodes with the item access torch has dropped;
-  `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes; `operators.base.isnan`
-  says no, because its one caller answers a NaN constant term, and with it the whole batch, by the constant 0, which is
-  no bound; `print` in its modules is silent.
+  `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes.
+* For good, inside auto_LiRPA of any version (0.7.1 included): `operators.base.isnan` says no, because its one caller
+  answers a NaN constant term by the constant 0 for the whole batch, which is no bound; `print` is silent.
 * While a network is built or bounded: torch's default dtype is float64 (0.3 makes constants in the default dtype and
   rounds optimised bounds to it), Python warnings are caught, auto_LiRPA's own logger does not propagate, and the ONNX
   exporter's global opset is what 0.3 sets. All of it is put back at the end of each call.
 
-Versions from 0.4 on are used as they are, within the last item.
+Versions from 0.4 on are used as they are but for the last two items.
 
 Trust, but verify: a self-test once per process compares the engine with numbers worked out by hand, and every build
 compares the converted network with the model, forwards and, on a ball of radius 0, through each bound.
@@ -188,6 +188,8 @@ def _globals_restored() -> Iterator[None]:
     """Put back the process-wide settings that importing auto_LiRPA changes; collect its warnings, show none."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    extension = logging.getLogger("torch.utils.cpp_extension")  # says that there is no CUDA
+    extension_level = extension.level
     switches = (torch._C._jit_set_profiling_executor, torch._C._jit_set_profiling_mode)
     states = [switch(True) for switch in switches]
     for switch, state in zip(switches, states, strict=True):
@@ -195,9 +197,11 @@ def _globals_restored() -> Iterator[None]:
     try:
         with warnings.catch_warnings(record=True):  # recorded: the import resets the filters, but not the recorder
             warnings.simplefilter("ignore")
+            extension.setLevel(logging.ERROR)
             yield
     finally:
         root.handlers[:], root.level = handlers, level
+        extension.setLevel(extension_level)
         for switch, state in zip(switches, states, strict=True):
             switch(state)
 
@@ -224,11 +228,11 @@ def _library() -> types.ModuleType:
 
         parser.parse_graph = lambda graph, inputs, params: walk(_Graph(graph), inputs, params)
         library.BoundedModule._named_members = named_members
-        operators: Any = importlib.import_module("auto_LiRPA.operators.base")
-        operators.isnan = lambda _: False
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "auto_LiRPA":
-                module.print = lambda *_, **__: None  # type: ignore[attr-defined]
+    operators: Any = importlib.import_module("auto_LiRPA.operators.base")
+    operators.isnan = lambda _: False
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "auto_LiRPA":
+            module.print = lambda *_, **__: None  # type: ignore[attr-defined]
     return library
 
 
@@ -301,7 +305,8 @@ def _perturbation_class() -> type:
             rows = patches.permute(1, 2, 3, 0, 4).reshape(places, number, size)
             eps = ball.eps.repeat_interleave(height * width)
             bound = self._bound(rows, center, low, high, eps, sign)
-            return bound.reshape(batch, height, width, number).permute(0, 3, 1, 2)
+            bound = bound.reshape(batch, height, width, number).permute(0, 3, 1, 2)
+            return bound if _is_old() else bound.flatten(1)
 
         @staticmethod
         def _bound(rows: Tensor, center: Tensor, low: Tensor, high: Tensor, eps: Tensor, sign: int) -> Tensor:
@@ -377,8 +382,10 @@ class _Engine:
             names = [", ".join(sorted(kind.removeprefix("Bound") for kind in group)) for group in (unknown, layers)]
             raise RunError(f"no bounds for the operation {names[0]}; there are for {names[1]}")
         for node in module._modules.values():
-            if type(node).__name__ == "BoundLeakyRelu" and not 0 <= node.alpha <= 1:
-                raise RunError(f"no bounds for LeakyReLU with slope {node.alpha}; use one in [0, 1]")
+            if type(node).__name__ == "BoundLeakyRelu":
+                slope = node.attr["alpha"]
+                if not 0 <= slope <= 1:
+                    raise RunError(f"no bounds for LeakyReLU with slope {slope}; use one in [0, 1]")
         # For an l_2 ball the interval of the first layer is looser than its linear bound.
         module.check_IBP_first_linear = lambda _: False
         return module

@@ -13,6 +13,9 @@ The gradient is taken with respect to pixels in [0, 1]. With BatchNorm the gradi
 time with the layers in eval mode: the slope that is regularised is then the slope of the network that is certified,
 samples do not leak into each other's gradients, and running statistics are updated once a step.
 
+The point gradient says nothing about the ball around a sample. With `slope = "interval"` the same loss averages a
+formal bound of the local Lipschitz constant instead (`grood_cert.lipschitz.regulariser`); at radius 0 it is GReg.
+
 References:
     Sharifi et al., "Gradient-Regularized Out-of-Distribution Detection", ECCV 2024 (arXiv 2404.12368);
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020 (L_S).
@@ -28,7 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grood_cert.ball import Ball
 from grood_cert.energy import energy
+from grood_cert.lipschitz.regulariser import interval_lipschitz
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -42,12 +47,17 @@ class Weights:
         lambda_grad: Weight of the gradient loss; 0 is energy fine-tuning, and costs no second-order pass.
         m_in: Energy that ID samples should lie below.
         m_out: Energy that auxiliary outliers should lie above, m_in < m_out.
+        slope: What the gradient loss averages: "gradient-norm", ||grad S(x)||_2 at the sample (GReg), or "interval", a
+            formal upper bound of ||grad S||_2 over the l_2 ball of radius `slope_eps` around it.
+        slope_eps: Radius of that ball, pixel units.
     """
 
     lambda_S: float  # noqa: N815
     lambda_grad: float
     m_in: float
     m_out: float
+    slope: str = "gradient-norm"
+    slope_eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,12 @@ def objective(network: nn.Module, images_id: Tensor, labels: Tensor, images_aux:
         if layers:
             with _running_statistics(layers):
                 flat_score = energy(network(images))
-        (gradient,) = torch.autograd.grad(flat_score.sum(), images, create_graph=True)
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        if weights.slope == "interval":
+            eps = torch.full_like(flat_score, weights.slope_eps)
+            norm = interval_lipschitz(network, Ball(images.detach(), eps.detach(), "l2"))
+        else:
+            (gradient,) = torch.autograd.grad(flat_score.sum(), images, create_graph=True)
+            norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         slope = gradient_loss(
             norm[:count], norm[count:], flat_score[:count], flat_score[count:], weights.m_in, weights.m_out
         )

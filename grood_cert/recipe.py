@@ -40,12 +40,17 @@ class NetworkSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """Weights and margins of `grood_cert.objective`; lambda_grad is in the units of the paper's formula."""
+    """Weights and margins of `grood_cert.objective`; lambda_grad is in the units of the paper's formula.
+
+    `slope = "interval"` trains on a formal bound over the l_2 ball of radius `slope_eps` in place of the point gradient.
+    """
 
     lambda_S: float = 0.1  # noqa: N815
     lambda_grad: float = 0.1
     m_in: float = -6.0
     m_out: float = -2.0
+    slope: str = "gradient-norm"
+    slope_eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,14 @@ def _plain(value: Any) -> Any:
 _CHOICES = {
     "optimizer.name": ("sgd", "adam"),
     "optimizer.schedule": ("cosine", "constant"),
+    "objective.slope": ("gradient-norm", "interval"),
     "network.name": ("conv-small", "mlp", "resnet18"),  # the keys of networks.NETWORKS, which would import torch
 }
 _POSITIVE = ("optimizer.lr", "optimizer.epochs", "optimizer.batch_size", "network.hidden_layers")
 _NOT_NEGATIVE = (
     "objective.lambda_S",
     "objective.lambda_grad",
+    "objective.slope_eps",
     "optimizer.momentum",
     "optimizer.weight_decay",
     "network.width",

@@ -29,6 +29,8 @@ COLUMNS: dict[str, str] = {
     "status": "certified (a positive radius was proved), undecided (none was), misdecided (wrong already at x)",
     "radius_certified": "formal: largest eps found for which the decision was proved on the whole ball; 0 if none",
     "radius_certified_per_logit": "formal: the same from bounds of each logit alone (U0, L0)",
+    "radius_lipschitz_fixed_point": "formal: root of eps L(eps) = |S(x) - gamma|, L a Lipschitz bound; nan if not asked for",
+    "radius_lipschitz_path": "formal: where the integral of L reaches |S(x) - gamma|; nan if not asked for",
     "radius_attack": "upper bracket: distance of the nearest point found with the other decision; inf if none",
     "radius_gradient_norm_estimate": "estimate, proves nothing: |S(x) - gamma| / ||grad S(x)||_q",
     "gradient_norm_estimate": "estimate of the local Lipschitz constant from below: ||grad S(x)||_q, q dual to the norm",

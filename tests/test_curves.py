@@ -17,6 +17,7 @@ def sample(kind, name, score, bounds, radius=0.0, attack=math.inf, status="certi
     """One record; bounds = [(s_lb, s_ub, s_attack_min, s_attack_max) for each eps]."""
     record = {"set": name, "kind": kind, "index": 0, "label": 0, "prediction": 0, "accepted": 0, "status": status}
     record |= {"score": score, "radius_certified": radius, "radius_certified_per_logit": radius / 2}
+    record |= {"radius_lipschitz_fixed_point": math.nan, "radius_lipschitz_path": math.nan}
     record |= {"radius_attack": attack, "radius_gradient_norm_estimate": 1.0, "gradient_norm_estimate": 1.0}
     for eps, values in zip(EPS, bounds, strict=True):
         record |= {rows.grid_column(name, eps): value for name, value in zip(rows.GRID_COLUMNS, values, strict=True)}

@@ -167,6 +167,20 @@ def test_absolute_value_by_hand():
     assert bounds.methods["jacobian-crown"] == pytest.approx(1.0)
 
 
+def test_branches_that_are_added_add_their_slopes():
+    # f(x) = relu(x) + x, one logit: slope 2
+    class Both(nn.Module):
+        def forward(self, images):
+            return torch.relu(images) + images
+
+    network = nn.Sequential(Both(), nn.Flatten(), nn.Linear(1, 1)).double().eval().requires_grad_(False)
+    network[2].weight[:] = 1.0
+    images = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
+    for eps in (0.1, 0.5):  # the second ball touches the kink
+        for bound in local_lipschitz(trace(network, (1, 1, 1)), ball_of(images, eps, "linf")).methods.values():
+            assert float(bound) == pytest.approx(2.0, rel=1e-9)
+
+
 def test_linear_network_with_one_logit_has_its_dual_norm():
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 1)).double().eval().requires_grad_(False)
     network[1].weight[0] = torch.tensor([3.0, -4.0, 12.0])

@@ -26,14 +26,15 @@ from grood_cert.energy import energy
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.files import write_csv, write_json
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
+from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.estimates import (
     ascended_gradient_norm_estimate,
     gradient_norm_estimate,
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
-from grood_cert.lipschitz.graph import Graph, trace
-from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY, Preactivations, logit_rows, preactivations
+from grood_cert.lipschitz.graph import trace
+from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY
 from grood_cert.lipschitz.weng2018clever import clever_estimate
 from grood_cert.lirpa import BoundedNetwork, Method
 
@@ -124,10 +125,6 @@ class Analyser:
         """The engine method in force."""
         return self._bounded.method
 
-    def preactivations(self, ball: Ball) -> Preactivations:
-        """Bounds of auto_LiRPA, intersected with intervals of our own."""
-        return engine_preactivations(self._bounded, self.graph, ball)
-
     def analyse(self, images: Tensor) -> list[dict[str, Any]]:
         """All columns but `set`, `kind` and `index`, as one dictionary of lists for each eps.
 
@@ -146,9 +143,8 @@ class Analyser:
             ball = Ball(images, torch.full_like(score, value), self.settings.norm)
             page: dict[str, Any] = {"score": score, "eps": torch.full_like(score, value)}
             page |= self._estimates(ball)
-            bounds = local_lipschitz(
-                self.graph, ball, self.preactivations(ball), fixed_head=True, memory=self.settings.memory
-            )
+            known = engine_preactivations(self._bounded, self.graph, ball)
+            bounds = local_lipschitz(self.graph, ball, known, fixed_head=True, memory=self.settings.memory)
             page |= {f"bound_{name.replace('-', '_')}": bound for name, bound in bounds.methods.items()}
             page |= {"bound": bounds.auto, "provenance": bounds.provenance, "bound_fixed_head": bounds.fixed_head}
             _check_chain(images, page)
@@ -178,19 +174,6 @@ class Analyser:
             fitted = clever.fitted.to(at_center)
             return found | dict(zip(_CLEVER, (clever.lipschitz_estimate, clever.p_value, fitted), strict=True))
         return found | dict.fromkeys(_CLEVER, nan)
-
-
-def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
-    """Pre-activation bounds and softmax weights from auto_LiRPA, intersected with intervals of our own.
-
-    Args:
-        bounded: The network inside its bound engine.
-        graph: The same network.
-        ball: Batch of balls.
-    """
-    relaxation = bounded.relax(ball)
-    rows = logit_rows(graph.classes).to(ball.center).expand(len(ball.center), -1, -1)
-    return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
 
 
 def _check_chain(images: Tensor, page: dict[str, Any]) -> None:

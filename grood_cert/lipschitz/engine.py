@@ -1,0 +1,24 @@
+"""Pre-activation bounds for the Lipschitz bounds, from the toolkit's formal engine, auto_LiRPA."""
+
+from __future__ import annotations
+
+from grood_cert.ball import Ball
+from grood_cert.lipschitz.graph import Graph
+from grood_cert.lipschitz.preactivations import Preactivations, logit_rows, preactivations
+from grood_cert.lirpa import BoundedNetwork
+
+
+def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
+    """Bounds of the pre-activations, logits and softmax weights by the engine's method, intersected with intervals.
+
+    Args:
+        bounded: The network inside its bound engine.
+        graph: The same network.
+        ball: Batch of balls.
+
+    Returns:
+        The intersection; samples whose bounds are not finite or cross are marked as not proved.
+    """
+    relaxation = bounded.relax(ball)
+    rows = logit_rows(graph.classes).to(ball.center).expand(len(ball.center), -1, -1)
+    return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
