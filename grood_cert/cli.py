@@ -17,6 +17,8 @@ import grood_cert
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from grood_cert.data import ImageSet
+    from grood_cert.detector import Detector
     from grood_cert.training import Epoch
 
 app = typer.Typer(
@@ -29,6 +31,7 @@ app = typer.Typer(
     epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
 )
 
+_NORMS = "linf or l2"
 _DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 _Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
@@ -90,6 +93,32 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu or auto") from None
     return name
+
+
+def _bytes(text: str) -> int:
+    """A memory size such as 64M or 1G."""
+    from grood_cert.errors import InputError
+
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in units else (text, "")
+    try:
+        size = float(number) * units.get(unit, 1)
+        return int(size)
+    except (ValueError, OverflowError):
+        raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
+
+
+def _test_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> list[ImageSet]:
+    """The ID test set and the OOD test sets of the detector's recipe, or other OOD sets in their place."""
+    import dataclasses
+
+    from grood_cert import training
+
+    recipe = loaded.recipe
+    if ood:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
+    experiment = training.experiment_of(recipe, data_dir, download)
+    return [experiment.test, *experiment.ood]
 
 
 def _cell(value: Any) -> str:
@@ -198,7 +227,7 @@ def certify(
     eps: Annotated[
         list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
     ] = None,
-    norm: Annotated[str, typer.Option(help="Norm of the ball: linf or l2.")] = "linf",
+    norm: Annotated[str, typer.Option(help=f"Norm of the ball: {_NORMS}.")] = "linf",
     method: Annotated[str, typer.Option(help="ibp, crown-ibp, crown or alpha-crown.")] = "crown",
     out: Annotated[Path | None, typer.Option(help="Folder of rows.csv and rows.json. [default: the model's]")] = None,
     ood: Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")] = None,
@@ -213,10 +242,9 @@ def certify(
     force: _Force = False,
 ) -> None:
     """Certify a detector: sound bounds of S on an eps grid, certified radii, and attacks that bracket them."""
-    import dataclasses
     from typing import cast
 
-    from grood_cert import certification, curves, detector, training
+    from grood_cert import certification, curves, detector
     from grood_cert.ball import Norm
     from grood_cert.lirpa import Method
 
@@ -231,16 +259,13 @@ def certify(
         lipschitz=lipschitz,
     )
     settings.check(loaded.architecture.shape)
-    trained = loaded.recipe
-    if ood:
-        trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, ood=tuple(ood)))
-    experiment = training.experiment_of(trained, data_dir, download)
+    sets = _test_sets(loaded, ood, data_dir, download)
     folder = out or model.parent
     with _Bar() as bar:
         rows = certification.run(
             loaded,
             model,
-            [experiment.test, *experiment.ood],
+            sets,
             settings,
             folder,
             limit=limit,
@@ -257,8 +282,69 @@ def certify(
 
 
 @app.command()
+def lipschitz(
+    model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
+    eps: Annotated[
+        list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
+    ] = None,
+    norm: Annotated[str, typer.Option(help=f"Norm of the ball: {_NORMS}.")] = "linf",
+    method: Annotated[str, typer.Option(help="Pre-activation bounds: ibp, crown-ibp or crown.")] = "crown",
+    out: Annotated[Path | None, typer.Option(help="Folder of lipschitz.csv and .json. [default: the model's]")] = None,
+    ood: Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")] = None,
+    limit: Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")] = 50,
+    samples: Annotated[int, typer.Option(help="Points sampled in each ball.")] = 256,
+    clever_batches: Annotated[int, typer.Option(help="Batch maxima of CLEVER; 0: leave it out.")] = 50,
+    memory: Annotated[str, typer.Option(help="Memory that blocks of rows may take, for example 64M or 1G.")] = "16M",
+    batch_size: Annotated[int, typer.Option(help="Samples analysed together.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of all sampling and of --limit.")] = 0,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    device: _Device = "auto",
+    force: _Force = False,
+) -> None:
+    """Bound the local Lipschitz constant of S over balls, with estimates from below beside the proofs."""
+    from typing import cast
+
+    from grood_cert import certification, detector
+    from grood_cert.ball import Norm
+    from grood_cert.lipschitz import analysis
+    from grood_cert.lirpa import Method
+
+    loaded = detector.load(model, _device(device))
+    settings = analysis.Settings(
+        eps=tuple(eps or certification.DEFAULT_EPS.get(norm, ())),
+        norm=cast(Norm, norm),
+        method=cast(Method, method),
+        samples=samples,
+        clever_batches=clever_batches,
+        memory=_bytes(memory),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    settings.check(loaded.architecture.shape)
+    sets = _test_sets(loaded, ood, data_dir, download)
+    folder = out or model.parent
+    with _Bar() as bar:
+        result = analysis.run(
+            loaded,
+            model,
+            sets,
+            settings,
+            folder,
+            limit=limit,
+            force=force,
+            begin=lambda samples: bar.begin("analysing", samples),
+            advance=bar.advance,
+        )
+    for kind in result.kinds():
+        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {norm} ball, per pixel unit"
+        _print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
+    typer.echo(f"wrote {folder / 'lipschitz.csv'} and {folder / 'lipschitz.json'}")
+
+
+@app.command()
 def curve(
-    rows: Annotated[list[Path], typer.Argument(help="rows.csv of one or more certifications.")],
+    rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, or lipschitz.csv of analyses.")],
     out: Annotated[
         Path, typer.Option(help="Figure: .png, .pdf or .svg. A table of its numbers goes beside it (.csv).")
     ],
@@ -268,18 +354,28 @@ def curve(
     perturb: Annotated[str, typer.Option(help="Which side moves in the FPR95 curve: ood, id or both.")] = "ood",
     at: Annotated[float | None, typer.Option(help="eps of the gamma sweep; must be on the grid.")] = None,
 ) -> None:
-    """Draw robustness against FPR: certified and attacked FPR95, radius distributions, and the gamma sweep."""
+    """Draw robustness against FPR from certifications, or Lipschitz constants against eps from analyses."""
     from typing import cast
 
     from grood_cert import plots
     from grood_cert import rows as results
     from grood_cert.curves import Perturbed
+    from grood_cert.errors import InputError
+    from grood_cert.lipschitz import analysis
 
     plots.check_format(out)
-    certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
-    side = cast(Perturbed, perturb)
-    plots.save(plots.robustness_figure(certifications, side, at), out)
-    plots.write_table(certifications, side, out.with_suffix(".csv"))
+    kinds = {path.name == "lipschitz.csv" for path in rows}
+    if len(kinds) > 1:
+        raise InputError("rows.csv and lipschitz.csv make different figures; give files of one kind")
+    if kinds == {True}:
+        analyses = results.labelled([analysis.read(path) for path in rows], rows, label or [])
+        plots.save(plots.lipschitz_figure(analyses), out)
+        plots.write_lipschitz_table(analyses, out.with_suffix(".csv"))
+    else:
+        certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
+        side = cast(Perturbed, perturb)
+        plots.save(plots.robustness_figure(certifications, side, at), out)
+        plots.write_table(certifications, side, out.with_suffix(".csv"))
     typer.echo(f"wrote {out} and {out.with_suffix('.csv')}")
 
 

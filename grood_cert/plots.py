@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from grood_cert.curves import (
 )
 from grood_cert.errors import InputError
 from grood_cert.files import replacing, write_csv
+from grood_cert.lipschitz.analysis import QUANTITIES, Analysis
 from grood_cert.rows import Rows
 
 FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito, "Color Universal Design", 2008; ordered so that neighbours also differ in lightness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_GREY = "#555555"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "font.size": 9,
@@ -87,20 +89,25 @@ def _draw_robustness(axes: Axes, curve: RobustnessCurve, colour: str) -> None:
     axes.plot(curve.fpr, curve.tpr, color=colour, linestyle=":", linewidth=1.2)
 
 
-def common_norm(certifications: Mapping[str, Rows]) -> str:
-    """The norm that all certifications share.
+def common_norm(results: Mapping[str, Rows] | Mapping[str, Analysis]) -> str:
+    """The norm that all results share.
 
     Raises:
         InputError: If they differ, or there is none.
     """
-    norms = {rows.norm for rows in certifications.values()}
+    norms = {result.norm for result in results.values()}
     if not norms:
         raise InputError("no rows given; write some with: grood-cert certify MODEL --out FOLDER")
     if len(norms) > 1:
-        raise InputError(
-            f"the rows were certified in different norms ({', '.join(sorted(norms))}); draw one norm at a time"
-        )
+        raise InputError(f"the rows were made in different norms ({', '.join(sorted(norms))}); draw one norm at a time")
     return norms.pop()
+
+
+def _model_handles(names: Iterable[str]) -> list[Any]:
+    return [
+        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=4, label=name)
+        for i, name in enumerate(names)
+    ]
 
 
 def robustness_figure(
@@ -143,21 +150,56 @@ def robustness_figure(
         panels[3].set_xlabel("clean FPR as gamma sweeps")
         panels[3].set_xlim(0, 1)
         panels[3].xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-        handles: list[Any] = [
-            Line2D(
-                [], [], color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=4, label=name
-            )
-            for i, name in enumerate(certifications)
-        ]
-        grey = "#555555"
+        handles = _model_handles(certifications)
         handles += [
-            Line2D([], [], color=grey, label="certified (proved)"),
-            Patch(color=grey, alpha=0.2, label="undecided"),
-            Line2D([], [], color=grey, linestyle="--", label="attacked (shown)"),
-            Line2D([], [], color=grey, linestyle="", marker="*", markersize=10, label="clean FPR95"),
-            Line2D([], [], color=grey, linestyle=":", linewidth=1.2, label="clean ROC"),
+            Line2D([], [], color=_GREY, label="certified (proved)"),
+            Patch(color=_GREY, alpha=0.2, label="undecided"),
+            Line2D([], [], color=_GREY, linestyle="--", label="attacked (shown)"),
+            Line2D([], [], color=_GREY, linestyle="", marker="*", markersize=10, label="clean FPR95"),
+            Line2D([], [], color=_GREY, linestyle=":", linewidth=1.2, label="clean ROC"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
+    """Local Lipschitz constant against eps, medians, ID and OOD apart: what was found, what was proved, what is open.
+
+    Args:
+        analyses: Analyses by the name to print.
+
+    Raises:
+        InputError: If the analyses cannot share an axis.
+    """
+    norm = _NORM_LABELS[common_norm(analyses)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("id", "ood"), strict=True):
+            for index, analysis in enumerate(analyses.values()):
+                if kind not in analysis.kinds():
+                    continue
+                colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+                pages = analysis.summary(kind)
+                eps, bound, found, center = (
+                    [page[key] for page in pages]
+                    for key in ("eps", "bound", "ascended_estimate", "gradient_norm_estimate")
+                )
+                axes.fill_between(eps, found, bound, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(eps, bound, color=colour, marker=marker, markersize=3.5)
+                axes.plot(eps, found, color=colour, linestyle="--")
+                axes.plot(eps, center, color=colour, linestyle=":", linewidth=1.2)
+            axes.set_yscale("log")
+            axes.set_title({"id": "ID", "ood": "OOD"}[kind])
+            axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
+        figure.axes[0].set_ylabel("local Lipschitz constant of S")
+        handles = _model_handles(analyses)
+        handles += [
+            Line2D([], [], color=_GREY, label="proved bound"),
+            Patch(color=_GREY, alpha=0.2, label="open"),
+            Line2D([], [], color=_GREY, linestyle="--", label="ascended maximum (estimate)"),
+            Line2D([], [], color=_GREY, linestyle=":", linewidth=1.2, label="gradient norm at x (estimate)"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -193,3 +235,18 @@ def write_table(certifications: Mapping[str, Rows], perturbed: Perturbed, path: 
         {"model": name, **record} for name, rows in certifications.items() for record in fpr_curve(rows, perturbed).sets
     ]
     write_csv(path, TABLE_COLUMNS, records)
+
+
+def write_lipschitz_table(analyses: Mapping[str, Analysis], path: Path) -> None:
+    """Write the medians behind a Lipschitz figure as CSV: one row for each model, kind and eps.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    records = [
+        {"model": name, "kind": kind} | page
+        for name, analysis in analyses.items()
+        for kind in analysis.kinds()
+        for page in analysis.summary(kind)
+    ]
+    write_csv(path, ("model", "kind", "eps", *QUANTITIES), records)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,17 +156,25 @@ def read(path: Path) -> Rows:
     return rows
 
 
-def labelled(certifications: Sequence[Rows], paths: Sequence[Path], labels: Sequence[str]) -> dict[str, Rows]:
-    """Certifications by the name to print: the labels given, else the recipes' names, else the folders' names.
+class _Result(Protocol):
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+
+
+_R = TypeVar("_R", bound=_Result)
+
+
+def labelled(results: Sequence[_R], paths: Sequence[Path], labels: Sequence[str]) -> dict[str, _R]:
+    """Results of runs by the name to print: the labels given, else the recipes' names, else the folders' names.
 
     Raises:
         InputError: If the number of labels is wrong, or two names are the same.
     """
     if labels and len(labels) != len(paths):
         raise InputError(f"{len(labels)} labels for {len(paths)} rows files; give one label for each, in order")
-    names = list(labels) or [str(rows.manifest["model"]["name"]) for rows in certifications]
+    names = list(labels) or [str(result.manifest["model"]["name"]) for result in results]
     if len(set(names)) < len(names) and not labels:
         names = [path.absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         raise InputError("two models would be drawn under the same name; give each its own --label")
-    return dict(zip(names, certifications, strict=True))
+    return dict(zip(names, results, strict=True))

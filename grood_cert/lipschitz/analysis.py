@@ -9,12 +9,15 @@ On every batch the chain (gradient norm, sampled, ascended, secant) <= every bou
 
 from __future__ import annotations
 
+import csv
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,10 +59,27 @@ COLUMNS: dict[str, str] = {
     "provenance": "the method that gave the bound at this eps",
     "bound_fixed_head": "formal, upwards only: S(x') <= S(x) + bound ||x' - x||_p; enough for ID",
 }
+_TEXT = ("set", "kind", "provenance")
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
 _SHARES = (0.01, 0.1, 0.3, 0.6, 1.0)  # of the way to where an attack or the ascent ended: where secants are taken
 _ROUNDING = 1e-9
+
+
+QUANTITIES: dict[str, str] = {
+    "samples": "samples",
+    "gradient_norm_estimate": "gradient norm at x (estimate)",
+    "sampled_estimate": "sampled maximum (estimate)",
+    "ascended_estimate": "ascended maximum (estimate)",
+    "clever_estimate": "CLEVER (estimate)",
+    "bound": "best bound (proved)",
+    "bound_jacobian_crown": "Jacobian-CROWN (proved)",
+    "bound_interval": "intervals (proved)",
+    "bound_hull": "softmax hull (proved)",
+    "bound_product_active": "product, active neurons (proved)",
+    "bound_product": "product of norms (proved)",
+    "tightness": "best bound / ascended maximum",
+}
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,69 @@ def analyse(analyser: Analyser, sets: Sequence[ImageSet], limit: int = 0) -> Ite
         ]
 
 
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A finished analysis.
+
+    Attributes:
+        manifest: What the run was: model, norm, method, eps, data, versions, ...
+        records: One for each sample and eps, with the columns of `COLUMNS`.
+    """
+
+    manifest: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def norm(self) -> str:
+        """Norm of the balls."""
+        return str(self.manifest["norm"])
+
+    def kinds(self) -> list[str]:
+        """The kinds of image sets, in the order of the file."""
+        return list(dict.fromkeys(record["kind"] for record in self.records))
+
+    def summary(self, kind: str) -> list[dict[str, Any]]:
+        """Medians over the samples of one kind: one record for each eps, with the keys `eps` and `QUANTITIES`."""
+        found = []
+        for eps in dict.fromkeys(record["eps"] for record in self.records):
+            chosen = [record for record in self.records if record["eps"] == eps and record["kind"] == kind]
+            page: dict[str, Any] = {"eps": eps, "samples": len(chosen)}
+            page |= {
+                name: float(np.median([record[name] for record in chosen])) for name in QUANTITIES if name in COLUMNS
+            }
+            slopes = [(record["bound"], record["ascended_estimate"]) for record in chosen]
+            ratios = [bound / found for bound, found in slopes if found > 0]
+            page["tightness"] = float(np.median(ratios)) if ratios else None
+            found.append(page)
+        return found
+
+
+def read(path: Path) -> Analysis:
+    """Read a `lipschitz.csv` and its manifest.
+
+    Raises:
+        InputError: If a file is missing, empty, or not what an analysis writes.
+    """
+    companion = path.with_suffix(".json")
+    for file in (path, companion):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; write it with: grood-cert lipschitz MODEL --out FOLDER")
+    try:
+        manifest = json.loads(companion.read_text(encoding="utf-8"))
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        kinds: dict[str, type] = dict.fromkeys(_TEXT, str) | {"index": int}
+        records = [{name: kinds.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
+        if not {"norm", "model"} <= manifest.keys():
+            raise ValueError("a manifest that no analysis writes")
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not the rows of a Lipschitz analysis ({reason})") from None
+    if not records:
+        raise InputError(f"{path}: holds no rows; analyse at least one sample")
+    return Analysis(manifest, records)
+
+
 def run(
     detector: Detector,
     model: Path,
@@ -226,7 +309,7 @@ def run(
     force: bool = False,
     begin: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
-) -> list[dict[str, Any]]:
+) -> Analysis:
     """Analyse a detector and write `lipschitz.csv` and its manifest `lipschitz.json` to a folder.
 
     Args:
@@ -241,7 +324,7 @@ def run(
         advance: Called after every batch with its size.
 
     Returns:
-        The records, as written.
+        The analysis, as written.
 
     Raises:
         InputError: If settings, sets, folder or a layer of the network are unusable.
@@ -264,4 +347,4 @@ def run(
     }
     write_csv(target, list(COLUMNS), records)
     write_json(target.with_suffix(".json"), manifest)
-    return records
+    return Analysis(manifest, records)
