@@ -9,7 +9,9 @@ it, and for how long:
   `torch.onnx.utils` have two functions that torch has moved. All of it is put back, as are the things that the import
   itself changes for everybody: warning filters, the root logger, the two TorchScript executor switches.
 * For good, inside auto_LiRPA only: `parse_graph.parse_graph` sees graph nodes with the item access torch has dropped;
-  `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes.
+  `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes;
+  `BoundRelu._relu_mask_alpha` passes gradients on at slopes 0 and 1, where all slopes start: 0.3 relies on the
+  derivative of `clamp` at its ends, which is 0 since torch 2.14, and alpha-CROWN would never move.
 * For good, inside auto_LiRPA of any version (0.7.1 included): `operators.base.isnan` says no, because its one caller
   answers a NaN constant term by the constant 0 for the whole batch, which is no bound; `print` is silent.
 * While a network is built or bounded: torch's default dtype is float64 (0.3 makes constants in the default dtype and
@@ -63,6 +65,7 @@ _LAYERS = {
     *("BoundAveragePool", "BoundGlobalAveragePool", "BoundMaxPool"),
     *("BoundRelu", "BoundLeakyRelu", "BoundSigmoid", "BoundTanh"),
 }
+_TANGENTS = {"BoundSigmoid", "BoundTanh"}  # 0.7.1 searches their tangents to 1e-9 only, on the wrong side
 _LEAVES = {"BoundInput", "BoundParams", "BoundBuffers", "BoundConstant", "BoundPrimConstant", "BoundIdentity"}
 
 Intervals = Mapping[str, tuple[Tensor, Tensor]]
@@ -226,8 +229,23 @@ def _library() -> types.ModuleType:
             del remove_duplicate
             return members(self, get_members_fn, prefix, recurse)
 
+        relu = importlib.import_module("auto_LiRPA.operators.activation").BoundRelu
+        mask = relu._relu_mask_alpha
+
+        def mask_alpha(
+            lower: Tensor, upper: Tensor, *alphas: Tensor | None
+        ) -> tuple[Tensor | None, Tensor | None, Any]:
+            first, second, all_off = mask(lower, upper, *alphas)
+            free = ((lower < 0) & (upper > 0)).to(lower)
+            slopes = [
+                None if alpha is None else slope.detach() + free * (alpha - alpha.detach())
+                for slope, alpha in zip((first, second), alphas, strict=True)
+            ]
+            return slopes[0], slopes[1], all_off
+
         parser.parse_graph = lambda graph, inputs, params: walk(_Graph(graph), inputs, params)
         library.BoundedModule._named_members = named_members
+        relu._relu_mask_alpha = staticmethod(mask_alpha)
     operators: Any = importlib.import_module("auto_LiRPA.operators.base")
     operators.isnan = lambda _: False
     for name, module in list(sys.modules.items()):
@@ -377,8 +395,9 @@ class _Engine:
                 raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}") from error
             module.eval()
         kinds = {type(node).__name__ for node in module._modules.values()}
-        if not kinds <= _LAYERS | _LEAVES:
-            unknown, layers = kinds - _LAYERS - _LEAVES, _LAYERS
+        layers = _LAYERS if _is_old() else _LAYERS - _TANGENTS
+        unknown = kinds - layers - _LEAVES
+        if unknown:
             names = [", ".join(sorted(kind.removeprefix("Bound") for kind in group)) for group in (unknown, layers)]
             raise RunError(f"no bounds for the operation {names[0]}; there are for {names[1]}")
         for node in module._modules.values():

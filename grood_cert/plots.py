@@ -189,6 +189,8 @@ def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
                 axes.plot(eps, found, color=colour, linestyle="--")
                 axes.plot(eps, center, color=colour, linestyle=":", linewidth=1.2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
             axes.set_title({"id": "ID", "ood": "OOD"}[kind])
             axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
         figure.axes[0].set_ylabel("local Lipschitz constant of S")

@@ -181,6 +181,19 @@ def test_branches_that_are_added_add_their_slopes():
             assert float(bound) == pytest.approx(2.0, rel=1e-9)
 
 
+def test_a_pixel_in_four_windows_counts_four_times():
+    # the middle pixel wins all four windows; f is their sum, so its slope is 4 e_middle
+    network = nn.Sequential(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(4, 1)).double().eval().requires_grad_(False)
+    network[2].weight[:] = 1.0
+    images = torch.full((1, 1, 3, 3), 0.2, dtype=torch.float64)
+    images[0, 0, 1, 1] = 0.8
+    for norm in NORMS:
+        bounds = local_lipschitz(trace(network, (1, 3, 3)), ball_of(images, 0.1, norm))
+        for name, bound in bounds.methods.items():
+            assert float(bound) >= 4.0, (norm, name)
+        assert float(bounds.methods["jacobian-crown"]) == pytest.approx(4.0, rel=1e-9)
+
+
 def test_linear_network_with_one_logit_has_its_dual_norm():
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 1)).double().eval().requires_grad_(False)
     network[1].weight[0] = torch.tensor([3.0, -4.0, 12.0])

@@ -204,6 +204,15 @@ def test_crossed_or_nan_bounds_prove_nothing_for_their_sample_only(poison):
     assert local_lipschitz(graph, ball, known).provenance[1] == "product"
 
 
+def test_a_crossing_that_the_relu_hides_is_seen():
+    # both ends are negative, so the layers after the ReLU see a unit that is merely off
+    graph, ball = small_graph()
+    lower, upper = (end.clone() for end in preactivations(graph, ball).inputs[0])
+    off = (upper[1] < 0).nonzero()[0]
+    upper[(1, *off)] = lower[(1, *off)] - 1
+    assert preactivations(graph, ball, given=[(lower, upper)]).proved.tolist() == [True, False, True]
+
+
 def test_nan_infinite_and_negative_bounds_never_win():
     nan, inf = float("nan"), float("inf")
     methods = {"a": torch.tensor([nan, 2.0, inf, -1.0]), "b": torch.tensor([3.0, nan, nan, 4.0])}
