@@ -485,7 +485,8 @@ class BoundedNetwork:
         method: "ibp", "crown-ibp", "crown" or "alpha-crown".
 
     Attributes:
-        method: The method in use: "crown" where "alpha-crown" was asked for and does not work, with a warning.
+        method: The method in use: "crown" from the moment on when "alpha-crown" was asked for and was found not to work
+            (here, on this torch, or in a later call), with a warning.
         network: The copy.
 
     Raises:
@@ -540,11 +541,11 @@ class BoundedNetwork:
             return
         images = self._engine.images(1, 1)
         ball = Ball(images, torch.full((1,), 0.01).to(images), "linf")
-        try:
-            Relaxation(self, ball).rows(torch.ones(1, 1, self.network(images).shape[1]).to(images))
-        except Exception as error:  # noqa: BLE001 (whatever it is, the answer is crown)
-            self.method = "crown"
-            warnings.warn(f"alpha-crown fails on this network, crown used instead: {_first_line(error)}", stacklevel=3)
+        Relaxation(self, ball).rows(torch.ones(1, 1, self.network(images).shape[1]).to(images))
+
+    def _alpha_failed(self, error: Exception) -> None:
+        self.method = "crown"
+        warnings.warn(f"alpha-crown fails on this network, crown used instead: {_first_line(error)}", stacklevel=4)
 
     def relax(self, ball: Ball) -> Relaxation:
         """Prepare the bounds over a ball; intermediate bounds are computed once, at the first rows asked for.
@@ -620,8 +621,12 @@ class Relaxation:
         engine = self._bounded._engine
         lower, upper = engine.bounds(self._ball, "ibp" if method == "ibp" else "crown", known, coefficients)
         if method == "alpha-crown" and known:
-            better_lower, better_upper = engine.bounds(self._ball, method, known, coefficients)
-            lower, upper = torch.fmax(lower, better_lower), torch.fmin(upper, better_upper)
+            try:
+                better_lower, better_upper = engine.bounds(self._ball, method, known, coefficients)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the bounds of crown stand)
+                self._bounded._alpha_failed(error)
+            else:
+                lower, upper = torch.fmax(lower, better_lower), torch.fmin(upper, better_upper)
         finite = torch.ones(len(lower), 1, dtype=torch.bool, device=lower.device)
         for bound in (bound for pair in known.values() for bound in pair):
             finite &= torch.isfinite(bound).flatten(1).all(1, keepdim=True)

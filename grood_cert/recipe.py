@@ -92,7 +92,12 @@ _CHOICES = {
     "optimizer.name": ("sgd", "adam"),
     "optimizer.schedule": ("cosine", "constant"),
     "objective.slope": ("gradient-norm", "interval"),
-    "network.name": ("conv-small", "mlp", "resnet18"),  # the keys of networks.NETWORKS, which would import torch
+    "network.name": (
+        "conv-small",
+        "mlp",
+        "resnet18",
+        "resnet-small",
+    ),  # the keys of networks.NETWORKS, which would import torch
 }
 _POSITIVE = ("optimizer.lr", "optimizer.epochs", "optimizer.batch_size", "network.hidden_layers")
 _NOT_NEGATIVE = (

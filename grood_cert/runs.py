@@ -83,6 +83,7 @@ def manifest(detector: Detector, model: Path, sets: Sequence[ImageSet], limit: i
     weight = next(detector.network.parameters())
     return {
         "model": {"path": str(model), "sha256": sha256(model), "name": detector.recipe.name},
+        "recipe": detector.recipe.to_dict(),
         "gamma": detector.gamma,
         "calibration": detector.calibration,
         "data": [

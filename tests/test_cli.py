@@ -13,7 +13,7 @@ import torch
 
 from grood_cert import certification, cli, demo, rows
 
-COMMANDS = ([], ["train"], ["certify"], ["curve"], ["demo"])
+COMMANDS = ([], ["train"], ["certify"], ["lipschitz"], ["curve"], ["demo"])
 
 
 @pytest.fixture
@@ -95,6 +95,22 @@ def test_from_recipe_to_figure(call, tmp_path):
     code, out, _ = call("curve", tmp_path / "run/rows.csv", "--out", tmp_path / "figure.svg", "--perturb", "both")
     assert code == 0 and (tmp_path / "figure.svg").exists() and (tmp_path / "figure.csv").exists()
     assert "tiny" in (tmp_path / "figure.csv").read_text()
+
+
+def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
+    options = ("--eps", "0.01", "--limit", "3", "--samples", "16", "--clever-batches", "0", "--ood", "digits:8,9")
+    code, out, _ = call("lipschitz", model, *options, "--memory", "1M", "--out", tmp_path / "a")
+    assert code == 0 and "best bound (proved)" in out and "ascended maximum (estimate)" in out
+    code, out, _ = call("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "l.pdf")
+    assert code == 0 and (tmp_path / "l.pdf").read_bytes()[:4] == b"%PDF" and (tmp_path / "l.csv").exists()
+    assert "give files of one kind" in refused(
+        "curve", tmp_path / "a/lipschitz.csv", rows_file, "--out", tmp_path / "mixed.png"
+    )
+    assert "expected a size such as 64M" in refused("lipschitz", model, "--memory", "lots", "--out", tmp_path / "b")
+    assert "memory must be 65536 or more" in refused("lipschitz", model, "--memory", "1", "--out", tmp_path / "b")
+    assert "eps -1.0" in refused("lipschitz", model, "--eps", "-1", "--out", tmp_path / "b")
+    assert "exists already" in refused("lipschitz", model, "--out", tmp_path / "a")
+    assert not (tmp_path / "b").exists()
 
 
 def test_demo(tmp_path, small_recipe):

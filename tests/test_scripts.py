@@ -1,12 +1,14 @@
-"""The scripts of analysis/ and benchmarks/ run on a small result."""
+"""The scripts of train/, analysis/ and benchmarks/ run on a small result."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from analysis import radius_scatter
+from analysis import objective_vs_constant, radius_scatter
 from benchmarks import bounds
+from benchmarks import lipschitz as lipschitz_benchmark
 from grood_cert import rows
+from train import sweep
 
 
 def test_radius_scatter(rows_file, tmp_path):
@@ -25,3 +27,23 @@ def test_bounds_benchmark(model):
         for side in ("upper", "lower"):  # no bound is tighter than what an attack reached
             assert 1 <= record[f"{side}_joint"] <= record[f"{side}_per_logit"] + 1e-9
     assert np.isfinite([record["ms_per_sample"] for record in records]).all()
+
+
+def test_sweep_and_objective_vs_constant(tmp_path, capsys):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text('name = "tiny"\n[optimizer]\nepochs = 2\n[data]\nood = ["digits:8,9", "uniform-noise"]\n')
+    for _ in range(2):  # the second time finds everything in place
+        sweep.main(recipe, tmp_path / "runs", values=[0.0, 0.3], eps=[0.01], limit=3)
+    files = sorted((tmp_path / "runs").glob("*/lipschitz.csv"))
+    objective_vs_constant.main(files, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "figure.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2 and lines[1].startswith("0.0,id,0.01")
+
+
+def test_lipschitz_benchmark(small_recipe, tmp_path):
+    records = lipschitz_benchmark.measure("resnet-small", "greg", tmp_path, small_recipe, samples=2, repeats=1)
+    assert len(records) == 2 * sum(map(len, lipschitz_benchmark.EPS.values()))
+    for record in records:
+        assert tuple(record) == lipschitz_benchmark.COLUMNS
+        assert 1 - 1e-9 <= record["auto"] <= min(record[name] for name in lipschitz_benchmark.METHODS) + 1e-9

@@ -1,0 +1,46 @@
+"""Train one recipe over several lambda_grad and analyse the local Lipschitz constant of each detector.
+
+    python train/sweep.py train/digits-greg.toml --out runs/sweep
+    python analysis/objective_vs_constant.py runs/sweep/*/lipschitz.csv --out runs/sweep/constant.png
+
+Runs that are there already are not repeated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
+import typer
+
+from grood_cert import detector, recipe, training
+from grood_cert.ball import Norm
+from grood_cert.lipschitz import analysis
+
+
+def main(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")],
+    out: Annotated[Path, typer.Option(help="Folder; one sub-folder for each value.")],
+    values: Annotated[list[float] | None, typer.Option("--lambda-grad", help="Value (repeatable).")] = None,
+    eps: Annotated[list[float] | None, typer.Option(help="Radius of the balls (repeatable).")] = None,
+    norm: Annotated[str, typer.Option(help="Norm of the balls.")] = "linf",
+    limit: Annotated[int, typer.Option(help="Test samples of each set.")] = 32,
+) -> None:
+    """Train and analyse each value."""
+    torch.set_num_threads(1)
+    settings = analysis.Settings(tuple(eps or (0.01, 0.03)), cast(Norm, norm), clever_batches=0, samples=128)
+    for value in values or (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
+        chosen = recipe.load(source, [f"objective.lambda_grad={value!r}", f"name=lambda_grad={value:g}"])
+        folder = out / f"{value:g}"
+        model = folder / "model.pt"
+        trained = detector.load(model) if model.exists() else training.run(chosen, folder)
+        if not (folder / "lipschitz.csv").exists():
+            experiment = training.experiment_of(chosen)
+            sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
+            analysis.run(trained, model, sets, settings, folder, limit=limit)
+        typer.echo(f"{folder}: accuracy {trained.metrics['accuracy']:.4f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
