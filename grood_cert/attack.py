@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grood_cert.ball import Ball, Norm, dual_norm
+from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
 from grood_cert.energy import energy
 
 _STEPS = 30
 _ROUNDS = 14
 _BISECTIONS = 40
 _MOMENTUM = 0.75
+_PIXELS_PER_STEP = 16  # an l_1 step moves one pixel in so many
+_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class _Watch:
 
 
 def _ascend(network: nn.Module, ball: Ball, direction: Tensor, points: Tensor, watch: _Watch, steps: int) -> None:
-    r"""Projected gradient steps on direction * S: signs for l_inf, unit gradients for l_2, with momentum.
+    r"""Projected gradient steps on direction * S: signs for l_inf, unit gradients for l_2, few pixels for l_1.
 
     The step shrinks from eps to eps / 50 along a geometric schedule.
     """
@@ -81,7 +83,7 @@ def _ascend(network: nn.Module, ball: Ball, direction: Tensor, points: Tensor, w
             return
         velocity = _MOMENTUM * velocity + _unit(gradient, ball.norm, ball)
         size = ball.eps * 0.02 ** (step / max(1, steps - 1))
-        points = ball.project(points + ball.per_pixel(size) * _steepest(velocity, ball))
+        points = ball.project(points + ball.per_pixel(size) * _steepest(velocity, ball, points))
 
 
 def _unit(gradient: Tensor, norm: Norm, ball: Ball) -> Tensor:
@@ -89,15 +91,23 @@ def _unit(gradient: Tensor, norm: Norm, ball: Ball) -> Tensor:
     return gradient / ball.per_pixel(dual_norm(gradient, norm).clamp(min=torch.finfo(gradient.dtype).tiny))
 
 
-def _steepest(gradient: Tensor, ball: Ball) -> Tensor:
-    """Direction of unit p-norm along which a linear function grows fastest."""
-    return gradient.sign() if ball.norm == "linf" else _unit(gradient, "l2", ball)
+def _steepest(gradient: Tensor, ball: Ball, points: Tensor) -> Tensor:
+    """A direction of p-norm 1 along which a linear function grows fastest; for l_1 shared by a few pixels with room."""
+    if ball.norm == "linf":
+        return gradient.sign()
+    if ball.norm == "l2":
+        return _unit(gradient, "l2", ball)
+    free = torch.where(gradient > 0, points < 1, points > 0)
+    flat = torch.where(free, gradient, 0.0).flatten(1)
+    few = flat.abs().topk(max(1, flat.shape[1] // _PIXELS_PER_STEP), dim=1).indices
+    move = torch.zeros_like(flat).scatter(1, few, flat.gather(1, few).sign() / few.shape[1])
+    return move.reshape(gradient.shape)
 
 
 def _random_points(ball: Ball, generator: torch.Generator) -> Tensor:
     noise = torch.rand(ball.center.shape, generator=generator, dtype=ball.center.dtype).to(ball.center.device) * 2 - 1
-    if ball.norm == "l2":
-        noise = _unit(noise, "l2", ball)
+    if ball.norm != "linf":
+        noise = noise / ball.per_pixel(dual_norm(noise, _DUAL[ball.norm]))
     return ball.project(ball.center + ball.per_pixel(ball.eps) * noise)
 
 
@@ -132,7 +142,7 @@ def _targeted_start(network: nn.Module, ball: Ball, index: Tensor, steps: int = 
         with torch.enable_grad():
             points = points.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(network(points).gather(1, index.unsqueeze(1)).sum(), points)
-        points = ball.project(points.detach() + ball.per_pixel(ball.eps / 4) * _steepest(gradient, ball))
+        points = ball.project(points.detach() + ball.per_pixel(ball.eps / 4) * _steepest(gradient, ball, points))
     return points
 
 
@@ -181,7 +191,7 @@ def minimum_norm(
     accepted = energy(logits) <= gamma
     direction = torch.where(accepted, 1.0, -1.0).to(images)
     ranking = logits.argsort(1, descending=True)
-    limit = 1.0 if norm == "linf" else images[0].numel() ** 0.5
+    limit = largest_eps(images.shape[1:], norm)
     best = torch.full((len(images),), torch.inf, dtype=images.dtype, device=images.device)
     points = images
     failed = torch.zeros_like(best)

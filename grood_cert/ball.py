@@ -1,6 +1,6 @@
 r"""The perturbation set: an l_p ball around an image, intersected with the pixel box.
 
-    B = { x' : ||x' - x||_p <= eps,  0 <= x' <= 1 },        p = inf or 2, eps in pixel units.
+    B = { x' : ||x' - x||_p <= eps,  0 <= x' <= 1 },        p = inf, 2 or 1, eps in pixel units.
 
 Everything that needs the set (the bound engine, the attacks, the Lipschitz estimates) takes it from here, so the
 proof and its adversary always speak of the same points.
@@ -8,6 +8,8 @@ proof and its adversary always speak of the same points.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,29 +18,41 @@ from torch import Tensor
 
 from grood_cert.errors import InputError
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
+_ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
+_DUAL_ORDER = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 _WATER_FILLING_STEPS = 20
 _BLOCK = 2**20
 
 
 def dual_norm(gradient: Tensor, norm: Norm) -> Tensor:
-    r"""Per-sample dual norm of a gradient: l_1 for an l_inf ball, l_2 for an l_2 ball.
+    r"""Per-sample dual norm of a gradient: l_1 for an l_inf ball, l_2 for an l_2 ball, l_inf for an l_1 ball.
 
     Args:
         gradient: Gradients g, shape (B, ...).
-        norm: Norm of the ball, "linf" or "l2".
+        norm: Norm of the ball, "linf", "l2" or "l1".
 
     Returns:
         ||g_i||_q with 1/p + 1/q = 1, shape (B,). The derivative at g = 0 is 0, not NaN.
 
     Example:
-        >>> dual_norm(torch.tensor([[3.0, -4.0]]), "linf"), dual_norm(torch.tensor([[3.0, -4.0]]), "l2")
-        (tensor([7.]), tensor([5.]))
+        >>> [float(dual_norm(torch.tensor([[3.0, -4.0]]), norm)) for norm in NORMS]
+        [7.0, 5.0, 4.0]
     """
-    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL_ORDER[norm], dim=1)
     return length
+
+
+def largest_eps(shape: Sequence[int], norm: Norm) -> float:
+    """Radius at which the ball around any image contains the whole pixel box: 1, sqrt(d) or d for l_inf, l_2 or l_1.
+
+    Example:
+        >>> [largest_eps((1, 2, 2), norm) for norm in NORMS]
+        [1.0, 2.0, 4.0]
+    """
+    return math.pow(math.prod(shape), 1 / _ORDER[norm])
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Ball:
     Args:
         center: Images x, shape (B, C, H, W), pixels in [0, 1].
         eps: Radius of each ball in pixel units, shape (B,), finite and >= 0.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
 
     Raises:
         InputError: If a radius is negative or not finite, or an image leaves the pixel box.
@@ -92,68 +106,82 @@ class Ball:
     def project(self, points: Tensor) -> Tensor:
         r"""A point of the ball near each given point (for l_inf the nearest).
 
-        For l_2 the offset is scaled into the ball first and clipped to the box after; clipping shrinks every
-        coordinate of the offset, so the result stays inside.
+        For l_2 and l_1 the point is clipped to the box and then pulled towards x along the segment, which stays in the
+        box, until it is in the ball.
         """
         if self.norm == "linf":
             return torch.maximum(torch.minimum(points, self.upper), self.lower)
-        offset = points - self.center
-        length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp(min=torch.finfo(points.dtype).tiny)
-        return (self.center + offset * self.per_pixel((self.eps / length).clamp(max=1))).clamp(0, 1)
+        points = points.clamp(0, 1)
+        length = self.distance(points).clamp(min=torch.finfo(points.dtype).tiny)
+        return (self.center + (points - self.center) * self.per_pixel((self.eps / length).clamp(max=1))).clamp(0, 1)
 
     def distance(self, points: Tensor) -> Tensor:
         """||x' - x||_p of each point, shape (B,)."""
-        offset = (points - self.center).flatten(1)
-        length: Tensor = torch.linalg.vector_norm(offset, ord=float("inf") if self.norm == "linf" else 2, dim=1)
+        length: Tensor = torch.linalg.vector_norm((points - self.center).flatten(1), ord=_ORDER[self.norm], dim=1)
         return length
 
     def support(self, rows: Tensor) -> Tensor:
-        r"""Upper bound of max over x' in B of a . (x' - x); exact for l_inf, exact up to rounding for l_2 as a rule.
-
-        For l_2, weak duality with multiplier mu > 0 gives
-
-            max a.d <= sum_i max_{lo_i <= d_i <= hi_i} (a_i d_i - mu d_i^2 / 2) + mu eps^2 / 2,
-
-        whatever mu is. mu = ||a|| / eps (with no box active, the dual-norm value eps ||a||_2) is refined by
-        water filling: clipped coordinates are taken out of the budget and mu is recomputed for the rest, until
-        nothing changes. The smallest value found is returned, so the bound is never looser than eps ||a||_2 or than
-        the box alone. Rows are taken in blocks, so memory stays a small multiple of the rows.
+        r"""Upper bound of max over x' in B of a . (x' - x); exact for l_inf and l_1, up to rounding for l_2 as a rule.
 
         Args:
             rows: Coefficients a, shape (B, S, d) with d the number of pixels.
 
         Returns:
-            Shape (B, S).
+            Shape (B, S). See `support`.
 
         Example:
-            >>> Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "l2").support(torch.tensor([[[-3.0, 4.0]]]))
+            >>> ball = Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "l2")
+            >>> ball.support(torch.tensor([[[-3.0, 4.0]]]))
             tensor([[0.4000]])
         """
         low = (self.lower - self.center).flatten(1).unsqueeze(1)
         high = (self.upper - self.center).flatten(1).unsqueeze(1)
-        if self.norm == "linf":
-            return _box_support(rows, low, high)
-        return l2_support(rows, low, high, self.eps)
+        return support(rows, low, high, self.eps, self.norm)
+
+
+def support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor, norm: Norm) -> Tensor:
+    r"""Upper bound of max a . d over ||d||_p <= eps, low <= d <= high.
+
+    * l_inf: low and high say it all; each coordinate takes the better end.
+    * l_1: moving pixel j towards the side where a_j gains costs 1 and gains |a_j| a unit, up to the wall: a fractional
+      knapsack, solved exactly by spending eps on the steepest pixels first.
+    * l_2: weak duality with multiplier mu > 0 gives
+
+          max a.d <= sum_i max_{low_i <= d_i <= high_i} (a_i d_i - mu d_i^2 / 2) + mu eps^2 / 2,
+
+      whatever mu is. mu = ||a|| / eps (with no box active, the dual-norm value eps ||a||_2) is refined by water
+      filling: clipped coordinates are taken out of the budget and mu is recomputed for the rest, until nothing changes.
+      The smallest value found is returned, so the bound is never looser than eps ||a||_2 or than the box alone.
+
+    Rows are taken in blocks, so memory stays a small multiple of the rows.
+
+    Args:
+        rows: Coefficients a, shape (B, S, d).
+        low: Lower ends of the box, at most 0, shape (B, 1, d); for l_inf the ball's own.
+        high: Upper ends, at least 0, shape (B, 1, d).
+        eps: Radii, shape (B,).
+        norm: Norm of the ball.
+
+    Returns:
+        Shape (B, S).
+    """
+    if norm == "linf":
+        return _box_support(rows, low, high)
+    size = max(1, _BLOCK // max(1, rows[:, :1].numel()))
+    block = _l2_block if norm == "l2" else _l1_block
+    return torch.cat([block(part, low, high, eps.unsqueeze(1)) for part in torch.split(rows, size, 1)], 1)
 
 
 def _box_support(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT).squeeze(-1)
 
 
-def l2_support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
-    r"""`Ball.support` for l_2: upper bound of max a . d over ||d||_2 <= eps, low <= d <= high.
-
-    Args:
-        rows: Coefficients a, shape (B, S, d).
-        low: Lower ends of the box, at most 0, shape (B, 1, d).
-        high: Upper ends, at least 0, shape (B, 1, d).
-        eps: Radii, shape (B,).
-
-    Returns:
-        Shape (B, S).
-    """
-    size = max(1, _BLOCK // max(1, rows[:, :1].numel()))
-    return torch.cat([_l2_block(block, low, high, eps.unsqueeze(1)) for block in torch.split(rows, size, 1)], 1)
+def _l1_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    gain, order = rows.abs().sort(dim=-1, descending=True)
+    room = torch.where(rows > 0, high, -low).gather(-1, order)
+    before = room.cumsum(-1) - room
+    spent = torch.minimum((eps.unsqueeze(-1) - before).clamp(min=0), room)
+    return (gain * spent).sum(-1)
 
 
 def _l2_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:

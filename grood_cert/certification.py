@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from grood_cert import attack, lirpa, rows, runs
-from grood_cert.ball import NORMS, Ball, Norm, dual_norm
+from grood_cert.ball import NORMS, Ball, Norm, dual_norm, largest_eps
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
@@ -42,6 +42,7 @@ from grood_cert.score_bounds import ScoreBounds, score_bounds
 DEFAULT_EPS: dict[str, tuple[float, ...]] = {
     "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
     "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
+    "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
 }
 _EVALUATIONS = 12
 _FIRST_SHARE = 0.7  # of the attack radius: where the search starts
@@ -94,11 +95,6 @@ class Settings:
             raise InputError(f"precision must lie between 0 and 1, got {self.precision!r}")
         if self.batch_size < 1:
             raise InputError(f"batch size must be 1 or more, got {self.batch_size}")
-
-
-def largest_eps(shape: Sequence[int], norm: Norm) -> float:
-    """Radius at which the ball around any image contains the whole pixel box: 1 for l_inf, sqrt(d) for l_2."""
-    return 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
 
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]

@@ -31,7 +31,7 @@ app = typer.Typer(
     epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
 )
 
-_NORMS = "linf or l2"
+_NORMS = "linf, l2 or l1"
 _DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 _Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]

@@ -65,7 +65,7 @@ def gradient_norm_estimate(network: nn.Module, images: Tensor, norm: Norm) -> Te
     Args:
         network: f in eval mode, normalisation included.
         images: Pixels in [0, 1], shape (B, C, H, W).
-        norm: Norm of the ball, "linf" (q = 1) or "l2" (q = 2).
+        norm: Norm of the ball, "linf" (q = 1), "l2" (q = 2) or "l1" (q = inf).
 
     Returns:
         Shape (B,), per pixel unit.

@@ -49,7 +49,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grood_cert.ball import Ball, l2_support
+from grood_cert.ball import Ball, support
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks import Normalize
 
@@ -292,7 +292,7 @@ def _perturbation_class() -> type:
     """auto_LiRPA's perturbation, with our `Ball` as its set.
 
     Interval propagation inside the library reads the norm and the box: it is told the l_inf box around the ball,
-    which contains it. Linear bounds are made concrete by `l2_support`, which knows the ball and the box.
+    which contains it. Linear bounds are made concrete by `ball.support`, which knows the ball and the box.
     """
     library = _library()
     unfold = importlib.import_module("auto_LiRPA.patches").inplace_unfold
@@ -326,9 +326,8 @@ def _perturbation_class() -> type:
             bound = bound.reshape(batch, height, width, number).permute(0, 3, 1, 2)
             return bound if _is_old() else bound.flatten(1)
 
-        @staticmethod
-        def _bound(rows: Tensor, center: Tensor, low: Tensor, high: Tensor, eps: Tensor, sign: int) -> Tensor:
-            return (rows @ center.mT).squeeze(-1) + sign * l2_support(sign * rows, low, high, eps)
+        def _bound(self, rows: Tensor, center: Tensor, low: Tensor, high: Tensor, eps: Tensor, sign: int) -> Tensor:
+            return (rows @ center.mT).squeeze(-1) + sign * support(sign * rows, low, high, eps, self.ball.norm)
 
     return BallPerturbation
 
@@ -477,7 +476,7 @@ class BoundedNetwork:
     * "alpha-crown": as "crown", then the lower slopes of the unstable neurons are optimised for each row (hidden
       bounds stay those of "crown"); the better of the two is returned, so never looser than "crown".
 
-    For l_2 balls the first layer is bounded over the ball itself, not over its box, by every method.
+    For l_2 and l_1 balls the first layer is bounded over the ball itself, not over its box, by every method.
 
     Args:
         network: The model f: (B, C, H, W) -> (B, K), normalisation included. Copied, put in eval mode and float64.
@@ -592,7 +591,7 @@ class Relaxation:
                 if name in known:
                     continue
                 lower, upper = engine.bounds(self._ball, "ibp", known, node=name)
-                if base == "crown" or (self._ball.norm == "l2" and not known):
+                if base == "crown" or (self._ball.norm != "linf" and not known):
                     linear_lower, linear_upper = engine.input_bounds(self._ball, node, known)
                     lower, upper = torch.maximum(lower, linear_lower), torch.minimum(upper, linear_upper)
                 known[name] = lower.detach(), upper.detach()

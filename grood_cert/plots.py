@@ -48,7 +48,7 @@ STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "pdf.fonttype": 42,
     "svg.hashsalt": "grood-cert",
 }
-_NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
+_NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
 TABLE_COLUMNS = (
     "model",
     "set",

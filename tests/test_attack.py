@@ -22,7 +22,7 @@ def linear(weight, bias):
     return nn.Sequential(nn.Flatten(), layer).double().requires_grad_(False)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("side", ["id", "ood"])
 def test_minimum_norm_of_one_linear_logit(norm, side):
     """S = -(w.x + b) and no face of the pixel box in reach: the nearest flip lies at |S - gamma| / ||w||_q."""
@@ -32,9 +32,9 @@ def test_minimum_norm_of_one_linear_logit(norm, side):
     score = energy(network(images)).detach()
     gamma = float(score.max() + 0.05 if side == "id" else score.min() - 0.05)
     found = attack.minimum_norm(network, images, gamma, norm, generator())
-    exact = (score - gamma).abs() / weight.norm(p=1 if norm == "linf" else 2)
+    exact = (score - gamma).abs() / weight.norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm])
     assert bool((found.radius >= exact * (1 - 1e-9)).all())
-    torch.testing.assert_close(found.radius, exact, rtol=1e-3 if norm == "l2" else 1e-6, atol=0)
+    torch.testing.assert_close(found.radius, exact, rtol=1e-6 if norm == "linf" else 1e-3, atol=0)
 
 
 def test_minimum_norm_against_the_faces_of_the_pixel_box():
@@ -71,7 +71,7 @@ def network():
     return networks.build("conv-small", (1, 8, 8), 5, [0.3], [0.3], width=4).double().eval()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_points_are_witnesses(network, norm):
     """Whatever is returned lies at its stated distance, in the pixel box, and has the other decision."""
     images = torch.rand(20, 1, 8, 8, generator=generator()).double()
@@ -82,17 +82,17 @@ def test_points_are_witnesses(network, norm):
     hit = torch.isfinite(found.radius)
     points = found.points[hit]
     offset = (points - images[hit]).flatten(1)
-    distance = offset.abs().amax(1) if norm == "linf" else offset.square().sum(1).sqrt()
+    distance = torch.linalg.vector_norm(offset, ord={"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
     torch.testing.assert_close(distance, found.radius[hit], rtol=1e-12, atol=0)
     assert bool(((points >= 0) & (points <= 1)).all())
     flipped = (energy(network(points)) <= gamma) != (score[hit] <= gamma)
     assert bool(flipped.all())
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_extremes_stay_in_the_ball_and_beat_random_search(network, norm):
     images = torch.rand(5, 1, 8, 8, generator=generator()).double()
-    eps = torch.full((5,), 0.1 if norm == "linf" else 0.5).double()
+    eps = torch.full((5,), {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]).double()
     ball = Ball(images, eps, norm)
     seen = attack.extremes(network, ball, generator(), images, images)
     for points, value in ((seen.argmin, seen.minimum), (seen.argmax, seen.maximum)):
@@ -101,8 +101,8 @@ def test_extremes_stay_in_the_ball_and_beat_random_search(network, norm):
         torch.testing.assert_close(energy(network(points)).detach(), value, rtol=1e-12, atol=1e-12)
     for index in range(200):
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(index)).double() * 2 - 1
-        if norm == "l2":
-            noise = noise / noise.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        if norm != "linf":
+            noise = noise / noise.flatten(1).norm(p={"l2": 2, "l1": 1}[norm], dim=1).reshape(-1, 1, 1, 1)
         score = energy(network((images + ball.per_pixel(eps) * noise).clamp(0, 1))).detach()
         assert bool((seen.minimum <= score).all()) and bool((score <= seen.maximum).all())
 

@@ -163,7 +163,7 @@ def test_dual_norm_at_zero_has_a_gradient():
 @pytest.mark.parametrize(
     ("center", "eps", "norm", "message"),
     [
-        (torch.rand(2, 3), torch.rand(2), "l1", "unknown norm 'l1'"),
+        (torch.rand(2, 3), torch.rand(2), "l7", "unknown norm 'l7'"),
         (torch.rand(2, 3), torch.rand(3), "l2", "one eps a sample"),
         (torch.rand(2, 3), torch.tensor([0.1, -0.1]), "l2", "not negative"),
         (torch.rand(2, 3), torch.tensor([0.1, torch.nan]), "linf", "finite"),

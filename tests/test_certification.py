@@ -39,7 +39,7 @@ def one_logit(weight, bias=0.0):
 # Closed form
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("kind", ["id", "ood"])
 @pytest.mark.parametrize("method", ["crown", "crown-ibp"])
 def test_radius_of_one_linear_logit_is_exact(norm, kind, method):
@@ -52,7 +52,7 @@ def test_radius_of_one_linear_logit_is_exact(norm, kind, method):
     gamma = float(score.max() + 0.01 if kind == "id" else score.min() - 0.01)
     settings = Settings(eps=(0.01, 0.1), norm=norm, method=method, precision=1e-10)
     got = Certifier(detector_of(network, (1, 3, 3), gamma), settings).certify(images, kind)
-    exact = (score - gamma).abs() / weight.norm(p=1 if norm == "linf" else 2)
+    exact = (score - gamma).abs() / weight.norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm])
     assert bool((exact < 0.4).all())  # no face of the pixel box in reach
     for name in ("radius_certified", "radius_certified_per_logit"):
         torch.testing.assert_close(got[name], exact, rtol=0, atol=1e-9)
@@ -288,7 +288,7 @@ def test_interruption_is_not_swallowed(loaded, monkeypatch):
         ({"eps": (1.5,)}, "eps 1.5: expected a number from 0 to 1"),
         ({"eps": (0.2, 0.1)}, "ascending and without repetition, got 0.2 before 0.1"),
         ({"eps": (0.1, 0.1)}, "ascending and without repetition"),
-        ({"norm": "l1"}, "unknown norm 'l1'; use one of linf, l2"),
+        ({"norm": "l7"}, "unknown norm 'l7'; use one of linf, l2, l1"),
         ({"method": "magic"}, "unknown method 'magic'; use one of ibp, crown-ibp, crown, alpha-crown"),
         ({"precision": 0.0}, "precision must lie between 0 and 1"),
         ({"batch_size": 0}, "batch size must be 1 or more"),

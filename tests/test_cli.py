@@ -149,7 +149,7 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--eps", "0.2", "--eps", "0.1"], "ascending and without repetition"),
         (["--eps", "0.1", "--eps", "0.1"], "ascending and without repetition"),
         (["--eps", "lots"], "'--eps'"),
-        (["--norm", "l7"], "unknown norm 'l7'; use one of linf, l2"),
+        (["--norm", "l7"], "unknown norm 'l7'; use one of linf, l2, l1"),
         (["--method", "magic"], "unknown method 'magic'; use one of ibp, crown-ibp, crown, alpha-crown"),
         (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
         (["--ood", "digits:5-9"], "share class 5"),

@@ -19,7 +19,6 @@ from grood_cert.lipschitz.estimates import (
     uniform_in_ball,
 )
 from grood_cert.lipschitz.graph import trace
-from grood_cert.lipschitz.l1_ball import L1Ball
 from grood_cert.lipschitz.weng2018clever import clever_estimate, clever_radius_estimate, reverse_weibull_end_point
 
 NORMS = ("linf", "l2", "l1")
@@ -27,7 +26,7 @@ NORMS = ("linf", "l2", "l1")
 
 def ball_of(images, eps, norm):
     eps = torch.full((len(images),), eps, dtype=torch.float64)
-    return L1Ball(images, eps) if norm == "l1" else Ball(images, eps, norm)
+    return Ball(images, eps, norm)
 
 
 def two_logits(size, weight):

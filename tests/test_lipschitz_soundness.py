@@ -14,7 +14,6 @@ from grood_cert.lipschitz.estimates import (
     uniform_in_ball,
 )
 from grood_cert.lipschitz.graph import trace
-from grood_cert.lipschitz.l1_ball import L1Ball
 from grood_cert.networks import Normalize
 
 NETWORKS = 216
@@ -107,7 +106,7 @@ def one_thread():
 
 
 def make_ball(images, eps, norm):
-    return L1Ball(images, eps) if norm == "l1" else Ball(images, eps, norm)
+    return Ball(images, eps, norm)
 
 
 def images_of(shape, count, generator):

@@ -84,7 +84,7 @@ def test_the_chord_is_sharper_than_the_box_when_logits_move_together():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_one_linear_logit_is_exact(method, norm):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1, 9, generator=generator).double()
@@ -93,8 +93,8 @@ def test_one_linear_logit_is_exact(method, norm):
     eps = 0.05
     bounds = score_bounds(BoundedNetwork(network, (1, 3, 3), method), ball_around(images, eps, norm))
     score = -(images.flatten(1) @ weight.double().T).squeeze(1) - network[1].bias
-    move = eps * weight.double().norm(p=1 if norm == "linf" else 2)
-    if method == "ibp" and norm == "l2":  # interval propagation only knows the box around the ball
+    move = eps * weight.double().norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm])
+    if method == "ibp" and norm != "linf":  # interval propagation only knows the box around the ball
         move = eps * weight.double().norm(p=1)
         assert bool((bounds.upper <= score + move + 1e-9).all())
     else:
@@ -148,7 +148,7 @@ def test_one_dimensional_networks_against_a_fine_grid(method):
 # Adversaries
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     ("name", "method"),
     [*((name, method) for name in ("conv-small", "mlp") for method in METHODS), ("resnet18", "crown-ibp")],

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grood_cert.ball import Ball
+from grood_cert.ball import Ball, Norm
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.graph import Graph
 from grood_cert.lipschitz.interval import interval_bounds
@@ -105,7 +105,7 @@ def local_lipschitz(
     with torch.no_grad():
         if known is None:
             known = preactivations(graph, ball, memory=memory)
-        norm: str = ball.norm
+        norm: Norm = ball.norm
         found: dict[str, Tensor] = {}
         if "product" in methods:
             found["product"] = torch.full_like(ball.eps, product_bound(graph, norm), dtype=torch.float64)

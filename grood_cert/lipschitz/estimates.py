@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grood_cert.ball import Ball
+from grood_cert.ball import Ball, Norm, dual_norm
 from grood_cert.energy import energy
 from grood_cert.lipschitz.activations import Activation
 from grood_cert.lipschitz.graph import Graph
-from grood_cert.lipschitz.l1_ball import gradient_norm
 
 _SOFTENINGS = (0.0, 0.3, 1.0)
 _CHUNK = 4096
@@ -43,7 +42,7 @@ def uniform_in_ball(ball: Ball, count: int, generator: torch.Generator) -> Tenso
         sample = torch.randn if kind == "normal" else torch.rand
         return sample(shape, generator=generator, dtype=center.dtype).to(center.device)
 
-    norm: str = ball.norm
+    norm = ball.norm
     if norm == "linf":
         offset = 2 * draw("uniform") - 1
     elif norm == "l2":
@@ -63,14 +62,14 @@ def uniform_in_ball(ball: Ball, count: int, generator: torch.Generator) -> Tenso
     return (center + offset * ball.per_pixel(ball.eps)).clamp(0, 1)
 
 
-def _norms(graph: Graph, images: Tensor, norm: str) -> Tensor:
+def _norms(graph: Graph, images: Tensor, norm: Norm) -> Tensor:
     """||grad S||_q at each image, shape (N,)."""
     found = []
     for batch in images.split(_CHUNK):
         with torch.enable_grad():
             batch = batch.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(energy(graph.network(batch)).sum(), batch)
-        found.append(gradient_norm(gradient.detach(), norm))
+        found.append(dual_norm(gradient.detach(), norm))
     return torch.cat(found)
 
 
@@ -124,7 +123,7 @@ def _spread(graph: Graph, ball: Ball, generator: torch.Generator) -> dict[int, T
     return found
 
 
-def _steepest(gradient: Tensor, norm: str, keep: int) -> Tensor:
+def _steepest(gradient: Tensor, norm: Norm, keep: int) -> Tensor:
     """A unit step of the ball's norm along which a linear function climbs: signs, direction, or a few pixels."""
     flat = gradient.flatten(1)
     if norm == "linf":
@@ -158,7 +157,7 @@ def ascended_gradient_norm_estimate(
     Returns:
         The largest norm, shape (B,), and the point, shape (B, *image).
     """
-    norm: str = ball.norm
+    norm = ball.norm
     best, argument = gradient_norm_estimate(graph, ball), ball.center.clone()
 
     def see(points: Tensor) -> None:
@@ -179,7 +178,7 @@ def ascended_gradient_norm_estimate(
                     width = None if softening == 0 else lambda number, _, scale=softening: scale * spread[number]
                     score = energy(graph.values(points, width)[-1])
                     (gradient,) = torch.autograd.grad(score.sum(), points, create_graph=True)
-                    size = gradient_norm(gradient, norm).sum()
+                    size = dual_norm(gradient, norm).sum()
                     uphill = (
                         torch.autograd.grad(size, points, allow_unused=True)[0]
                         if size.requires_grad

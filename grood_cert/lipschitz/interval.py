@@ -26,6 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grood_cert.ball import Norm
 from grood_cert.lipschitz.activations import Activation
 from grood_cert.lipschitz.graph import Graph
 from grood_cert.lipschitz.operations import Addition, LinearMap, MaxPool
@@ -113,7 +114,7 @@ def gradient_intervals(
     return pending[0]
 
 
-def norm_of_box(lower: Tensor, upper: Tensor, norm: str) -> Tensor:
+def norm_of_box(lower: Tensor, upper: Tensor, norm: Norm) -> Tensor:
     """The largest dual norm of a vector in a box: the norm of max(|a|, |b|); last axis, norm of the ball."""
     largest = torch.maximum(lower.abs(), upper.abs())
     order = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
@@ -130,7 +131,7 @@ def jacobian_intervals(graph: Graph, slopes: tuple[Interval, ...], batch: int) -
     return lower.flatten(1).reshape(batch, classes, -1), upper.flatten(1).reshape(batch, classes, -1)
 
 
-def interval_bounds(graph: Graph, known: Preactivations, norm: str) -> tuple[Tensor, Tensor]:
+def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Tensor, Tensor]:
     r"""The hull and the interval bound of the local Lipschitz constant of S; formulas and proof above.
 
     Args:

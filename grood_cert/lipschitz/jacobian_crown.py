@@ -42,6 +42,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grood_cert.ball import Norm
 from grood_cert.lipschitz.activations import Activation
 from grood_cert.lipschitz.graph import Graph
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
@@ -188,7 +189,7 @@ class _Backward:
         return slope.reshape(*slope.shape[:2], *shape), constant.sum((2, 3))
 
 
-def _norm(backward: _Backward, lower: Tensor, upper: Tensor, norm: str) -> Tensor:
+def _norm(backward: _Backward, lower: Tensor, upper: Tensor, norm: Norm) -> Tensor:
     """The final norm; lower, upper: (B, *image)."""
     box = norm_of_box(lower.flatten(1), upper.flatten(1), norm)
     if norm == "l1":
@@ -203,7 +204,7 @@ def _norm(backward: _Backward, lower: Tensor, upper: Tensor, norm: str) -> Tenso
 
 
 def jacobian_crown(
-    graph: Graph, known: Preactivations, norm: str, weights: Weights | None = None, memory: int = DEFAULT_MEMORY
+    graph: Graph, known: Preactivations, norm: Norm, weights: Weights | None = None, memory: int = DEFAULT_MEMORY
 ) -> Tensor:
     r"""Upper bound of sup ||J(x')^T p||_q over the ball and P; formulas and proof at the top of this module.
 
@@ -227,7 +228,7 @@ def jacobian_crown(
     return _norm(backward, lower, upper, norm) * (1 + ROUNDING)
 
 
-def jacobian_crown_corners(graph: Graph, known: Preactivations, norm: str, memory: int = DEFAULT_MEMORY) -> Tensor:
+def jacobian_crown_corners(graph: Graph, known: Preactivations, norm: Norm, memory: int = DEFAULT_MEMORY) -> Tensor:
     r"""Jacobian-CROWN at the K corners of a simplex around P: tighter where P is wide, at K times the cost.
 
     With rho = 1 - sum pl the points v_k = pl + rho e_k span a simplex that contains P: p = sum_k lambda_k v_k with

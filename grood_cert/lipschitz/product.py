@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grood_cert.ball import Norm
 from grood_cert.lipschitz.activations import Activation
 from grood_cert.lipschitz.graph import Graph
 from grood_cert.lipschitz.operations import Addition, Convolution, LinearMap, MaxPool
@@ -32,7 +33,7 @@ from grood_cert.lipschitz.preactivations import ROUNDING, Interval, Preactivatio
 _UNROLLED_ENTRIES = 2**22
 
 
-def matrix_norm(matrix: Tensor, norm: str) -> float:
+def matrix_norm(matrix: Tensor, norm: Norm) -> float:
     """||M||_{p->p}, exactly up to rounding, moved up by 1e-12: row sums, singular values or column sums."""
     if not matrix.numel():
         return 0.0
@@ -60,7 +61,9 @@ def torus_norm(convolution: Convolution) -> float:
     return float(torch.linalg.matrix_norm(transformed, ord=2).max()) * (1 + ROUNDING)
 
 
-def operator_norm(operation: LinearMap, shape: tuple[int, ...], norm: str, device: str | torch.device = "cpu") -> float:
+def operator_norm(
+    operation: LinearMap, shape: tuple[int, ...], norm: Norm, device: str | torch.device = "cpu"
+) -> float:
     r"""Upper bound of ||W||_{p->p}; exact for l_inf and l_1, and for l_2 where the unrolled map is small.
 
     Args:
@@ -109,11 +112,11 @@ class _State:
     base: int
     matrix: Tensor | None
 
-    def norm(self, norm: str) -> float:
+    def norm(self, norm: Norm) -> float:
         return self.factor * (1.0 if self.matrix is None else matrix_norm(self.matrix, norm))
 
 
-def _pool_norm(pool: MaxPool, norm: str) -> float:
+def _pool_norm(pool: MaxPool, norm: Norm) -> float:
     """A window's derivative is a convex combination, and an entry belongs to at most `overlap` windows."""
     return {"linf": 1.0, "l2": math.sqrt(pool.overlap), "l1": float(pool.overlap)}[norm]
 
@@ -121,7 +124,7 @@ def _pool_norm(pool: MaxPool, norm: str) -> float:
 class _Product:
     """One walk through the graph for one sample (or for the whole space)."""
 
-    def __init__(self, graph: Graph, slopes: dict[int, tuple[Tensor, Tensor]], norm: str) -> None:
+    def __init__(self, graph: Graph, slopes: dict[int, tuple[Tensor, Tensor]], norm: Norm) -> None:
         self._graph = graph
         self._slopes = slopes
         self._norm = norm
@@ -179,7 +182,7 @@ class _Product:
         return last.factor * float(torch.linalg.vector_norm(last.matrix, ord=order, dim=1).max()) * (1 + ROUNDING)
 
 
-def product_bound(graph: Graph, norm: str) -> float:
+def product_bound(graph: Graph, norm: Norm) -> float:
     r"""Product of operator norms over the whole space: one number for the network; formula and proof above.
 
     Args:
@@ -199,7 +202,7 @@ def product_bound(graph: Graph, norm: str) -> float:
     return _Product(graph, slopes, norm).bound()
 
 
-def active_product_bound(graph: Graph, known: Preactivations, norm: str) -> Tensor:
+def active_product_bound(graph: Graph, known: Preactivations, norm: Norm) -> Tensor:
     r"""The same on the sub-network that is active on each ball; formula and proof above.
 
     Args:

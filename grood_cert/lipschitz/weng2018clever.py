@@ -137,7 +137,7 @@ def clever_radius_estimate(
     radius = torch.zeros_like(margin)
     for turn in range(doublings + 1):
         eps = ball.eps * 2.0**turn
-        grown = type(ball)(ball.center, eps) if ball.norm == "l1" else Ball(ball.center, eps, ball.norm)  # type: ignore
+        grown = Ball(ball.center, eps, ball.norm)
         constant = clever_estimate(graph, grown, generator, batches, batch_size).lipschitz_estimate
         found = torch.minimum(eps, margin / constant)
         radius = torch.where(radius < eps / 2, torch.where(radius > 0, radius, found), found) if turn else found
