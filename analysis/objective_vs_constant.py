@@ -17,6 +17,7 @@ import typer
 from matplotlib.figure import Figure
 
 from grood_cert import plots
+from grood_cert.cli import run_script
 from grood_cert.errors import InputError
 from grood_cert.files import write_csv
 from grood_cert.lipschitz.analysis import Analysis, read
@@ -53,15 +54,26 @@ def figure(records: Sequence[dict[str, float | str]], norm: str) -> Figure:
             chosen = [record for record in records if record["kind"] == kind]
             weights = [float(record["lambda_grad"]) for record in chosen]
             for name, (label, colour, style) in CURVES.items():
-                heights = [float(record[name]) for record in chosen]
-                axes.plot(weights, heights, label=label, color=colour, linestyle=style, marker="o", markersize=3)
+                axes.plot(
+                    weights,
+                    [float(record[name]) for record in chosen],
+                    label=label,
+                    color=colour,
+                    linestyle=style,
+                    marker="o",
+                    markersize=3,
+                )
             smallest = min((weight for weight in weights if weight > 0), default=1.0)
             axes.set_xscale("symlog", linthresh=smallest)
             axes.set_yscale("log")
-            axes.set_ylim(bottom=0.5 * min(float(r["gradient_norm_estimate"]) for r in records))
+            heights = [float(record[name]) for record in records for name in CURVES]
+            axes.set_ylim(0.8 * min(heights), 1.2 * max(heights))
             axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
             axes.set_xlabel("lambda_grad")
-            axes.set_title(f"{kind.upper()}, eps = {chosen[0]['eps']:g} ({norm})" if chosen else kind.upper())
+            axes.set_title(
+                f"{kind.upper()}, eps = {chosen[0]['eps']:g} ({plots.NORM_LABELS[norm]})" if chosen else kind.upper()
+            )
         drawing.axes[0].set_ylabel("slope of S, median over samples")
         handles, labels = drawing.axes[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -83,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -17,6 +17,7 @@ import typer
 from matplotlib.figure import Figure
 
 from grood_cert import plots
+from grood_cert.cli import run_script
 from grood_cert.rows import Rows, read
 
 
@@ -35,12 +36,12 @@ def figure(rows: Rows) -> Figure:
                 refuted = f"{np.mean(radius > attack):.0%} refuted" if mask.any() else "no samples"
                 axes.scatter(attack, radius, s=12, c=colour, marker=marker, alpha=0.7, label=f"{label}: {refuted}")
             axes.axline((0, 0), slope=1, color="#555555", linewidth=1, linestyle="--")
-            axes.set_xlabel(f"attack radius ({rows.norm})")
+            axes.set_xlabel(f"attack radius ({plots.NORM_LABELS[rows.norm]})")
             axes.set_title({"id": "ID accepted", "ood": "OOD rejected"}[kind])
             axes.legend(loc="upper left", frameon=False)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        drawing.axes[0].set_ylabel(f"radius ({rows.norm})")
+        drawing.axes[0].set_ylabel(f"radius ({plots.NORM_LABELS[rows.norm]})")
     return drawing
 
 
@@ -54,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -19,6 +19,7 @@ import typer
 
 from grood_cert import attack, detector, training
 from grood_cert.ball import Ball, Norm
+from grood_cert.cli import run_script
 from grood_cert.files import write_csv
 from grood_cert.lirpa import METHODS, BoundedNetwork, Method
 from grood_cert.score_bounds import score_bounds
@@ -79,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -20,6 +20,7 @@ import typer
 
 from grood_cert import detector, training
 from grood_cert.ball import Ball, Norm
+from grood_cert.cli import run_script
 from grood_cert.detector import Detector
 from grood_cert.files import write_csv
 from grood_cert.lipschitz import analysis
@@ -72,7 +73,9 @@ def cost(loaded: Detector, images: torch.Tensor, norm: Norm, eps: float, repeats
     return float((np.median(whole) - np.median(base)) / np.median(base))
 
 
-def measure(name: str, how: str, folder: Path, recipe: Recipe, samples: int, repeats: int = 3) -> list[dict[str, Any]]:
+def measure(
+    name: str, how: str, folder: Path, recipe: Recipe, samples: int, repeats: int = 3, batch: int = 64
+) -> list[dict[str, Any]]:
     """One record for each kind, norm and eps, with the keys of `COLUMNS`."""
     chosen = replace(
         recipe,
@@ -97,7 +100,7 @@ def measure(name: str, how: str, folder: Path, recipe: Recipe, samples: int, rep
                 for method in ("auto", *METHODS):
                     column = "bound" if method == "auto" else f"bound_{method}"
                     record[method] = float(np.median(np.array([row[column] for row in rows]) / reference))
-                images = sets[0].images[:64].double()
+                images = sets[0].images[:batch].double()
                 record["cost"] = cost(loaded, images, norm, eps, repeats) if kind == "id" else None
                 records.append(record)
     return records
@@ -124,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -6,7 +6,7 @@ torch and matplotlib are imported inside the commands, so that `--help` answers 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -401,26 +401,36 @@ def demo(
 
 def main() -> None:
     """Run the command line; errors become one line on stderr and an exit code, without a traceback."""
+    _run(app, "grood-cert")
+
+
+def run_script(function: Callable[..., None]) -> None:
+    """Run a script's `main` as a command, with the errors and exit codes of the command line."""
+    script = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    script.command()(function)
+    _run(script, Path(sys.argv[0]).name)
+
+
+def _run(application: typer.Typer, program: str) -> None:
     from grood_cert.errors import InputError, RunError, SoundnessError
 
+    def fail(message: object, code: int) -> int:
+        typer.echo(f"{program}: error: " + " ".join(str(message).split()), err=True)
+        return code
+
     try:
-        code = app(standalone_mode=False)
+        code = application(standalone_mode=False)
     except InputError as error:
-        code = _fail(error, 2)
+        code = fail(error, 2)
     except RunError as error:
-        code = _fail(error, 1)
+        code = fail(error, 1)
     except SoundnessError as error:
         saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
-        code = _fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
+        code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
+        code = fail("interrupted", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(error.format_message(), 2)  # a usage error of click, or of the copy of it that typer carries
+        code = fail(error.format_message(), 2)  # a usage error of click, or of the copy of it that typer carries
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: object, code: int) -> int:
-    typer.echo("grood-cert: error: " + " ".join(str(message).split()), err=True)
-    return code

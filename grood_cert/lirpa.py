@@ -723,3 +723,52 @@ def _alpha_improves() -> bool:
         stacklevel=4,
     )
     return False
+
+
+def gradient_bounds(network: nn.Module, shape: tuple[int, ...], ball: Ball, weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Bounds of the gradient of p . f over one l_inf ball by auto_LiRPA's JacobianOP: a cross-check for `lipschitz`.
+
+    Args:
+        network: The model f, in eval mode; auto_LiRPA knows Jacobians of few layers (Linear, Conv2d, ReLU).
+        shape: Shape (C, H, W) of one image.
+        ball: One l_inf ball, batch size 1.
+        weights: p, shape (K,).
+
+    Returns:
+        lower, upper: Shape (1, C, H, W) each, lower <= grad (p . f)(x') <= upper for all x' in the ball.
+
+    Raises:
+        InputError: If the ball is not one l_inf ball.
+        RunError: If auto_LiRPA is older than 0.4, or cannot bound this Jacobian.
+
+    References:
+        Shi et al., "Efficiently Computing Local Lipschitz Constants of Neural Networks via Bound Propagation",
+        NeurIPS 2022.
+    """
+    if ball.norm != "linf" or len(ball.center) != 1:
+        raise InputError(f"expected one l_inf ball, got {len(ball.center)} in {ball.norm}")
+    if _is_old():
+        raise RunError(f"auto_LiRPA {version()} cannot bound Jacobians; this needs 0.4 or newer")
+    library = _library()
+    jacobian = importlib.import_module("auto_LiRPA.jacobian").JacobianOP
+    head = nn.Linear(len(weights), 1, bias=False, dtype=torch.float64).requires_grad_(False)
+    head.weight.copy_(weights[None])
+
+    class Gradient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _convertible(network)
+            self.head = head
+
+        def forward(self, images: Tensor) -> Any:
+            return jacobian.apply(self.head(self.network(images)), images).flatten(1)
+
+    images = ball.center.double()
+    try:
+        with _engine_running():
+            module = library.BoundedModule(Gradient(), images, bound_opts={"conv_mode": "matrix", "verbosity": 0})
+            inputs = library.BoundedTensor(images, _perturbation_class()(ball))
+            lower, upper = module.compute_jacobian_bounds(inputs)
+    except Exception as error:
+        raise RunError(f"auto_LiRPA {version()} cannot bound this Jacobian: {_first_line(error)}") from error
+    return lower.detach().reshape(1, *shape), upper.detach().reshape(1, *shape)

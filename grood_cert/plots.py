@@ -48,7 +48,7 @@ STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "pdf.fonttype": 42,
     "svg.hashsalt": "grood-cert",
 }
-_NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
+NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
 TABLE_COLUMNS = (
     "model",
     "set",
@@ -123,7 +123,7 @@ def robustness_figure(
     Raises:
         InputError: If the certifications cannot share an axis.
     """
-    norm = _NORM_LABELS[common_norm(certifications)]
+    norm = NORM_LABELS[common_norm(certifications)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         panels: Sequence[Axes] = figure.subplots(2, 2).ravel().tolist()
@@ -171,7 +171,7 @@ def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
     Raises:
         InputError: If the analyses cannot share an axis.
     """
-    norm = _NORM_LABELS[common_norm(analyses)]
+    norm = NORM_LABELS[common_norm(analyses)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("id", "ood"), strict=True):

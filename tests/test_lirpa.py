@@ -144,8 +144,9 @@ def extremes(network, ball, rows, samples=100, steps=8):
     corner = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
     inside = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
     direction = torch.cat([corner, inside])
-    if ball.norm == "l2":
-        direction = direction / torch.linalg.vector_norm(direction.flatten(2), dim=2)[..., None, None, None]
+    if ball.norm != "linf":
+        length = torch.linalg.vector_norm(direction.flatten(2), ord={"l2": 2, "l1": 1}[ball.norm], dim=2)
+        direction = direction / length[..., None, None, None]
     points = [ball.project(ball.center + d * ball.per_pixel(ball.eps)) for d in direction]
     with torch.no_grad():
         values = torch.stack([(rows @ network(p).unsqueeze(-1)).squeeze(-1) for p in [ball.center, *points]])
@@ -273,7 +274,7 @@ def test_equals_the_dense_engine(name, norm, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_no_point_of_the_ball_violates_a_bound(name, norm, method):
     skip_without_alpha(method)

@@ -16,6 +16,7 @@ import typer
 
 from grood_cert import detector, recipe, training
 from grood_cert.ball import Norm
+from grood_cert.cli import run_script
 from grood_cert.lipschitz import analysis
 
 
@@ -43,4 +44,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

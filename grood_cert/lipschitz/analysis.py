@@ -64,6 +64,7 @@ _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "se
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
 _SHARES = (0.01, 0.1, 0.3, 0.6, 1.0)  # of the way to where an attack or the ascent ended: where secants are taken
 _ROUNDING = 1e-9
+_COPIES = 8  # arrays of the size of a layer that interval propagation holds for each logit
 
 
 QUANTITIES: dict[str, str] = {
@@ -93,8 +94,8 @@ class Settings:
         samples: Points sampled in each ball.
         clever_batches: Batch maxima of CLEVER; 0 leaves CLEVER out.
         ascents: Starting points of the gradient ascent.
-        memory: Bytes that blocks of rows may take.
-        batch_size: Samples analysed together.
+        memory: Bytes that blocks of rows, and the interval Jacobians of a batch, may take each.
+        batch_size: Most samples analysed together.
         seed: Seed of all sampling.
     """
 
@@ -144,6 +145,13 @@ class Analyser:
     def method(self) -> str:
         """The engine method in force."""
         return self._bounded.method
+
+    @property
+    def batch_size(self) -> int:
+        """Samples analysed together: as set, or fewer if the interval Jacobians of so many would exceed the memory."""
+        neurons = max(node.size for node in self.graph.nodes)
+        sample = _COPIES * 8 * self.graph.classes * neurons
+        return max(1, min(self.settings.batch_size, self.settings.memory // sample))
 
     def analyse(self, images: Tensor) -> list[dict[str, Any]]:
         """All columns but `set`, `kind` and `index`, as one dictionary of lists for each eps.
@@ -226,7 +234,7 @@ def analyse(analyser: Analyser, sets: Sequence[ImageSet], limit: int = 0) -> Ite
         The records of a batch: one for each sample and eps, with the columns of `COLUMNS`.
     """
     settings = analyser.settings
-    for images, names in runs.batches(sets, limit, settings.batch_size, settings.seed):
+    for images, names in runs.batches(sets, limit, analyser.batch_size, settings.seed):
         pages = analyser.analyse(images.images)
         yield [
             name | {column: values[position] for column, values in page.items()}
