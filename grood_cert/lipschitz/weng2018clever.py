@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from grood_cert.lipschitz.estimates import _norms, uniform_in_ball
 from grood_cert.lipschitz.graph import Graph
 
 _IMPLAUSIBLE = 10.0
+_SHAPES = (1.0, 3.0, 10.0)  # where the likelihood fits start
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Clever:
 
 
 def reverse_weibull_end_point(maxima: np.ndarray) -> tuple[float, float, bool]:
-    r"""Maximum-likelihood right end point of a reverse Weibull law.
+    r"""Maximum-likelihood right end point of a reverse Weibull law, best of three starts.
 
     Args:
         maxima: Batch maxima, shape (n,).
@@ -67,11 +69,17 @@ def reverse_weibull_end_point(maxima: np.ndarray) -> tuple[float, float, bool]:
     scaled = (maxima - maxima.mean()) / maxima.std()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        try:
-            shape, location, scale = stats.weibull_max.fit(scaled, loc=float(scaled.max()) + 0.1)
-            p_value = float(stats.kstest(scaled, "weibull_max", args=(shape, location, scale)).pvalue)
-        except (stats.FitError, ValueError, FloatingPointError):
+        fits = []
+        for guess in _SHAPES:  # the likelihood has several maxima; restart, and keep the highest
+            with contextlib.suppress(stats.FitError, ValueError, FloatingPointError):
+                fit = stats.weibull_max.fit(scaled, guess, loc=float(scaled.max()) + 0.1)
+                cost = float(stats.weibull_max.nnlf(fit, scaled))
+                if math.isfinite(cost):
+                    fits.append((cost, fit))
+        if not fits:
             return largest, math.nan, False
+        shape, location, scale = min(fits)[1]
+        p_value = float(stats.kstest(scaled, "weibull_max", args=(shape, location, scale)).pvalue)
     end = float(location * maxima.std() + maxima.mean())
     if not math.isfinite(end) or not largest <= end * (1 + 1e-12) or end > _IMPLAUSIBLE * largest:
         return largest, math.nan, False
