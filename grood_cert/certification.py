@@ -14,7 +14,6 @@ checked; a violation raises `SoundnessError`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grood_cert import attack, lirpa, rows, runs
-from grood_cert.ball import NORMS, Ball, Norm, dual_norm, largest_eps
+from grood_cert import attack, rows, runs
+from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
@@ -39,11 +38,6 @@ from grood_cert.lirpa import BoundedNetwork, Method
 from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column, manifest_path
 from grood_cert.score_bounds import ScoreBounds, score_bounds
 
-DEFAULT_EPS: dict[str, tuple[float, ...]] = {
-    "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
-    "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
-    "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
-}
 _EVALUATIONS = 12
 _FIRST_SHARE = 0.7  # of the attack radius: where the search starts
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
@@ -78,23 +72,9 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        if self.norm not in NORMS:
-            raise InputError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
-        if self.method not in lirpa.METHODS:
-            raise InputError(f"unknown method {self.method!r}; use one of {', '.join(lirpa.METHODS)}")
-        limit = largest_eps(shape, self.norm)
-        for value in self.eps:
-            if not (math.isfinite(value) and 0 <= value <= limit):
-                raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")
-        if not self.eps:
-            raise InputError("no eps given; add for example --eps 0.01 --eps 0.02")
-        for before, after in zip(self.eps, self.eps[1:], strict=False):
-            if not before < after:
-                raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
+        runs.check_balls(self.eps, self.norm, self.method, self.batch_size, shape)
         if not 0 < self.precision < 1:
             raise InputError(f"precision must lie between 0 and 1, got {self.precision!r}")
-        if self.batch_size < 1:
-            raise InputError(f"batch size must be 1 or more, got {self.batch_size}")
 
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]

@@ -31,7 +31,13 @@ app = typer.Typer(
     epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
 )
 
-_NORMS = "linf, l2 or l1"
+_Eps = Annotated[
+    list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
+]
+_Norm = Annotated[str, typer.Option(help="Norm of the ball: linf, l2 or l1.")]
+_Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
+_Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
+_BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
 _DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 _Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
@@ -224,16 +230,14 @@ def train(
 @app.command()
 def certify(
     model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
-    eps: Annotated[
-        list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
-    ] = None,
-    norm: Annotated[str, typer.Option(help=f"Norm of the ball: {_NORMS}.")] = "linf",
+    eps: _Eps = None,
+    norm: _Norm = "linf",
     method: Annotated[str, typer.Option(help="ibp, crown-ibp, crown or alpha-crown.")] = "crown",
     out: Annotated[Path | None, typer.Option(help="Folder of rows.csv and rows.json. [default: the model's]")] = None,
-    ood: Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")] = None,
-    limit: Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")] = 0,
+    ood: _Ood = None,
+    limit: _Limit = 0,
     precision: Annotated[float, typer.Option(help="Relative precision of the certified radius.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Samples bounded together.")] = 64,
+    batch_size: _BatchSize = 64,
     seed: Annotated[int, typer.Option(help="Seed of the attacks and of --limit.")] = 0,
     lipschitz: Annotated[bool, typer.Option("--lipschitz", help="Prove radii from Lipschitz bounds too.")] = False,
     data_dir: _DataDir = None,
@@ -244,13 +248,13 @@ def certify(
     """Certify a detector: sound bounds of S on an eps grid, certified radii, and attacks that bracket them."""
     from typing import cast
 
-    from grood_cert import certification, curves, detector
+    from grood_cert import certification, curves, detector, runs
     from grood_cert.ball import Norm
     from grood_cert.lirpa import Method
 
     loaded = detector.load(model, _device(device))
     settings = certification.Settings(
-        eps=tuple(eps or certification.DEFAULT_EPS.get(norm, ())),
+        eps=tuple(eps or runs.DEFAULT_EPS.get(norm, ())),
         norm=cast(Norm, norm),
         method=cast(Method, method),
         precision=precision,
@@ -284,18 +288,16 @@ def certify(
 @app.command()
 def lipschitz(
     model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
-    eps: Annotated[
-        list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
-    ] = None,
-    norm: Annotated[str, typer.Option(help=f"Norm of the ball: {_NORMS}.")] = "linf",
+    eps: _Eps = None,
+    norm: _Norm = "linf",
     method: Annotated[str, typer.Option(help="Pre-activation bounds: ibp, crown-ibp or crown.")] = "crown",
     out: Annotated[Path | None, typer.Option(help="Folder of lipschitz.csv and .json. [default: the model's]")] = None,
-    ood: Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")] = None,
-    limit: Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")] = 50,
+    ood: _Ood = None,
+    limit: _Limit = 50,
     samples: Annotated[int, typer.Option(help="Points sampled in each ball.")] = 256,
     clever_batches: Annotated[int, typer.Option(help="Batch maxima of CLEVER; 0: leave it out.")] = 50,
     memory: Annotated[str, typer.Option(help="Memory that blocks of rows may take, for example 64M or 1G.")] = "16M",
-    batch_size: Annotated[int, typer.Option(help="Samples analysed together.")] = 64,
+    batch_size: _BatchSize = 64,
     seed: Annotated[int, typer.Option(help="Seed of all sampling and of --limit.")] = 0,
     data_dir: _DataDir = None,
     download: _Download = False,
@@ -305,14 +307,14 @@ def lipschitz(
     """Bound the local Lipschitz constant of S over balls, with estimates from below beside the proofs."""
     from typing import cast
 
-    from grood_cert import certification, detector
+    from grood_cert import detector, runs
     from grood_cert.ball import Norm
     from grood_cert.lipschitz import analysis
     from grood_cert.lirpa import Method
 
     loaded = detector.load(model, _device(device))
     settings = analysis.Settings(
-        eps=tuple(eps or certification.DEFAULT_EPS.get(norm, ())),
+        eps=tuple(eps or runs.DEFAULT_EPS.get(norm, ())),
         norm=cast(Norm, norm),
         method=cast(Method, method),
         samples=samples,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +17,40 @@ import torch
 from torch import Tensor
 
 from grood_cert import lirpa
+from grood_cert.ball import NORMS, Norm, largest_eps
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.files import check_writable, replacing, sha256
+
+DEFAULT_EPS: dict[str, tuple[float, ...]] = {
+    "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
+    "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
+    "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
+}
+
+
+def check_balls(eps: Sequence[float], norm: Norm, method: str, batch_size: int, shape: tuple[int, int, int]) -> None:
+    """Refuse an eps grid, norm, engine method or batch size that makes no sense for images of this shape.
+
+    Raises:
+        InputError: Naming what is wrong.
+    """
+    if norm not in NORMS:
+        raise InputError(f"unknown norm {norm!r}; use one of {', '.join(NORMS)}")
+    if method not in lirpa.METHODS:
+        raise InputError(f"unknown method {method!r}; use one of {', '.join(lirpa.METHODS)}")
+    limit = largest_eps(shape, norm)
+    for value in eps:
+        if not (math.isfinite(value) and 0 <= value <= limit):
+            raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")
+    if not eps:
+        raise InputError("no eps given; add for example --eps 0.01 --eps 0.02")
+    for before, after in itertools.pairwise(eps):
+        if not before < after:
+            raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
+    if batch_size < 1:
+        raise InputError(f"batch size must be 1 or more, got {batch_size}")
 
 
 def subset(images: ImageSet, limit: int, seed: int) -> tuple[ImageSet, Tensor]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grood_cert import attack, certification, runs
+from grood_cert import attack, runs
 from grood_cert.ball import Ball, Norm
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
@@ -115,7 +115,7 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        certification.Settings(self.eps, self.norm, self.method, batch_size=self.batch_size).check(shape)
+        runs.check_balls(self.eps, self.norm, self.method, self.batch_size, shape)
         for name, least in (("samples", 1), ("clever_batches", 0), ("ascents", 1), ("memory", 2**16)):
             if getattr(self, name) < least:
                 raise InputError(f"{name.replace('_', ' ')} must be {least} or more, got {getattr(self, name)}")
