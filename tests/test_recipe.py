@@ -48,7 +48,10 @@ def test_round_trip():
         ({"optimizer": {"momentum": 1.0}}, "optimizer.momentum: expected a value below 1, got 1.0"),
         ({"optimizer": {"name": "adamw"}}, "optimizer.name: expected one of sgd, adam, got 'adamw'"),
         ({"objective": {"lambda_grad": -0.1}}, "objective.lambda_grad: expected 0 or more, got -0.1"),
-        ({"network": {"name": "conv"}}, "network.name: expected one of conv-small, mlp, resnet18, got 'conv'"),
+        (
+            {"network": {"name": "conv"}},
+            "network.name: expected one of conv-small, mlp, resnet18, resnet-small, got 'conv'",
+        ),
         ({"name": 3}, "name: expected a text, got 3"),
         ({"data": {"ood": "digits:8"}}, "data.ood: expected a list of texts such as [\"digits:8,9\"], got 'digits:8'"),
         ({"data": {"ood": [1]}}, "data.ood: expected a list of texts"),
