@@ -389,8 +389,11 @@ def demo(
     force: _Force = False,
 ) -> None:
     """Train two detectors on real digits, certify both, draw the curves: a few minutes on a CPU."""
+    import torch
+
     from grood_cert import demo as demonstration
 
+    torch.set_num_threads(1)  # networks this small gain nothing from threads, and lose much where cores are shared
     with _Bar() as bar:
         result = demonstration.run(
             out, limit=limit, device=_device(device), force=force, begin=bar.begin, advance=bar.advance
