@@ -40,7 +40,9 @@ from grood_cert.score_bounds import ScoreBounds, score_bounds
 
 _EVALUATIONS = 12
 _FIRST_SHARE = 0.7  # of the attack radius: where the search starts
+_LIPSCHITZ_RADII = ("radius_lipschitz_fixed_point", "radius_lipschitz_path")
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
+_ROUNDING = 1e-12  # relative error allowed to a score
 _GROWTH = 1.3  # log-log slope of the bound's deviation in eps, until two points tell
 
 
@@ -179,6 +181,7 @@ class Certifier:
     def __init__(self, detector: Detector, settings: Settings) -> None:
         shape = detector.architecture.shape
         settings.check(shape)
+        runs.check_network(detector.network)
         self.settings = settings
         self.gamma = detector.gamma
         self.network = detector.network
@@ -220,7 +223,8 @@ class Certifier:
         }
         # Both are proofs of the same statement, so the better one holds.
         radii["radius_certified"] = torch.maximum(*radii.values())
-        radii |= self._lipschitz_radii(images, kind, margin, adversarial.radius)
+        certain = (margin - _ROUNDING * (1 + score.abs())).clamp(min=0)
+        radii |= self._lipschitz_radii(images, kind, certain, adversarial.radius)
         for name, radius in radii.items():
             _check_chain(images, adversarial, name, radius)
         return {
@@ -238,15 +242,19 @@ class Certifier:
     def _lipschitz_radii(self, images: Tensor, kind: str, margin: Tensor, attack_radius: Tensor) -> dict[str, Tensor]:
         """Radii from local Lipschitz bounds, NaN if not asked for; an exception proves nothing and is counted.
 
-        ID needs no more than the constant of p0 . f, OOD the constant of S. The search and the integration grid end at
-        the attack radius, beyond which nothing can be proved.
+        OOD needs the constant L of S; for ID the constant of p0 . f, p0 = softmax f(x), is enough, since S lies below
+        its tangent in f. The smaller of the two may be taken at each eps, also along a path: every bound of S is a
+        supremum over a set of softmax weights that contains p0, with the network's slopes independent of them, so it
+        bounds the slope of p0 . f as well.
+
+        The search and the integration grid go beyond the attack radius, so that a wrong bound shows.
         """
-        nan = torch.full_like(margin, torch.nan)
-        found = {"radius_lipschitz_fixed_point": nan, "radius_lipschitz_path": nan}
+        found = dict.fromkeys(_LIPSCHITZ_RADII, torch.full_like(margin, torch.nan))
         if self._graph is None:
             return found
+        found = dict.fromkeys(_LIPSCHITZ_RADII, torch.zeros_like(margin))
         graph = self._graph
-        furthest = torch.where(torch.isfinite(attack_radius), attack_radius, torch.full_like(margin, self._limit))
+        furthest = (1.25 * attack_radius).clamp(max=self._limit)
 
         def bound(eps: Tensor) -> Tensor:
             ball = Ball(images, eps, self.settings.norm)
@@ -257,11 +265,11 @@ class Certifier:
         try:
             largest = float(furthest.max())
             if largest > 0:
-                found["radius_lipschitz_fixed_point"] = fixed_point_radius(bound, margin, largest)
+                fixed_point = fixed_point_radius(bound, margin, largest)
                 grid = furthest.clamp(min=largest * 1e-6)[:, None] * torch.arange(1, _PATH_POINTS + 1).to(margin)
                 grid = (grid / _PATH_POINTS).clamp(max=self._limit)
                 bounds = torch.stack([bound(eps) for eps in grid.T], 1)
-                found["radius_lipschitz_path"] = path_radius(grid, bounds, margin)
+                found = dict(zip(_LIPSCHITZ_RADII, (fixed_point, path_radius(grid, bounds, margin)), strict=True))
         except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing was proved)
             self._count_failure(error, len(images))
         return found

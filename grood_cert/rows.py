@@ -151,8 +151,11 @@ def read(path: Path) -> Rows:
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not the rows of a certification ({reason})") from None
-    if not np.isfinite(rows["score"]).all():
-        raise InputError(f"{path}: holds scores that are not finite")
+    for name in ("score", "radius_certified", "radius_certified_per_logit"):
+        if not np.isfinite(rows[name]).all():
+            raise InputError(f"{path}: holds values of {name} that are not finite")
+    if np.isnan(rows["radius_attack"]).any():
+        raise InputError(f"{path}: holds attack radii that are NaN")
     return rows
 
 

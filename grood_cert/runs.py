@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grood_cert import lirpa
 from grood_cert.ball import NORMS, Norm, largest_eps
@@ -51,6 +51,19 @@ def check_balls(eps: Sequence[float], norm: Norm, method: str, batch_size: int, 
             raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
     if batch_size < 1:
         raise InputError(f"batch size must be 1 or more, got {batch_size}")
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a network that is not the one that proofs are about: eval mode, float64.
+
+    Raises:
+        InputError: If a module is in train mode or a parameter is not float64.
+    """
+    if any(module.training for module in network.modules()):
+        raise InputError("the network is in train mode; call network.eval() first")
+    wrong = {str(value.dtype) for value in network.parameters() if value.dtype != torch.float64}
+    if wrong:
+        raise InputError(f"proofs need a float64 network, got {', '.join(sorted(wrong))}; call network.double() first")
 
 
 def subset(images: ImageSet, limit: int, seed: int) -> tuple[ImageSet, Tensor]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -308,6 +310,19 @@ def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):
     assert (tmp_path / "rows.csv").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n.float().eval(), "proofs need a float64 network, got torch.float32"),
+        (lambda n: n.train(), "train mode"),
+    ],
+)
+def test_only_the_network_that_proofs_are_about_is_certified(loaded, change, message):
+    network = change(copy.deepcopy(loaded.network))
+    with pytest.raises(InputError, match=message):
+        Certifier(dataclasses.replace(loaded, network=network), Settings(eps=(0.1,)))
+
+
 # The file format
 
 
@@ -325,6 +340,10 @@ def test_rows_read_back_what_was_written(rows_file, result):
         (lambda text: text.replace("radius_attack", "radius"), "missing 'radius_attack'"),
         (lambda text: text.splitlines()[0] + "\n", "holds no rows"),
         (lambda text: "", "holds no rows"),
+        (
+            lambda text: re.sub(r",certified,[^,]*", ",certified,nan", text),
+            "values of radius_certified that are not finite",
+        ),
         (lambda text: text.replace(",certified,", ",maybe,"), "not the rows of a certification"),
         (lambda text: text[: len(text) // 2], "not the rows of a certification"),
         (lambda text: text.replace("digits:0-5,id,", "digits:0-5,who,"), "not the rows of a certification"),

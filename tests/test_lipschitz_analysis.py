@@ -231,3 +231,41 @@ def test_a_lipschitz_radius_beyond_the_attack_is_caught(loaded, sets, monkeypatc
     certifier = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True))
     with pytest.raises(SoundnessError, match="radius_lipschitz"):
         certifier.certify(sets[0].images[:4], "id")
+
+
+def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monkeypatch):
+    real = certification.local_lipschitz
+
+    def tiny(*arguments, **options):
+        found = real(*arguments, **options)
+        return replace(found, auto=torch.full_like(found.auto, 1e-9), fixed_head=None)
+
+    monkeypatch.setattr(certification, "local_lipschitz", tiny)
+    for broken in ("fixed_point_radius", "path_radius"):
+        with monkeypatch.context() as patch:  # the other form is switched off: each must betray itself
+            other = {"fixed_point_radius": "path_radius", "path_radius": "fixed_point_radius"}[broken]
+            patch.setattr(certification, other, lambda *arguments: torch.zeros(1).double())
+            certifier = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True))
+            with pytest.raises(SoundnessError, match="radius_lipschitz"):
+                certifier.certify(sets[0].images[:1], "id")
+
+
+def test_a_margin_of_rounding_noise_proves_nothing():
+    """f = -a x twice, gamma 3 ulp above S: the margin is an artefact of rounding, and the exact radius is smaller."""
+    from torch import nn
+
+    from grood_cert.detector import Architecture, Detector
+    from grood_cert.energy import energy
+    from grood_cert.recipe import Recipe
+
+    layer = nn.Linear(1, 2)
+    with torch.no_grad():
+        layer.weight.fill_(-1e-12)
+        layer.bias.zero_()
+    network = nn.Sequential(nn.Flatten(), layer).double().eval().requires_grad_(False)
+    image = torch.full((1, 1, 1, 1), 0.9).double()
+    gamma = float(energy(network(image))) + 3.33e-16
+    architecture = Architecture("mlp", (1, 1, 1), 2, (0.0,), (1.0,), {})
+    loaded = Detector(network, gamma, architecture, ("0", "1"), Recipe(), {}, {}, {})
+    found = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True)).certify(image, "id")
+    assert found["radius_lipschitz_fixed_point"].tolist() == found["radius_lipschitz_path"].tolist() == [0.0]

@@ -870,3 +870,24 @@ def test_nothing_global_is_changed_and_nothing_is_printed(tmp_path):
     assert done.stdout == ""
     ours = [line for line in done.stderr.splitlines() if line.strip()]
     assert not ours, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8])
+def test_a_wrong_conversion_is_seen_whatever_the_scale_of_the_logits(scale):
+    """0.3 gets padded average pooling wrong; a check with an absolute tolerance lets it pass where logits are small."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(25, 2)
+    with torch.no_grad():
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(2, 1, padding=1), torch.nn.Flatten(), head).double().eval()
+    try:
+        bound = BoundedNetwork(network, (1, 4, 4), "crown")
+    except RunError:
+        return  # refused
+    ball = Ball(torch.rand(3, 1, 4, 4).double(), torch.zeros(3).double(), "linf")
+    rows = torch.eye(2).double().expand(3, 2, 2)
+    lower, upper = bound.relax(ball).rows(rows)
+    expected = network(ball.center).detach()
+    torch.testing.assert_close(lower, expected, rtol=1e-8, atol=1e-10 * scale)
+    torch.testing.assert_close(upper, expected, rtol=1e-8, atol=1e-10 * scale)

@@ -136,6 +136,7 @@ class Analyser:
     def __init__(self, detector: Detector, settings: Settings) -> None:
         shape = detector.architecture.shape
         settings.check(shape)
+        runs.check_network(detector.network)
         self.settings = settings
         self.graph = trace(detector.network, shape)
         self._bounded = BoundedNetwork(detector.network, shape, settings.method)

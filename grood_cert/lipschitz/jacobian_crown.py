@@ -217,7 +217,8 @@ def jacobian_crown(
         memory: Bytes that blocks of rows may take.
 
     Returns:
-        Shape (B,), per pixel unit; moved up by 1e-12 for rounding.
+        Shape (B,), per pixel unit; moved up by 1e-12 of the result for rounding, which does not cover networks whose
+        weights cancel by factors far above 1e3 on the way.
     """
     backward = _Backward(graph, known.slopes, known.weights if weights is None else weights, memory)
     chosen = known.weights if weights is None else weights
