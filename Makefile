@@ -7,7 +7,7 @@ JOBS ?= 2
 .PHONY: demo test lint env clean
 
 demo: env
-	$(BIN)/grood-cert demo --out runs/demo
+	$(BIN)/grood-cert demo --out runs/demo --force
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(JOBS)

@@ -134,7 +134,7 @@ def _cell(value: Any) -> str:
 
 
 def _print_across(records: Sequence[Mapping[str, Any]], name: str, quantities: Mapping[str, str], title: str) -> None:
-    """Print one column a record, headed by its `name`, and one line a quantity (key: words)."""
+    """One column a record, headed by its `name`, and one line a quantity (key: words) that any record has."""
     from rich import box
     from rich.table import Table
 
@@ -143,7 +143,8 @@ def _print_across(records: Sequence[Mapping[str, Any]], name: str, quantities: M
     for record in records:
         table.add_column(str(record[name]), justify="right", overflow="fold")
     for key, words in quantities.items():
-        table.add_row(words, *(_cell(record[key]) for record in records))
+        if any(record[key] is not None for record in records):
+            table.add_row(words, *(_cell(record[key]) for record in records))
     _console().print(table)
 
 
