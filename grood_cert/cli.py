@@ -31,6 +31,7 @@ app = typer.Typer(
     epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
 )
 
+_INTERRUPTED = 130
 _Eps = Annotated[
     list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
 ]
@@ -204,7 +205,7 @@ def train(
     device: _Device = "auto",
     force: _Force = False,
 ) -> None:
-    """Train a detector: cross-entropy + energy margins + gradient penalty (GReg)."""
+    """Train a detector from a recipe. Cross-entropy + energy margins + gradient penalty (GReg)."""
     from grood_cert import recipe as recipes
     from grood_cert import training
 
@@ -246,7 +247,7 @@ def certify(
     device: _Device = "auto",
     force: _Force = False,
 ) -> None:
-    """Certify a detector: sound bounds of S on an eps grid, certified radii, and attacks that bracket them."""
+    """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
     from typing import cast
 
     from grood_cert import certification, curves, detector, runs
@@ -305,7 +306,7 @@ def lipschitz(
     device: _Device = "auto",
     force: _Force = False,
 ) -> None:
-    """Bound the local Lipschitz constant of S over balls, with estimates from below beside the proofs."""
+    """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
     from typing import cast
 
     from grood_cert import detector, runs
@@ -357,7 +358,7 @@ def curve(
     perturb: Annotated[str, typer.Option(help="Which side moves in the FPR95 curve: ood, id or both.")] = "ood",
     at: Annotated[float | None, typer.Option(help="eps of the gamma sweep; must be on the grid.")] = None,
 ) -> None:
-    """Draw robustness against FPR from certifications, or Lipschitz constants against eps from analyses."""
+    """Draw curves of one or more results. Robustness against FPR, or Lipschitz constants against eps."""
     from typing import cast
 
     from grood_cert import plots
@@ -389,7 +390,7 @@ def demo(
     device: _Device = "auto",
     force: _Force = False,
 ) -> None:
-    """Train two detectors on real digits, certify both, draw the curves: a few minutes on a CPU."""
+    """Train, certify and compare two detectors. Real digits, a few minutes on a CPU."""
     import torch
 
     from grood_cert import demo as demonstration
@@ -426,6 +427,8 @@ def _run(application: typer.Typer, program: str) -> None:
 
     try:
         code = application(standalone_mode=False)
+        if code == _INTERRUPTED:  # newer typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
     except InputError as error:
         code = fail(error, 2)
     except RunError as error:
@@ -434,7 +437,7 @@ def _run(application: typer.Typer, program: str) -> None:
         saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
         code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
     except (KeyboardInterrupt, typer.Abort):
-        code = fail("interrupted", 130)
+        code = fail("interrupted", _INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -254,3 +254,12 @@ def test_a_missing_engine_says_how_to_get_it(call, model, tmp_path, monkeypatch)
             function.cache_clear()
     code, out, err = call("certify", model, "--out", tmp_path)
     assert (code, out) == (1, "") and "pip install --no-deps auto-LiRPA==0.3" in err and err.count("\n") == 1
+
+
+def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certification, "run", interrupted)
+    code, out, err = call("certify", model, "--out", tmp_path)
+    assert (code, out, err) == (130, "", "grood-cert: error: interrupted\n")
