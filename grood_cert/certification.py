@@ -14,7 +14,6 @@ checked; a violation raises `SoundnessError`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.files import write_csv, write_json
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.lirpa import BoundedNetwork, Method
-from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column, manifest_path
+from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column
 from grood_cert.score_bounds import ScoreBounds, score_bounds
 
 _EVALUATIONS = 12
@@ -459,20 +457,14 @@ def run(
     target = out / "rows.csv"
     certifier = Certifier(detector, settings)
     runs.check_target(target, limit, force)
-    started = time.perf_counter()
-    begin(runs.size(sets, limit))
-    records: list[dict[str, Any]] = []
-    with runs.evidence_saved(out):
-        for batch in certify(certifier, sets, limit):
-            records += batch
-            advance(len(batch))
-    manifest = runs.manifest(detector, model, sets, limit, settings) | {
-        "method": certifier.method,
-        "method_asked": settings.method,
-        "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
-        "failures": certifier.failures,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    write_csv(target, rows.header(settings.eps), records)
-    write_json(manifest_path(target), manifest)
-    return from_records(records, manifest)
+
+    def manifest() -> dict[str, Any]:
+        return runs.manifest(detector, model, sets, limit, settings) | {
+            "method": certifier.method,
+            "method_asked": settings.method,
+            "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
+            "failures": certifier.failures,
+        }
+
+    batches, samples = certify(certifier, sets, limit), runs.size(sets, limit)
+    return from_records(*runs.execute(target, rows.header(settings.eps), batches, manifest, samples, begin, advance))

@@ -128,20 +128,35 @@ def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, An
     return Rows(manifest, eps, columns, {name: values.reshape(len(records), len(eps)) for name, values in grid.items()})
 
 
+def read_files(path: Path, command: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """A run's manifest and the cells of its rows, as text.
+
+    Args:
+        path: The rows.
+        command: The command that writes such files, named when one is missing.
+
+    Raises:
+        InputError: If a file is missing.
+        ValueError: If the manifest is no JSON.
+        csv.Error: If the rows are no CSV.
+    """
+    companion = manifest_path(path)
+    for file in (path, companion):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; write it with: grood-cert {command} MODEL --out FOLDER")
+    manifest = json.loads(companion.read_text(encoding="utf-8"))
+    with path.open(newline="", encoding="utf-8") as stream:
+        return manifest, list(csv.DictReader(stream))
+
+
 def read(path: Path) -> Rows:
     """Read a rows file and its manifest.
 
     Raises:
         InputError: If a file is missing, is empty, or is not what a certification writes.
     """
-    companion = manifest_path(path)
-    for file in (path, companion):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; write it with: grood-cert certify MODEL --out FOLDER")
     try:
-        manifest = json.loads(companion.read_text(encoding="utf-8"))
-        with path.open(newline="", encoding="utf-8") as stream:
-            records = list(csv.DictReader(stream))
+        manifest, records = read_files(path, "certify")
         if not records:
             raise InputError(f"{path}: holds no rows; certify at least one sample")
         rows = from_records(records, manifest)

@@ -8,7 +8,8 @@ import datetime
 import itertools
 import math
 import platform
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from grood_cert.ball import NORMS, Norm, largest_eps
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.files import check_writable, replacing, sha256
+from grood_cert.files import check_writable, replacing, sha256, write_csv, write_json
+from grood_cert.rows import manifest_path
 
 DEFAULT_EPS: dict[str, tuple[float, ...]] = {
     "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
@@ -121,6 +123,48 @@ def evidence_saved(folder: Path) -> Iterator[None]:
         with replacing(error.counterexample) as temporary:
             np.savez(temporary, **error.evidence)
         raise
+
+
+def execute(
+    target: Path,
+    columns: Sequence[str],
+    batches: Iterable[list[dict[str, Any]]],
+    manifest: Callable[[], dict[str, Any]],
+    samples: int,
+    begin: Callable[[int], None],
+    advance: Callable[[int], None],
+    rows_per_sample: int = 1,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run all batches, then write rows and manifest; a `SoundnessError` leaves its evidence in the folder instead.
+
+    Args:
+        target: Where the rows go; the manifest goes beside them (`.json`).
+        columns: Columns of the rows.
+        batches: Records, a batch at a time.
+        manifest: Asked for once the batches are done, since a method may have had to fall back; the time is added.
+        samples: Number of samples.
+        begin: Called once with the number of samples.
+        advance: Called after every batch with its number of samples.
+        rows_per_sample: Records for each sample.
+
+    Returns:
+        The records and the manifest, as written.
+
+    Raises:
+        InputError: If a file cannot be written.
+        SoundnessError: From a batch.
+    """
+    started = time.perf_counter()
+    begin(samples)
+    records: list[dict[str, Any]] = []
+    with evidence_saved(target.parent):
+        for batch in batches:
+            records += batch
+            advance(len(batch) // rows_per_sample)
+    written = manifest() | {"seconds": round(time.perf_counter() - started, 3)}
+    write_csv(target, columns, records)
+    write_json(manifest_path(target), written)
+    return records, written
 
 
 def manifest(detector: Detector, model: Path, sets: Sequence[ImageSet], limit: int, settings: Any) -> dict[str, Any]:

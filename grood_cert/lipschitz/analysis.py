@@ -10,8 +10,6 @@ On every batch the chain (gradient norm, sampled, ascended, secant) <= every bou
 from __future__ import annotations
 
 import csv
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,6 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.energy import energy
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.files import write_csv, write_json
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
 from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.estimates import (
@@ -40,6 +37,7 @@ from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY
 from grood_cert.lipschitz.weng2018clever import clever_estimate
 from grood_cert.lirpa import BoundedNetwork, Method
+from grood_cert.rows import read_files
 
 COLUMNS: dict[str, str] = {
     "set": "name of the image set",
@@ -287,14 +285,8 @@ def read(path: Path) -> Analysis:
     Raises:
         InputError: If a file is missing, empty, or not what an analysis writes.
     """
-    companion = path.with_suffix(".json")
-    for file in (path, companion):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; write it with: grood-cert lipschitz MODEL --out FOLDER")
     try:
-        manifest = json.loads(companion.read_text(encoding="utf-8"))
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+        manifest, rows = read_files(path, "lipschitz")
         kinds: dict[str, type] = dict.fromkeys(_TEXT, str) | {"index": int}
         records = [{name: kinds.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
         if not {"norm", "model"} <= manifest.keys():
@@ -343,17 +335,12 @@ def run(
     target = out / "lipschitz.csv"
     analyser = Analyser(detector, settings)
     runs.check_target(target, limit, force)
-    started = time.perf_counter()
-    begin(runs.size(sets, limit))
-    records: list[dict[str, Any]] = []
-    with runs.evidence_saved(out):
-        for batch in analyse(analyser, sets, limit):
-            records += batch
-            advance(len(batch) // len(settings.eps))
-    manifest = runs.manifest(detector, model, sets, limit, settings) | {
-        "method": analyser.method,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    write_csv(target, list(COLUMNS), records)
-    write_json(target.with_suffix(".json"), manifest)
-    return Analysis(manifest, records)
+
+    def manifest() -> dict[str, Any]:
+        return runs.manifest(detector, model, sets, limit, settings) | {"method": analyser.method}
+
+    batches, samples = analyse(analyser, sets, limit), runs.size(sets, limit)
+    records, written = runs.execute(
+        target, list(COLUMNS), batches, manifest, samples, begin, advance, rows_per_sample=len(settings.eps)
+    )
+    return Analysis(written, records)
