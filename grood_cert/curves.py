@@ -29,6 +29,16 @@ from grood_cert.rows import Rows
 Perturbed = Literal["ood", "id", "both"]
 PERTURBED: tuple[str, ...] = get_args(Perturbed)
 TPR_PERCENT = 95
+RADII: dict[str, str] = {  # what `radius_summary` takes medians of, in words
+    "radius_gradient_norm_estimate": "gradient-norm estimate",
+    "radius_certified_per_logit": "certified, per logit",
+    "radius_certified": "certified, joint",
+    "radius_lipschitz_fixed_point": "Lipschitz, fixed point",
+    "radius_lipschitz_path": "Lipschitz, path integral",
+    "radius_attack": "attack",
+    "certified_to_attack_per_logit": "ratio per logit / attack",
+    "certified_to_attack": "ratio certified / attack",
+}
 _Floats = NDArray[np.float64]
 
 
@@ -227,14 +237,7 @@ def radius_summary(rows: Rows) -> list[dict[str, Any]]:
             right = mask & (rows["status"] != "misdecided")
             record: dict[str, Any] = {"set": name, "kind": kind, "samples": int(mask.sum())}
             record |= {value: int((status == value).sum()) for value in ("certified", "undecided", "misdecided")}
-            for column in (
-                "radius_gradient_norm_estimate",
-                "radius_certified_per_logit",
-                "radius_certified",
-                "radius_lipschitz_fixed_point",
-                "radius_lipschitz_path",
-                "radius_attack",
-            ):
+            for column in (name for name in RADII if name.startswith("radius")):
                 known = rows[column][right][~np.isnan(rows[column][right])]
                 record[column] = float(np.median(known)) if len(known) else None
             for label, column in (

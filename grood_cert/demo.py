@@ -19,14 +19,7 @@ from grood_cert.rows import Rows
 
 EPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 SHOWN_EPS = (0.01, 0.03, 0.05)
-_RADII = {
-    "radius_gradient_norm_estimate": "gradient-norm estimate",
-    "radius_certified_per_logit": "certified, per logit",
-    "radius_certified": "certified, joint",
-    "radius_attack": "attack",
-    "certified_to_attack_per_logit": "ratio per logit / attack",
-    "certified_to_attack": "ratio certified / attack",
-}
+_RADII = {key: words for key, words in curves.RADII.items() if "lipschitz" not in key}
 QUANTITIES: dict[str, str] = {
     "accuracy": "ID accuracy",
     "auroc": "AUROC",
