@@ -232,7 +232,8 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
     images = training.experiment_of(loaded.recipe).test
     with pytest.raises(SoundnessError, match="outside their proved bounds") as caught:
         certification.run(loaded, model, [images], Settings(eps=(0.1,)), tmp_path, limit=4)
-    evidence = np.load(caught.value.counterexample)
+    with np.load(caught.value.counterexample) as archive:
+        evidence = dict(archive)
     bounds, attacked = evidence["s_upper"], evidence["s_attack_maximum"]
     points = torch.from_numpy(evidence["counterexample"])
     assert ((attacked > bounds) | (evidence["s_attack_minimum"] < evidence["s_lower"])).all()

@@ -96,7 +96,8 @@ def test_a_bound_below_an_estimate_stops_the_run(loaded, model, sets, tmp_path, 
     monkeypatch.setattr(analysis, "local_lipschitz", halved)
     with pytest.raises(SoundnessError, match="exceed bound_interval at eps") as caught:
         analysis.run(loaded, model, sets, SETTINGS, tmp_path, limit=2)
-    evidence = np.load(caught.value.counterexample)
+    with np.load(caught.value.counterexample) as archive:
+        evidence = dict(archive)
     assert (evidence["ascended_estimate"] > evidence["bound_interval"]).any()
     assert [entry.name for entry in tmp_path.iterdir()] == ["counterexample.npz"]
 
