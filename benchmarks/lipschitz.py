@@ -26,10 +26,10 @@ from grood_cert.errors import RunError
 from grood_cert.files import write_csv
 from grood_cert.lipschitz import analysis
 from grood_cert.lipschitz.engine import engine_preactivations
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
-from grood_cert.lipschitz.preactivations import logit_rows
 from grood_cert.lirpa import BoundedNetwork
+from grood_cert.native.graph import trace
+from grood_cert.native.preactivations import logit_rows
 from grood_cert.recipe import NetworkSection, Recipe
 
 NETWORKS = {

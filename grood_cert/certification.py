@@ -30,9 +30,9 @@ from grood_cert.energy import energy, energy_gradient
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.engine import engine_preactivations
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.lirpa import BoundedNetwork, Method
+from grood_cert.native.graph import trace
 from grood_cert.rows import GRID_COLUMNS, Rows, from_records, grid_column
 from grood_cert.score_bounds import ScoreBounds, score_bounds
 

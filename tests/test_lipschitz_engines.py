@@ -10,11 +10,11 @@ from grood_cert import lirpa
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.estimates import uniform_in_ball
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.interval import norm_of_box
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
-from grood_cert.lipschitz.preactivations import preactivations
-from grood_cert.lipschitz.simplex import Weights
+from grood_cert.native.graph import trace
+from grood_cert.native.preactivations import preactivations
+from grood_cert.native.simplex import Weights
 from grood_cert.networks import Normalize
 
 

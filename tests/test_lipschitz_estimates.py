@@ -18,8 +18,8 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
     uniform_in_ball,
 )
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.weng2018clever import clever_estimate, clever_radius_estimate, reverse_weibull_end_point
+from grood_cert.native.graph import trace
 
 NORMS = ("linf", "l2", "l1")
 

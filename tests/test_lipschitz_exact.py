@@ -11,11 +11,11 @@ from torch import nn
 from grood_cert.ball import Ball, dual_norm
 from grood_cert.energy import energy_gradient
 from grood_cert.lipschitz.bound import local_lipschitz
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.jacobian_crown import chords, jacobian_crown
-from grood_cert.lipschitz.preactivations import preactivations
 from grood_cert.lipschitz.product import operator_norm, product_bound, torus_norm, unrolled
-from grood_cert.lipschitz.simplex import Weights, difference_rows, softmax_weights
+from grood_cert.native.graph import trace
+from grood_cert.native.preactivations import preactivations
+from grood_cert.native.simplex import Weights, difference_rows, softmax_weights
 from grood_cert.networks import build
 
 NORMS = ("linf", "l2", "l1")
@@ -248,7 +248,7 @@ def test_slope_and_value_ranges_hold_every_sampled_point(activation):
 
 
 def test_gelu_reaches_the_stated_extremes_of_its_derivative():
-    from grood_cert.lipschitz.activations import GELU
+    from grood_cert.native.activations import GELU
 
     turns = torch.tensor([-(2**0.5), 2**0.5], dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(GELU()(turns).sum(), turns)

@@ -7,8 +7,8 @@ from torch import nn
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.radius import fixed_point_radius, margins, path_radius, proved_radius
+from grood_cert.native.graph import trace
 
 NAN, INF = float("nan"), float("inf")
 

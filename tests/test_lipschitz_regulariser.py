@@ -7,8 +7,8 @@ from torch import nn
 from grood_cert.ball import Ball, dual_norm
 from grood_cert.energy import energy_gradient
 from grood_cert.lipschitz.estimates import ascended_gradient_norm_estimate
-from grood_cert.lipschitz.graph import trace
 from grood_cert.lipschitz.regulariser import interval_lipschitz
+from grood_cert.native.graph import trace
 from grood_cert.networks import Normalize
 
 

@@ -13,7 +13,7 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
     uniform_in_ball,
 )
-from grood_cert.lipschitz.graph import trace
+from grood_cert.native.graph import trace
 from grood_cert.networks import Normalize
 
 NETWORKS = 216

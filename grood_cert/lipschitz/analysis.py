@@ -33,10 +33,10 @@ from grood_cert.lipschitz.estimates import (
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
-from grood_cert.lipschitz.graph import trace
-from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY
 from grood_cert.lipschitz.weng2018clever import clever_estimate
 from grood_cert.lirpa import BoundedNetwork, Method
+from grood_cert.native.graph import trace
+from grood_cert.native.preactivations import DEFAULT_MEMORY
 from grood_cert.rows import read_files
 
 COLUMNS: dict[str, str] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from grood_cert.ball import Ball
-from grood_cert.lipschitz.graph import Graph
-from grood_cert.lipschitz.preactivations import Preactivations, logit_rows, preactivations
 from grood_cert.lirpa import BoundedNetwork
+from grood_cert.native.graph import Graph
+from grood_cert.native.preactivations import Preactivations, logit_rows, preactivations
 
 
 def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.lipschitz.activations import Activation
-from grood_cert.lipschitz.graph import Graph
-from grood_cert.lipschitz.operations import Addition, LinearMap, MaxPool
-from grood_cert.lipschitz.preactivations import ROUNDING, Interval, Preactivations
-from grood_cert.lipschitz.simplex import Weights
+from grood_cert.native.activations import Activation
+from grood_cert.native.graph import Graph
+from grood_cert.native.operations import Addition, LinearMap, MaxPool
+from grood_cert.native.preactivations import ROUNDING, Interval, Preactivations
+from grood_cert.native.simplex import Weights
 
 Refinement = Callable[[int, Tensor, Tensor], Interval]
 

@@ -43,13 +43,13 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.lipschitz.activations import Activation
-from grood_cert.lipschitz.graph import Graph
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
-from grood_cert.lipschitz.operations import Addition, LinearMap, MaxPool
-from grood_cert.lipschitz.preactivations import DEFAULT_MEMORY, ROUNDING, Interval, Preactivations
-from grood_cert.lipschitz.rows import UnitRows, over_rows, unit_blocks
-from grood_cert.lipschitz.simplex import Weights
+from grood_cert.native.activations import Activation
+from grood_cert.native.graph import Graph
+from grood_cert.native.operations import Addition, LinearMap, MaxPool
+from grood_cert.native.preactivations import DEFAULT_MEMORY, ROUNDING, Interval, Preactivations
+from grood_cert.native.rows import UnitRows, over_rows, unit_blocks
+from grood_cert.native.simplex import Weights
 
 
 def chords(slopes: Interval, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

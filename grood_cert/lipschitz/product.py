@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.lipschitz.activations import Activation
-from grood_cert.lipschitz.graph import Graph
-from grood_cert.lipschitz.operations import Addition, Convolution, LinearMap, MaxPool
-from grood_cert.lipschitz.preactivations import ROUNDING, Interval, Preactivations
+from grood_cert.native.activations import Activation
+from grood_cert.native.graph import Graph
+from grood_cert.native.operations import Addition, Convolution, LinearMap, MaxPool
+from grood_cert.native.preactivations import ROUNDING, Interval, Preactivations
 
 _UNROLLED_ENTRIES = 2**22
 
@@ -76,7 +76,7 @@ def operator_norm(
         The bound, moved up by 1e-12.
 
     Example:
-        >>> from grood_cert.lipschitz.operations import Dense
+        >>> from grood_cert.native.operations import Dense
         >>> round(operator_norm(Dense(torch.tensor([[3.0, 4.0]]).double(), None), (2,), "l2"), 6)
         5.0
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.estimates import _norms, uniform_in_ball
-from grood_cert.lipschitz.graph import Graph
+from grood_cert.native.graph import Graph
 
 _IMPLAUSIBLE = 10.0
 _SHAPES = (1.0, 3.0, 10.0)  # where the likelihood fits start

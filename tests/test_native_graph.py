@@ -8,9 +8,9 @@ from torch.nn import functional
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.bound import best_of, local_lipschitz
-from grood_cert.lipschitz.graph import trace
-from grood_cert.lipschitz.preactivations import logit_rows, preactivations
 from grood_cert.lirpa import BoundedNetwork
+from grood_cert.native.graph import trace
+from grood_cert.native.preactivations import logit_rows, preactivations
 from grood_cert.networks import build
 
 

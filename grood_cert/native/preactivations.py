@@ -29,11 +29,11 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
-from grood_cert.lipschitz.activations import Activation
-from grood_cert.lipschitz.graph import Graph
-from grood_cert.lipschitz.operations import Addition, LinearMap, MaxPool
-from grood_cert.lipschitz.rows import UnitRows, over_rows, unit_blocks
-from grood_cert.lipschitz.simplex import Weights, difference_rows, softmax_weights
+from grood_cert.native.activations import Activation
+from grood_cert.native.graph import Graph
+from grood_cert.native.operations import Addition, LinearMap, MaxPool
+from grood_cert.native.rows import UnitRows, over_rows, unit_blocks
+from grood_cert.native.simplex import Weights, difference_rows, softmax_weights
 
 Source = Literal["ibp", "crown"]
 Interval = tuple[Tensor, Tensor]

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from grood_cert.errors import InputError, RunError
-from grood_cert.lipschitz import activations
-from grood_cert.lipschitz.activations import Activation
-from grood_cert.lipschitz.operations import (
+from grood_cert.native import activations
+from grood_cert.native.activations import Activation
+from grood_cert.native.operations import (
     Addition,
     AveragePool,
     Convolution,
@@ -131,7 +131,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def _refuse(name: str, what: str) -> InputError:
-    return InputError(f"layer {name}: {what} cannot be bounded; see grood_cert.lipschitz.graph for what can")
+    return InputError(f"layer {name}: {what} cannot be bounded; see grood_cert.native.graph for what can")
 
 
 def _convolution(layer: nn.Conv2d, shape: tuple[int, ...], name: str) -> Operation:

@@ -1,0 +1,90 @@
+"""The command line: parse, call one plain function, print; one module a command.
+
+torch and matplotlib are imported inside the commands, so that `--help` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import grood_cert
+from grood_cert.cli.certify import certify
+from grood_cert.cli.curve import curve
+from grood_cert.cli.demo import demo
+from grood_cert.cli.lipschitz import lipschitz
+from grood_cert.cli.train import train
+
+app = typer.Typer(
+    name="grood-cert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train out-of-distribution detectors with gradient-regularised energy and prove how robust their score is.",
+    epilog="A first tour: grood-cert demo. Radii and eps are in pixel units, images have pixels in [0, 1].",
+)
+
+_INTERRUPTED = 130
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(grood_cert.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+for _command in (train, certify, lipschitz, curve, demo):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; errors become one line on stderr and an exit code, without a traceback."""
+    _run(app, "grood-cert")
+
+
+def run_script(function: Callable[..., None]) -> None:
+    """Run a script's `main` as a command, with the errors and exit codes of the command line."""
+    script = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    script.command()(function)
+    _run(script, Path(sys.argv[0]).name)
+
+
+def _run(application: typer.Typer, program: str) -> None:
+    from grood_cert.errors import InputError, RunError, SoundnessError
+
+    def fail(message: object, code: int) -> int:
+        typer.echo(f"{program}: error: " + " ".join(str(message).split()), err=True)
+        return code
+
+    try:
+        code = application(standalone_mode=False)
+        if code == _INTERRUPTED:  # newer typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
+    except InputError as error:
+        code = fail(error, 2)
+    except RunError as error:
+        code = fail(error, 1)
+    except SoundnessError as error:
+        saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
+        code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
+    except (KeyboardInterrupt, typer.Abort):
+        code = fail("interrupted", _INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        code = fail(error.format_message(), 2)  # a usage error of click, or of the copy of it that typer carries
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,68 @@
+"""`grood-cert lipschitz`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grood_cert.cli import options, output
+
+
+def lipschitz(
+    model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
+    eps: options.Eps = None,
+    norm: options.Norm = "linf",
+    method: Annotated[str, typer.Option(help="Pre-activation bounds: ibp, crown-ibp or crown.")] = "crown",
+    out: Annotated[Path | None, typer.Option(help="Folder of lipschitz.csv and .json. [default: the model's]")] = None,
+    ood: options.Ood = None,
+    limit: options.Limit = 50,
+    samples: Annotated[int, typer.Option(help="Points sampled in each ball.")] = 256,
+    clever_batches: Annotated[int, typer.Option(help="Batch maxima of CLEVER; 0: leave it out.")] = 50,
+    memory: Annotated[str, typer.Option(help="Memory that blocks of rows may take, for example 64M or 1G.")] = "16M",
+    batch_size: options.BatchSize = 64,
+    seed: Annotated[int, typer.Option(help="Seed of all sampling and of --limit.")] = 0,
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+    device: options.Device = "auto",
+    force: options.Force = False,
+) -> None:
+    """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
+    from typing import cast
+
+    from grood_cert import detector, runs
+    from grood_cert.ball import Norm
+    from grood_cert.lipschitz import analysis
+    from grood_cert.lirpa import Method
+
+    loaded = detector.load(model, options.device_name(device))
+    settings = analysis.Settings(
+        eps=tuple(eps or runs.DEFAULT_EPS.get(norm, ())),
+        norm=cast(Norm, norm),
+        method=cast(Method, method),
+        samples=samples,
+        clever_batches=clever_batches,
+        memory=options.byte_count(memory),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    settings.check(loaded.architecture.shape)
+    sets = options.test_sets(loaded, ood, data_dir, download)
+    folder = out or model.parent
+    with output.Bar() as bar:
+        result = analysis.run(
+            loaded,
+            model,
+            sets,
+            settings,
+            folder,
+            limit=limit,
+            force=force,
+            begin=lambda samples: bar.begin("analysing", samples),
+            advance=bar.advance,
+        )
+    for kind in result.kinds():
+        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {norm} ball, per pixel unit"
+        output.print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
+    typer.echo(f"wrote {folder / 'lipschitz.csv'} and {folder / 'lipschitz.json'}")

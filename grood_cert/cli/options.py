@@ -1,0 +1,57 @@
+"""Options that commands share, and what their values mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from grood_cert.data import ImageSet
+    from grood_cert.detector import Detector
+
+Eps = Annotated[
+    list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
+]
+Norm = Annotated[str, typer.Option(help="Norm of the ball: linf, l2 or l1.")]
+Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
+Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
+BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
+
+
+def device_name(name: str) -> str:
+    """The device's name, with auto resolved; whether it works is checked where it is used."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def byte_count(text: str) -> int:
+    """A memory size such as 64M or 1G."""
+    from grood_cert.errors import InputError
+
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in units else (text, "")
+    try:
+        size = float(number) * units.get(unit, 1)
+        return int(size)
+    except (ValueError, OverflowError):
+        raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
+
+
+def test_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> list[ImageSet]:
+    """The ID test set and the OOD test sets of the detector's recipe, or other OOD sets in their place."""
+    import dataclasses
+
+    from grood_cert import training
+
+    recipe = loaded.recipe
+    if ood:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
+    experiment = training.experiment_of(recipe, data_dir, download)
+    return [experiment.test, *experiment.ood]

@@ -1,0 +1,4 @@
+"""Our own bound engine: a network as a graph of operations, intervals and linear bounds (CROWN) over it.
+
+Imports point down: `activations`, `operations` <- `graph` <- `simplex`, `rows` <- `preactivations`.
+"""
