@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grood_cert import certification, curves, plots, training
-from grood_cert.certification import Settings
+from grood_cert.cascade import Settings
 from grood_cert.detector import Detector
 from grood_cert.files import write_csv
 from grood_cert.metrics import mean_over_sets
@@ -105,7 +105,7 @@ def run(
         "energy": replace(greg, name="energy", objective=replace(greg.objective, lambda_grad=0.0)),
         "greg": replace(greg, name="greg"),
     }
-    settings = Settings(eps=EPS, norm="linf", method="crown")
+    settings = Settings(eps=EPS, stages=("ibp", "crown"), per_logit=True)
     certifications: dict[str, Rows] = {}
     summary: list[dict[str, Any]] = []
     for name, chosen in recipes.items():
@@ -128,7 +128,7 @@ def run(
             limit=limit,
             force=force,
             begin=lambda samples, name=name: begin(f"certify {name}", samples),  # type: ignore[misc]
-            advance=advance,
+            advance=lambda samples, counts: advance(samples),
         )
         summary.append(summarise(name, detector, certifications[name]))
     plots.save(plots.robustness_figure(certifications), out / "curves.png")

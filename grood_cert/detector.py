@@ -78,7 +78,7 @@ class Architecture:
     std: tuple[float, ...]
     options: dict[str, int]
 
-    def build(self) -> nn.Sequential:
+    def build(self) -> networks.Classifier:
         """A fresh network of this architecture.
 
         Raises:

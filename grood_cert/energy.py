@@ -1,14 +1,22 @@
-r"""The energy score and its gradient.
+r"""The energy score and its gradient, and the two classical scores to compare it with.
 
-    S(x) = -T log sum_k exp(f_k(x) / T)             low = in-distribution (ID), high = out-of-distribution (OOD)
+    energy         S(x) = -T log sum_k exp(f_k(x) / T)
+    max-logit      -max_k f_k(x)
+    max-softmax    -max_k softmax(f(x) / T)_k
 
-An input is accepted as ID iff S(x) <= gamma.
+All of them are low in-distribution (ID) and high out-of-distribution (OOD): an input is accepted as ID iff its score is
+at most gamma. As T falls to 0, the energy score becomes the max-logit score.
 
 References:
-    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020;
+    Hendrycks & Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
+    ICLR 2017 (max-softmax);
+    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022 (max-logit).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +39,50 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
         tensor([-0.6931])
     """
     return -temperature * torch.logsumexp(logits / temperature, dim=-1)
+
+
+def max_logit(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Minus the largest logit; the same at every temperature.
+
+    Args:
+        logits: f, shape (..., K).
+        temperature: Not used; the scores have one signature.
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> max_logit(torch.tensor([[1.0, 3.0]]))
+        tensor([-3.])
+    """
+    del temperature
+    return -logits.amax(-1)
+
+
+def max_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Minus the largest softmax probability (MSP), in [-1, -1/K].
+
+    Where logits lie far apart it rounds to -1 and scores tie; use float64.
+
+    Args:
+        logits: f, shape (..., K).
+        temperature: T > 0.
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> max_softmax(torch.tensor([[0.0, 0.0]]))
+        tensor([-0.5000])
+    """
+    return -torch.softmax(logits / temperature, -1).amax(-1)
+
+
+SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "energy": energy,
+    "max-logit": max_logit,
+    "max-softmax": max_softmax,
+}
 
 
 def energy_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

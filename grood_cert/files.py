@@ -1,15 +1,22 @@
-"""Files that are either whole or not there: written beside their place, then renamed into it."""
+"""Files that survive any death of the process: replaced as a whole, or appended to and truncated to what is known good.
+
+A file is *replaced* by writing beside its place, then renaming into it. A file too long for that is *appended* to, and
+another file, replaced after every append, says how many of its bytes count. A *lock* keeps a second process away.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import hashlib
+import io
 import json
 import math
+import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{secrets.token_hex(8)}{path.suffix}"
         yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # the name must never outlive the content
         temporary.replace(target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -45,6 +54,80 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def appending(path: Path, size: int) -> Iterator[Callable[[str], int]]:
+    """Cut a file to its first `size` bytes, and add to them.
+
+    Yields:
+        A function that appends text and returns the new size; what it has written is on the disk when it returns.
+
+    Raises:
+        InputError: If the file cannot be written; it may then end in a part of the text.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "log"
+        ...     _ = path.write_text("good" + "torn")
+        ...     with appending(path, 4) as append:
+        ...         _ = append(" as new"), append("!")
+        ...     path.read_text()
+        'good as new!'
+    """
+    with _os_errors_refused(path):
+        stream = path.open("ab", buffering=0)
+    with stream:
+
+        def append(text: str) -> int:
+            rest = text.encode()
+            with _os_errors_refused(path):
+                while rest:
+                    rest = rest[stream.write(rest) :]  # a full disk may take a part, and refuses the next
+                os.fsync(stream.fileno())
+                return os.fstat(stream.fileno()).st_size
+
+        with _os_errors_refused(path):
+            stream.truncate(size)
+        yield append
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process that locks `path` away while the block runs.
+
+    The lock is held on a file beside it, `.NAME.lock`. The kernel releases it with the process, however that ends, so
+    no lock is ever stale; a file left behind by a killed process locks nothing.
+
+    Raises:
+        InputError: If another process holds the lock, or the folder cannot be written to.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with _os_errors_refused(lock):
+            while True:
+                stream = stack.enter_context(lock.open("ab"))
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(
+                        f"another process is writing {path}; wait until it ends, or choose another --out"
+                    ) from None
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+                        break  # otherwise its last holder has removed the file in the meantime
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _os_errors_refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -67,10 +150,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     Raises:
         InputError: If the file cannot be written.
     """
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    with replacing(path) as temporary:
+        temporary.write_text(csv_text(columns, rows, header=True), encoding="utf-8", newline="")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:
+    r"""Rows under the given columns as CSV, with or without the line of column names.
+
+    Example:
+        >>> csv_text(["a", "b"], [{"a": 0.1, "b": None}, {"a": 1 / 3, "b": "x,y"}])
+        '0.1,\n0.3333333333333333,"x,y"\n'
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    if header:
         writer.writeheader()
-        writer.writerows(rows)
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,14 +176,20 @@ def write_json(path: Path, value: Any) -> None:
         InputError: If the file cannot be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(as_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists, NaN and infinities as None.
+
+    Example:
+        >>> as_json({"eps": (0.1, float("nan"))})
+        {'eps': [0.1, None]}
+    """
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,7 +11,8 @@ it, and for how long:
 * For good, inside auto_LiRPA only: `parse_graph.parse_graph` sees graph nodes with the item access torch has dropped;
   `BoundedModule._named_members` takes the argument `remove_duplicate` that torch now passes;
   `BoundRelu._relu_mask_alpha` passes gradients on at slopes 0 and 1, where all slopes start: 0.3 relies on the
-  derivative of `clamp` at its ends, which is 0 since torch 2.14, and alpha-CROWN would never move.
+  derivative of `clamp` at its ends, which is 0 since torch 2.14, and alpha-CROWN would never move;
+  `BoundAveragePool.bound_backward` gets contiguous rows: 0.3 asks for a view where only a copy will do.
 * For good, inside auto_LiRPA of any version (0.7.1 included): `operators.base.isnan` says no, because its one caller
   answers a NaN constant term by the constant 0 for the whole batch, which is no bound; `print` is silent.
 * While a network is built or bounded: torch's default dtype is float64 (0.3 makes constants in the default dtype and
@@ -244,6 +245,15 @@ def _library() -> types.ModuleType:
             ]
             return slopes[0], slopes[1], all_off
 
+        pool = importlib.import_module("auto_LiRPA.operators.pooling").BoundAveragePool
+        spread = pool.bound_backward
+
+        def spread_back(self: Any, lower: Any, upper: Any, x: Any) -> Any:
+            return spread(
+                self, *(rows.contiguous() if isinstance(rows, Tensor) else rows for rows in (lower, upper)), x
+            )
+
+        pool.bound_backward = spread_back
         parser.parse_graph = lambda graph, inputs, params: walk(_Graph(graph), inputs, params)
         library.BoundedModule._named_members = named_members
         relu._relu_mask_alpha = staticmethod(mask_alpha)

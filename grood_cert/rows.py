@@ -2,11 +2,15 @@ r"""The result of a certification: one row a sample, in one CSV with a JSON mani
 
 `COLUMNS` and `GRID_COLUMNS` are the one place where the columns are documented. A grid column occurs once for each
 eps, as `NAME@EPS`. Radii and eps are in pixel units ([0, 1]) of the run's norm.
+
+Rows can be read while the run is still writing them, and after it was killed: the manifest says how many bytes of the
+rows count (`bytes`), how many rows those hold (`rows`) and whether they are all of the run (`complete`).
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError
+from grood_cert.files import write_csv, write_json
 
 COLUMNS: dict[str, str] = {
     "set": "name of the image set",
@@ -27,8 +32,10 @@ COLUMNS: dict[str, str] = {
     "score": "S(x), clean",
     "accepted": "1 if S(x) <= gamma, else 0",
     "status": "certified (a positive radius was proved), undecided (none was), misdecided (wrong already at x)",
+    "stage": "what decided: the stage that proved radius_certified (`cascade.STAGES`), envelope (looked up at another gamma), "
+    "misdecision, undecided",
     "radius_certified": "formal: largest eps found for which the decision was proved on the whole ball; 0 if none",
-    "radius_certified_per_logit": "formal: the same from bounds of each logit alone (U0, L0)",
+    "radius_certified_per_logit": "formal: the same from bounds of each logit alone (U0, L0); nan if not asked for",
     "radius_lipschitz_fixed_point": "formal: root of eps L(eps) = |S(x) - gamma|, L a Lipschitz bound; nan if not asked for",
     "radius_lipschitz_path": "formal: where the integral of L reaches |S(x) - gamma|; nan if not asked for",
     "radius_attack": "upper bracket: distance of the nearest point found with the other decision; inf if none",
@@ -41,9 +48,13 @@ GRID_COLUMNS: dict[str, str] = {
     "s_attack_min": "smallest S an attack saw in the ball",
     "s_attack_max": "largest S an attack saw in the ball",
 }
+TEXT_GRID_COLUMNS: dict[str, str] = {
+    "outcome": "what decided the ball of radius eps: a stage (or envelope) certified it, attack broke it, misdecision: wrong "
+    "at x itself, timeout, undecided",
+}
 KINDS = ("id", "ood", "noise")
 STATUSES = ("certified", "undecided", "misdecided")
-_TEXT = ("set", "kind", "status")
+_TEXT = ("set", "kind", "status", "stage")
 _INTEGERS = ("index", "label", "prediction", "accepted")
 
 
@@ -59,7 +70,7 @@ def grid_column(name: str, eps: float) -> str:
 
 def header(eps: Sequence[float]) -> list[str]:
     """All columns of a file with this eps grid, in order."""
-    return [*COLUMNS, *(grid_column(name, value) for value in eps for name in GRID_COLUMNS)]
+    return [*COLUMNS, *(grid_column(name, value) for value in eps for name in (*GRID_COLUMNS, *TEXT_GRID_COLUMNS))]
 
 
 def manifest_path(rows: Path) -> Path:
@@ -76,18 +87,25 @@ class Rows:
         eps: The eps grid, ascending.
         columns: The single columns by name, each of shape (N,).
         grid: The grid columns by name, each of shape (N, len(eps)).
+        outcomes: The grid column `outcome`, shape (N, len(eps)).
     """
 
     manifest: Mapping[str, Any]
     eps: tuple[float, ...]
     columns: Mapping[str, NDArray[Any]]
     grid: Mapping[str, NDArray[np.float64]]
+    outcomes: NDArray[np.str_]
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.columns[name]
 
     def __len__(self) -> int:
         return len(self.columns["score"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run is done, so that the rows are all of its samples."""
+        return bool(self.manifest.get("complete", True))
 
     @property
     def norm(self) -> str:
@@ -121,15 +139,37 @@ def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, An
     for name in COLUMNS:
         kind: type = str if name in _TEXT else int if name in _INTEGERS else float
         columns[name] = np.array([kind(record[name]) for record in records])
-    grid = {
-        name: np.array([[float(record[grid_column(name, value)]) for value in eps] for record in records])
-        for name in GRID_COLUMNS
-    }
-    return Rows(manifest, eps, columns, {name: values.reshape(len(records), len(eps)) for name, values in grid.items()})
+
+    def on_grid(name: str, kind: type) -> NDArray[Any]:
+        values = [[kind(record[grid_column(name, value)]) for value in eps] for record in records]
+        return np.array(values).reshape(len(records), len(eps))
+
+    grid = {name: on_grid(name, float) for name in GRID_COLUMNS}
+    return Rows(manifest, eps, columns, grid, on_grid("outcome", str))
+
+
+def write(rows: Rows, path: Path) -> None:
+    """Write rows and their manifest, to be read again by `read`.
+
+    Raises:
+        InputError: If a file cannot be written.
+    """
+    grid = {**rows.grid, "outcome": rows.outcomes}
+    records = [
+        {name: values[row].item() for name, values in rows.columns.items()}
+        | {
+            grid_column(name, eps): values[row, column].item()
+            for column, eps in enumerate(rows.eps)
+            for name, values in grid.items()
+        }
+        for row in range(len(rows))
+    ]
+    write_csv(path, header(rows.eps), records)
+    write_json(manifest_path(path), {**rows.manifest, "bytes": path.stat().st_size})
 
 
 def read_files(path: Path, command: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """A run's manifest and the cells of its rows, as text.
+    """A run's manifest and the cells of its rows, as text; of a run that is not complete, the rows it has saved.
 
     Args:
         path: The rows.
@@ -137,7 +177,8 @@ def read_files(path: Path, command: str) -> tuple[dict[str, Any], list[dict[str,
 
     Raises:
         InputError: If a file is missing.
-        ValueError: If the manifest is no JSON.
+        ValueError: If the manifest is no JSON, or the rows are not those it speaks of.
+        TypeError: If the manifest is no JSON object.
         csv.Error: If the rows are no CSV.
     """
     companion = manifest_path(path)
@@ -145,8 +186,17 @@ def read_files(path: Path, command: str) -> tuple[dict[str, Any], list[dict[str,
         if not file.is_file():
             raise InputError(f"{file}: no such file; write it with: grood-cert {command} MODEL --out FOLDER")
     manifest = json.loads(companion.read_text(encoding="utf-8"))
-    with path.open(newline="", encoding="utf-8") as stream:
-        return manifest, list(csv.DictReader(stream))
+    if not isinstance(manifest, dict):
+        raise TypeError(f"{companion.name} is no JSON object")
+    content = path.read_bytes()
+    if not manifest.get("complete", True):
+        content = content[: manifest["bytes"]]
+    if content and not content.endswith(b"\n"):
+        raise ValueError("ends within a line")
+    rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+    if len(rows) != manifest.get("rows", len(rows)):
+        raise ValueError(f"holds {len(rows) or 'no'} rows, {companion.name} speaks of {manifest['rows']}")
+    return manifest, rows
 
 
 def read(path: Path) -> Rows:
@@ -160,13 +210,13 @@ def read(path: Path) -> Rows:
         if not records:
             raise InputError(f"{path}: holds no rows; certify at least one sample")
         rows = from_records(records, manifest)
-        known = {"norm", "gamma", "model", "method"} <= manifest.keys()
+        known = {"norm", "gamma", "model"} <= manifest.keys()
         if not known or not set(rows["kind"]) <= set(KINDS) or not set(rows["status"]) <= set(STATUSES):
             raise ValueError("values that no certification writes")
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not the rows of a certification ({reason})") from None
-    for name in ("score", "radius_certified", "radius_certified_per_logit"):
+    for name in ("score", "radius_certified"):
         if not np.isfinite(rows[name]).all():
             raise InputError(f"{path}: holds values of {name} that are not finite")
     if np.isnan(rows["radius_attack"]).any():

@@ -29,16 +29,48 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grood_cert.ball import Ball
 from grood_cert.energy import energy
-from grood_cert.lirpa import BoundedNetwork
+from grood_cert.lirpa import Method
 
+Side = Literal["upper", "lower", "both"]
 _ROUNDING = 1e-12
 _CROSSING = 1e-9
+
+
+class Relaxation(Protocol):
+    """Bounds of rows of the logits over one batch of balls."""
+
+    def rows(self, coefficients: Tensor, method: Method | None = None) -> tuple[Tensor, Tensor]:
+        """LB[c] and UB[c], shape (B, S) each, of every row c of `coefficients`, shape (B, S, K); NaN: not proved."""
+        ...
+
+    def preactivations(self) -> list[tuple[Tensor, Tensor]]:
+        """Bounds of the input of every nonlinear layer, in execution order."""
+        ...
+
+
+class Bounded(Protocol):
+    """A network inside a bound engine: `lirpa.BoundedNetwork` or `native.engine.NativeNetwork`."""
+
+    @property
+    def method(self) -> Method:
+        """How it relaxes the network."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """The network f, in eval mode and float64."""
+        ...
+
+    def relax(self, ball: Ball) -> Relaxation:
+        """Prepare bounds over a batch of balls."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,47 +167,60 @@ def chord_lower(row_upper: Tensor, slopes: Tensor, upper: Tensor) -> Tensor:
     return -(largest + torch.where(value > 0, value, torch.full_like(value, torch.inf)).log())
 
 
-def score_bounds(bounded: BoundedNetwork, ball: Ball) -> ScoreBounds:
+def score_bounds(bounded: Bounded, ball: Ball, method: Method | None = None, side: Side = "both") -> ScoreBounds:
     r"""Bound S over each ball of a batch.
 
     Per-logit intervals and the first Gibbs row come from one call of the engine, the second Gibbs row and the chord
-    row from another; both share the intermediate bounds. With alpha-CROWN the two decisive rows are optimised on top.
+    row from another; both share the intermediate bounds. With alpha-CROWN the decisive rows are optimised on top.
 
     Args:
         bounded: The network inside its bound engine.
         ball: Batch of balls.
+        method: Method for these bounds if it differs from the engine's own.
+        side: Which bound is wanted. The other one is then the bound of each logit alone, which costs nothing more.
 
     Returns:
         Bounds, NaN where the engine's answer is NaN, infinite or crossed.
     """
     relaxation = bounded.relax(ball)
-    method = "crown" if bounded.method == "alpha-crown" else bounded.method
+    method = method or bounded.method
+    plain: Method = "crown" if method == "alpha-crown" else method
     with torch.no_grad():
         logits = bounded.network(ball.center)
     p_center = torch.softmax(logits, -1)
     identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device).expand(len(logits), -1, -1)
-    lower, upper = relaxation.rows(torch.cat([identity, p_center.unsqueeze(1)], 1), method)
-    row_center = lower[:, -1]
-    lower, upper = _outward(lower[:, :-1], upper[:, :-1])
+    first = identity if side == "lower" else torch.cat([identity, p_center.unsqueeze(1)], 1)
+    row_lower, row_upper = relaxation.rows(first, plain)
+    row_center = row_lower[:, -1]
+    lower, upper = _outward(row_lower[:, : logits.shape[1]], row_upper[:, : logits.shape[1]])
     lower_per_logit, upper_per_logit = energy(upper), energy(lower)
-
-    p_middle = torch.softmax((lower + upper) / 2, -1)
-    slopes = chord_slopes(lower, upper)
     known = torch.isfinite(lower).all(-1)
-    rows = torch.where(known[:, None, None], torch.stack([p_middle, slopes], 1), 0.0)
-    row_lower, row_upper = relaxation.rows(rows, method)
-    uppers = [gibbs_upper(row_center, p_center), gibbs_upper(row_lower[:, 0], p_middle)]
-    lowers = [chord_lower(row_upper[:, 1], slopes, upper)]
-    if bounded.method == "alpha-crown":
-        rows = torch.where(known[:, None, None], torch.stack([p_center, slopes], 1), 0.0)
-        row_lower, row_upper = relaxation.rows(rows)
-        uppers.append(gibbs_upper(row_lower[:, 0], p_center))
-        lowers.append(chord_lower(row_upper[:, 1], slopes, upper))
+    slopes = chord_slopes(lower, upper)
+
+    def bounds_of(weights: Tensor, method: Method) -> tuple[list[Tensor], list[Tensor]]:
+        """U1 with these weights and L1, as far as they are wanted, from one call."""
+        wanted = [row for row, name in ((weights, "upper"), (slopes, "lower")) if side in (name, "both")]
+        rows = torch.where(known[:, None, None], torch.stack(wanted, 1), 0.0)
+        row_lower, row_upper = relaxation.rows(rows, method)
+        return (
+            [] if side == "lower" else [gibbs_upper(row_lower[:, 0], weights)],
+            [] if side == "upper" else [chord_lower(row_upper[:, -1], slopes, upper)],
+        )
+
+    uppers, lowers = bounds_of(torch.softmax((lower + upper) / 2, -1), plain)
+    if side != "lower":
+        uppers.append(gibbs_upper(row_center, p_center))
+    if method == "alpha-crown":
+        optimised = bounds_of(p_center, method)
+        uppers, lowers = uppers + optimised[0], lowers + optimised[1]
     # NaN in one bound leaves the others: each is a proof of its own.
-    joint_upper = torch.stack([torch.nan_to_num(bound, nan=torch.inf) for bound in uppers]).amin(0)
-    joint_lower = torch.stack([torch.nan_to_num(bound, nan=-torch.inf) for bound in lowers]).amax(0)
-    best_upper = torch.minimum(joint_upper + _ROUNDING * (1 + joint_upper.abs()), upper_per_logit)
-    best_lower = torch.maximum(joint_lower - _ROUNDING * (1 + joint_lower.abs()), lower_per_logit)
+    best_upper, best_lower = upper_per_logit, lower_per_logit
+    if uppers:
+        joint = torch.stack([torch.nan_to_num(bound, nan=torch.inf) for bound in uppers]).amin(0)
+        best_upper = torch.minimum(joint + _ROUNDING * (1 + joint.abs()), upper_per_logit)
+    if lowers:
+        joint = torch.stack([torch.nan_to_num(bound, nan=-torch.inf) for bound in lowers]).amax(0)
+        best_lower = torch.maximum(joint - _ROUNDING * (1 + joint.abs()), lower_per_logit)
     known = known & _ordered(best_lower, best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(

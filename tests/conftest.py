@@ -37,10 +37,11 @@ def model(small_recipe, tmp_path_factory) -> Path:
 def rows_file(model, tmp_path_factory) -> Path:
     """Rows of that detector, a few samples of each set."""
     from grood_cert import certification, detector, training
+    from grood_cert.cascade import Settings
 
     loaded = detector.load(model)
     experiment = training.experiment_of(loaded.recipe)
     folder = tmp_path_factory.mktemp("rows")
-    settings = certification.Settings(eps=(0.01, 0.03, 0.1), precision=1e-2)
+    settings = Settings(eps=(0.01, 0.03, 0.1), stages=("ibp", "crown"), per_logit=True)
     certification.run(loaded, model, [experiment.test, *experiment.ood], settings, folder, limit=12)
     return folder / "rows.csv"

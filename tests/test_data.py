@@ -3,10 +3,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import pickle
+import re
 import shutil
 import struct
+import tracemalloc
 import warnings
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,7 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from grood_cert.data import NOISE, SOURCES, ImageSet, load_experiment, load_set, parse_spec
+from grood_cert.data import (
+    FOLDERS,
+    NOISE,
+    SOURCES,
+    TORCHVISION,
+    ImageSet,
+    StoredImages,
+    load_experiment,
+    load_set,
+    parse_spec,
+)
 from grood_cert.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -197,6 +210,18 @@ def test_select_and_content_hash():
     assert relabelled.content_hash() != small.content_hash()
 
 
+def test_channel_statistics(monkeypatch):
+    colour = load_set("photo-patches", shape=(3, 9, 7))
+    monkeypatch.setattr("grood_cert.data.images._CHUNK", 5000)  # many parts
+    mean, std = colour.channel_statistics()
+    for channel in range(3):
+        values = colour.images[:, channel].double().numpy()
+        assert mean[channel].item() == pytest.approx(values.mean(), rel=1e-12)
+        assert std[channel].item() == pytest.approx(values.std(), rel=1e-12)
+    constant = ImageSet("c", "id", torch.full((4, 1, 3, 3), 0.1), torch.zeros(4, dtype=torch.int64), ("c",))
+    assert constant.channel_statistics()[1].item() < 1e-15
+
+
 # numpy files
 
 
@@ -247,8 +272,9 @@ def test_npz_labels_and_classes(tmp_path):
         (GREY.astype(np.int64), "pixels of type int64; they must be uint8, or float in"),
         (GREY > 3, "pixels of type bool"),
         (GREY.astype(complex), "pixels of type complex128"),
-        (GREY.astype(np.float32), "pixels from 0 to 248; float pixels must lie in"),
-        (GREY / 255 - 0.5, "pixels from -0.5 to 0.47"),
+        (GREY.astype(np.float32), "pixels from 0 to 248; float pixels must lie in .*; divide them by 255, or store"),
+        (GREY / 255 - 0.5, "pixels from -0.5 to 0.472549; float pixels must lie in \\[0, 1\\]$"),
+        (GREY // 128, "uint8 pixels of 0 and 1 only; white is 255, multiply them by 255"),
         (np.where(GREY == GREY[0, 0, 0], np.nan, 0.5), "pixels that are NaN or infinite"),
         (np.full((2, 4, 4), np.inf), "pixels that are NaN or infinite"),
         (GREY[0], "has shape \\(4, 5\\); images must be"),
@@ -304,7 +330,7 @@ def test_damaged_files(tmp_path):
             load_set(str(tmp_path / name))
     with refused("file 'nowhere.npy' does not exist"):
         load_set("nowhere.npy")
-    with refused("holds a, b; it must hold 'images' \\(or 'x'\\)"):
+    with refused("holds a, b; it must hold 'images' \\(or 'x', 'data'\\)"):
         load_set(save(tmp_path / "keys.npz", a=GREY, b=GREY))
 
 
@@ -392,7 +418,7 @@ def test_unreadable_folders(tmp_path):
 # torchvision
 
 
-@pytest.mark.parametrize("source", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "dtd"])
+@pytest.mark.parametrize("source", TORCHVISION)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_missing_sets(tmp_path, source, split, monkeypatch):
     message = f"data set '{source}' is not in '.*none'; add --download, or point --data-dir at the folder that holds it"
@@ -490,11 +516,211 @@ def test_dtd_files(tmp_path):
     assert images.images.mean((1, 2, 3)).tolist() == [0, 1]
     assert load_set("dtd:1", data_dir=tmp_path, shape=(1, 28, 28)).images.min() > 0.999
     (tmp_path / "dtd/dtd/images/dotted/test.jpg").write_bytes(b"nonsense")
-    with refused("'dtd' in '.*' cannot be read: cannot identify image file"):
+    with refused("picture '.*dotted/test.jpg' cannot be used: cannot identify image file"):
         load_set("dtd", data_dir=tmp_path)
     (tmp_path / "dtd/dtd/labels/test1.txt").unlink()
     with refused("'dtd' in '.*' cannot be read: .*No such file"):
         load_set("dtd", data_dir=tmp_path)
+
+
+def test_emnist_letters_stand_upright_and_count_from_0(tmp_path):
+    raw = tmp_path / "EMNIST/raw"
+    upright = RNG.integers(0, 256, (26, 28, 28), dtype=np.uint8)
+    for split in ("train", "test"):
+        write_idx(raw / f"emnist-letters-{split}-images-idx3-ubyte", upright.transpose(0, 2, 1))
+        write_idx(raw / f"emnist-letters-{split}-labels-idx1-ubyte", np.arange(1, 27, dtype=np.uint8))
+    letters = load_set("emnist-letters", data_dir=tmp_path)
+    assert (letters.labels.tolist(), letters.class_names) == (list(range(26)), tuple("abcdefghijklmnopqrstuvwxyz"))
+    assert torch.equal(letters.images, torch.from_numpy(upright[:, None].astype(np.float32) / 255))
+    assert load_set("emnist-letters:2", split="train", data_dir=tmp_path).class_names == ("c",)
+    write_idx(raw / "emnist-letters-test-labels-idx1-ubyte", np.arange(26, dtype=np.uint8))
+    with refused("data set 'emnist-letters' in '.*' has labels from -1 to 24 for 26 classes"):
+        load_set("emnist-letters", data_dir=tmp_path)
+
+
+# Named folders and class lists
+
+
+@pytest.mark.parametrize("source", FOLDERS)
+def test_missing_named_folders_say_what_is_expected(tmp_path, source):
+    folder = tmp_path / FOLDERS[source] / ("val" if source == "imagenet" else "")
+    with refused(
+        f"data set '{source}' is not in '{tmp_path}': there is no folder '{folder}' of pictures; .*--data-dir"
+    ):
+        load_set(source, data_dir=tmp_path, shape=(3, 32, 32))
+    folder.mkdir(parents=True)
+    with refused(f"folder '{folder}' is empty"):
+        load_set(source, data_dir=tmp_path, shape=(3, 32, 32))
+
+
+def test_named_folders_are_fitted_as_in_the_paper(tmp_path):
+    """LSUN-C: centre crop alone; LSUN-R, iSUN: as they are; Places365: resize and crop."""
+    pixels = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for folder, picture in (
+        ("LSUN/test", pixels[:36, :36]),
+        ("LSUN_resize/LSUN_resize", pixels[:32, :32]),
+        ("iSUN", pixels[:32, :32]),
+        ("places365/test_256", np.repeat(np.repeat(pixels[:, 4:36], 4, 0), 4, 1)),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / folder / "0.png")
+
+    def loaded(source):
+        images = load_set(source, data_dir=tmp_path, shape=(3, 32, 32))
+        assert (images.name, images.kind, images.shape) == (source, "ood", (3, 32, 32))
+        return (images.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+
+    assert np.array_equal(loaded("lsun-c"), pixels[2:34, 2:34])
+    assert np.array_equal(loaded("lsun-r"), pixels[:32, :32])
+    assert np.array_equal(loaded("isun"), pixels[:32, :32])
+    shrunk = Image.fromarray(np.repeat(np.repeat(pixels[:, 4:36], 4, 0), 4, 1)).resize(
+        (32, 40), Image.Resampling.BILINEAR
+    )
+    assert np.array_equal(loaded("places365"), np.asarray(shrunk)[4:36])
+    with refused("picture '.*LSUN/test/0.png' cannot be used: it is 36x36, too small to crop 40x40 from it"):
+        load_set("lsun-c", data_dir=tmp_path, shape=(3, 40, 40))
+
+
+def test_imagenet_pictures_are_resized_to_256_and_cropped_to_224(tmp_path):
+    gradient = np.broadcast_to(np.linspace(0, 255, 512).astype(np.uint8)[:, None, None], (512, 600, 3))
+    Image.fromarray(np.ascontiguousarray(gradient)).save(tmp_path / "a.png")
+    image = load_set(str(tmp_path), shape=(3, 224, 224)).images[0, 0]
+    assert (image[0, 0].item(), image[-1, 0].item()) == pytest.approx((16.5 / 256, 1 - 16.5 / 256), abs=0.004)
+    Image.fromarray(np.ascontiguousarray(gradient[:224, :224])).save(tmp_path / "a.png")
+    image = load_set(str(tmp_path), shape=(3, 224, 224)).images[0, 0]
+    assert (image[:, 0] * 255).round().tolist() == gradient[:224, 0, 0].tolist(), "a picture of the right size stays"
+
+
+def classes_on_disk(folder: Path, names: str, count: int = 5) -> dict[str, np.ndarray]:
+    pictures = {name: RNG.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8) for name in names}
+    for name, pixels in pictures.items():
+        (folder / name).mkdir(parents=True)
+        for index, picture in enumerate(pixels):
+            Image.fromarray(picture).save(folder / name / f"{index}.png")
+    return pictures
+
+
+def test_class_lists(tmp_path):
+    pictures = classes_on_disk(tmp_path / "some@where/train", "abcd")
+    names = tmp_path / "two.txt"
+    names.write_text("# chosen by hand\n c\n\na\n")
+    folder = str(tmp_path / "some@where/train")
+    chosen = load_set(f"{folder}@{names}", shape=(3, 8, 8))
+    assert (chosen.name, chosen.class_names) == ("train@two.txt", ("c", "a"))
+    for index, name in enumerate("ca"):
+        expected = torch.from_numpy(pictures[name].transpose(0, 3, 1, 2).astype(np.float32) / 255)
+        assert torch.equal(chosen.images[chosen.labels == index], expected)
+    others = load_set(f"{folder}@!{names}", shape=(3, 8, 8))
+    assert (others.name, others.class_names) == ("train@!two.txt", ("b", "d"))
+    assert not hashes(chosen) & hashes(others) and len(chosen) + len(others) == 20
+    assert load_set(f"{folder}@{names}:1", shape=(3, 8, 8)).class_names == ("a",)
+    assert load_set(f"{folder}@{names}").shape == (3, 224, 224), "the shape of ImageNet by default"
+    assert load_set(folder, shape=(3, 8, 8)).class_names == tuple("abcd")
+    for text, message in (
+        ("a\nx\ny\n", "has no class folder x, which the list '.*' names, nor 1 others"),
+        ("a\nb\na\n", "class list '.*' names a twice"),
+        ("# nothing\n", "class list '.*' is empty"),
+    ):
+        names.write_text(text)
+        with refused(message):
+            load_set(f"{folder}@{names}")
+    names.write_text("a\nb\nc\nd\n")
+    with refused("is empty: the list names every class folder"):
+        load_set(f"{folder}@!{names}")
+    with refused("class list 'none' cannot be read \\(No such file or directory\\); .* or one of imagenet-10"):
+        load_set(f"{folder}@none")
+
+
+def test_imagenet_with_the_classes_of_the_paper(tmp_path):
+    """Ten wnids are ID in their order, the rest is auxiliary; train and val are the official split."""
+    ten = [
+        line for line in resources.files("grood_cert.data").joinpath("class_lists/imagenet-10.txt").read_text().split()
+    ]
+    ten = [name for name in ten if name.startswith("n0")]
+    assert len(set(ten)) == 10 and all(re.fullmatch(r"n\d{8}", name) for name in ten)
+    for part in ("train", "val"):
+        classes_on_disk(
+            tmp_path / "imagenet" / part, [*ten, "n99999998", "n99999999"], count=4 if part == "train" else 1
+        )
+    experiment = load_experiment(
+        id="imagenet@imagenet-10", auxiliary="imagenet@!imagenet-10", ood=["uniform-noise"], data_dir=tmp_path
+    )
+    own, outliers, _ = parts(experiment)
+    assert experiment.train.class_names == tuple(ten)
+    assert [len(part) for part in (*own, *outliers)] == [32, 8, 10, 6, 2]
+    assert {part.shape for part in (*own, *outliers)} == {(3, 224, 224)}
+
+
+# Sets too large for memory
+
+
+def test_stored_images_stand_for_a_tensor(monkeypatch):
+    tensor = load_set("digits").images
+    monkeypatch.setattr("grood_cert.data.images.IN_MEMORY", 0)
+    stored = load_set("digits").images
+    assert isinstance(stored, StoredImages) and stored.shape == tensor.shape and len(stored) == len(tensor)
+    for index in (3, -1, slice(5, 90, 7), [4, 2, 2], torch.tensor([[1, 2], [3, 4]])[0], tensor[:, 0, 3, 3] > 0.5, []):
+        assert torch.equal(stored[index], tensor[index])
+    assert torch.equal(torch.cat(list(stored.split(100))), tensor)
+    assert torch.equal(torch.stack(list(stored)), tensor)
+    assert stored[:].dtype == torch.float32
+    with pytest.raises(IndexError):
+        stored[1797]
+
+
+def test_sets_are_the_same_stored_or_held(tmp_path, monkeypatch):
+    classes_on_disk(tmp_path / "pictures", "ab", count=12)
+    colour = save(tmp_path / "colour.npy", RNG.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    floats = save(tmp_path / "floats.npz", images=RNG.random((20, 8, 8)).astype(np.float16))
+    options = {"auxiliary": colour, "ood": [str(tmp_path / "pictures"), floats, "digits:8", "smooth-noise"]}
+    held = digits_experiment(**options)
+    monkeypatch.setattr("grood_cert.data.images.IN_MEMORY", 0)
+    stored = digits_experiment(**options)
+    for one, other in zip(
+        [*parts(held)[0], *parts(held)[1], *held.ood], [*parts(stored)[0], *parts(stored)[1], *stored.ood], strict=True
+    ):
+        assert isinstance(one.images, torch.Tensor) and isinstance(other.images, StoredImages)
+        assert (one.name, one.kind, one.shape, one.content_hash()) == (
+            other.name,
+            other.kind,
+            other.shape,
+            other.content_hash(),
+        )
+    monkeypatch.setattr("grood_cert.data.images.IN_MEMORY", 4 * 64 * 10)
+    assert isinstance(stored.train.select(range(11)).images, StoredImages)
+    assert torch.equal(stored.train.select(range(10)).images, held.train.images[:10]), "few images are held again"
+
+
+def test_a_large_file_is_mapped_and_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("grood_cert.data.images.IN_MEMORY", 2**20)
+    pixels = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.uint8, shape=(16000, 32, 32, 3))
+    pixels[:, 0, 0, 0] = np.arange(16000) % 251
+    pixels.flush()
+    tracemalloc.start()
+    images = load_set(str(tmp_path / "x.npy"))
+    assert images.images[[15000]][0, 0, 0, 0] == np.float32(15000 % 251) / np.float32(255)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(images) == 16000 and peak < 4e6, "49 MB of bytes, 197 MB of float32"
+
+
+def test_rows_of_tiny_images(tmp_path):
+    """CIFAR, TinyImages and down-sampled ImageNet store rows of 3x32x32."""
+    pixels = RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    path = save(tmp_path / "rows.npz", data=pixels.reshape(5, -1), labels=np.array([1, 2, 3, 1, 2]))
+    images = load_set(path)
+    assert torch.equal(images.images, torch.from_numpy(pixels.astype(np.float32) / 255))
+    assert images.labels.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_a_damaged_picture_of_a_stored_folder_is_named_when_it_is_read(tmp_path, monkeypatch):
+    classes_on_disk(tmp_path, "a")
+    monkeypatch.setattr("grood_cert.data.images.IN_MEMORY", 0)
+    images = load_set(str(tmp_path), shape=(3, 8, 8))
+    (tmp_path / "a/3.png").write_bytes(b"nonsense")
+    assert len(images.images[:3]) == 3
+    with refused("picture '.*a/3.png' cannot be used: cannot identify image file"):
+        images.content_hash()
 
 
 # Experiments
@@ -605,13 +831,11 @@ def test_sets_sharing_images_are_refused(tmp_path, monkeypatch):
     other = RNG.random((20, 1, 8, 8))
     from_id = save(tmp_path / "id3.npy", np.concatenate([other, images[labels == 0][:3]]))
     one = save(tmp_path / "one.npy", np.concatenate([other, images[labels == 0][:1].astype(np.float64)]))
-    from_auxiliary = save(tmp_path / "aux2.npy", np.concatenate([other, images[labels == 6][:2]]))
+    save(tmp_path / "aux2.npy", np.concatenate([other, images[labels == 6][:2]]))
     with refused("OOD set 'id3.npy' shares 3 images with the ID set 'digits:0-5'"):
         digits_experiment(ood=[from_id])
     with refused("auxiliary set 'one.npy' shares 1 image with the ID set 'digits:0-5'"):
         digits_experiment(auxiliary=one)
-    with refused("OOD set 'aux2.npy' shares 2 images with the auxiliary set 'digits:6,7'"):
-        digits_experiment(ood=[from_auxiliary])
     with refused("OOD set 'id3.npy' shares 3 images"):
         digits_experiment(ood=[from_id], train_limit=1)
     monkeypatch.chdir(tmp_path)
@@ -622,6 +846,25 @@ def test_sets_sharing_images_are_refused(tmp_path, monkeypatch):
     shutil.copy("aux2.npy", "d/aux2.npy")
     with refused("two OOD sets would be called 'aux2.npy'"):
         digits_experiment(auxiliary="smooth-noise", ood=["aux2.npy", "d/aux2.npy"])
+
+
+def test_auxiliary_images_of_an_ood_test_set_are_removed_and_counted(tmp_path):
+    digits = load_set("digits:6,7").images.numpy()
+    other = RNG.random((20, 1, 8, 8))
+    two = save(tmp_path / "two.npy", np.concatenate([other, digits[:2], digits[:1]]))
+    three = save(tmp_path / "three.npy", digits[1:4].astype(np.float64))
+    none = save(tmp_path / "none.npy", other)
+    experiment = digits_experiment(ood=[two, none, three])
+    assert experiment.auxiliary_removed == {"two.npy": 2, "three.npy": 3}
+    _, outliers, ood = parts(experiment)
+    assert set.union(*map(hashes, outliers)) == hashes(load_set("digits:6,7")) - hashes(load_set(two)) - hashes(
+        load_set(three)
+    )
+    assert [len(part) for part in ood] == [23, 20, 3], "test sets stay whole"
+    assert digits_experiment(ood=[none]).auxiliary_removed == {}
+    everything = save(tmp_path / "all.npy", digits)
+    with refused("auxiliary set 'digits:6,7' holds nothing but images of the OOD test sets"):
+        digits_experiment(ood=[everything])
 
 
 def test_ood_files_must_have_the_id_shape(tmp_path):
@@ -702,3 +945,7 @@ def test_real_cifar(tmp_path):
     leak = save(tmp_path / "leak.npy", shared_set("cifar10_train")[0][:25])
     with refused("OOD set 'leak.npy' shares 25 images with the ID set 'cifar10_train.npz'"):
         load_experiment(id=path["cifar10_train"], auxiliary=path["tin32_outliers"], ood=[leak])
+    seen = save(tmp_path / "seen.npy", shared_set("tin32_outliers")[0][:25])
+    experiment = load_experiment(id=path["cifar10_train"], auxiliary=path["tin32_outliers"], ood=[seen])
+    assert experiment.auxiliary_removed == {"seen.npy": 25}
+    assert len(experiment.auxiliary) + len(experiment.auxiliary_heldout) == 2024 - 25

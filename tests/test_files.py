@@ -4,13 +4,18 @@ import csv
 import hashlib
 import json
 import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from grood_cert.errors import InputError
-from grood_cert.files import check_writable, replacing, sha256, write_csv, write_json
+from grood_cert.files import appending, check_writable, csv_text, locked, replacing, sha256, write_csv, write_json
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -123,3 +128,111 @@ def test_sha256(tmp_path):
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     with pytest.raises(InputError, match=r"cannot read .*missing: No such file"):
         sha256(tmp_path / "missing")
+
+
+# Appending
+
+
+def test_appending_cuts_and_adds(tmp_path):
+    path = tmp_path / "log"
+    with appending(path, 0) as append:
+        assert append("äh\n") == 4
+        assert path.read_text(encoding="utf-8") == "äh\n"  # on the disk already
+        assert append("") == 4
+        assert append("b\n") == 6
+    with pytest.raises(ValueError, match="mine"), appending(path, 4) as append:
+        append("c")
+        raise ValueError("mine")
+    assert path.read_text(encoding="utf-8") == "äh\nc"
+
+
+def test_rows_appended_are_rows_written(tmp_path):
+    records = [{"a": value, "b": text} for value, text in ((0.1, 'x,"y"'), (float("nan"), "two\nlines"), (3, None))]
+    write_csv(tmp_path / "whole.csv", ["a", "b"], records)
+    with appending(tmp_path / "parts.csv", 0) as append:
+        append(csv_text(["a", "b"], [], header=True))
+        for record in records:
+            append(csv_text(["a", "b"], [record]))
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_write_that_is_cut_short_is_an_error(tmp_path):
+    """The kernel takes what fits, as on a full disk, and refuses the rest."""
+    path, (soft, hard) = tmp_path / "log", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with appending(path, 0) as append:
+        append("good\n")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+            with pytest.raises(InputError, match=r"cannot write .*log: File too large"):
+                append("torn apart\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "good\ntor"
+    with appending(path, 5) as append:
+        append("mended\n")
+    assert path.read_text() == "good\nmended\n"
+
+
+def test_appending_to_no_file_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "log"):
+        with pytest.raises(InputError, match=r"cannot write "), appending(path, 0):
+            pass
+
+
+# Locks
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from grood_cert.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "rows.csv"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InputError, match=r"another process is writing .*rows.csv; wait until it ends"),
+            locked(path),
+        ):
+            pass
+        with locked(tmp_path / "other.csv"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    assert os.listdir(tmp_path) == [".rows.csv.lock"]
+    with locked(path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    """Also while its file is being removed and made anew."""
+    inside, worst, taken = [], [], []
+
+    def compete():
+        for _ in range(300):
+            try:
+                with locked(tmp_path / "rows.csv"):
+                    inside.append(1)
+                    worst.append(len(inside))
+                    inside.pop()
+                    taken.append(1)
+            except InputError:
+                pass
+
+    threads = [threading.Thread(target=compete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) == 1 and len(taken) >= 300
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_in_an_unusable_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write .*\.lock: No such file"), locked(tmp_path / "missing/rows.csv"):
+        pass

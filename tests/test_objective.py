@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from grood_cert import networks
-from grood_cert.objective import Terms, Weights, energy_loss, gradient_loss, objective
+from grood_cert.errors import InputError
+from grood_cert.objective import Roles, Terms, Weights, energy_loss, gradient_shares, objective
 
 WEIGHTS = Weights(lambda_S=0.3, lambda_grad=0.7, m_in=-1.9, m_out=-1.7)
 ENERGY_ONLY = Weights(lambda_S=0.3, lambda_grad=0.0, m_in=-1.9, m_out=-1.7)
@@ -98,13 +100,10 @@ def test_repeating_the_batch_changes_nothing(times):
 
 
 def test_indicators_point_the_right_way():
-    """Scores on both sides of both margins and on them; each norm a power of two, so that the sum tells who counted."""
+    """Scores on both sides of both margins and on them: L_grad counts the samples past theirs, L_S the others."""
     score_id = torch.tensor([-9.0, -8.0, -7.0])  # past, on and short of m_in = -8
     score_aux = torch.tensor([-3.0, -2.0, -1.0])  # short of, on and past m_out = -2
-    norms = torch.tensor([1.0, 2.0, 4.0])
-    nothing = torch.zeros(3)
-    assert 3 * gradient_loss(norms, nothing, score_id, score_aux, -8.0, -2.0) == 1 + 2
-    assert 3 * gradient_loss(nothing, norms, score_id, score_aux, -8.0, -2.0) == 2 + 4
+    assert (3 * gradient_shares(score_id, score_aux, -8.0, -2.0)).tolist() == [1, 1, 0, 0, 1, 1]
     assert energy_loss(score_id, torch.tensor([0.0]), -8.0, -2.0) == torch.tensor(1 / 3)
     assert energy_loss(torch.tensor([-9.0]), score_aux, -8.0, -2.0) == torch.tensor(1 / 3)
     assert energy_loss(torch.tensor([-5.0]), torch.tensor([-6.0]), -8.0, -2.0) == 9 + 16
@@ -119,19 +118,6 @@ def test_active_shares_count_the_indicators():
     assert terms.active_gradient_id == (score_id <= -1.9).sum() / 6
     torch.testing.assert_close(terms.active_energy_aux, (score_aux <= -1.7).sum() / 9)
     torch.testing.assert_close(terms.active_gradient_aux, (score_aux >= -1.7).sum() / 9)
-
-
-def test_no_gradient_flows_through_the_indicators():
-    score_id = torch.tensor([-9.0, -8.0, -7.0], requires_grad=True)
-    score_aux = torch.tensor([-3.0, -2.0, -1.0], requires_grad=True)
-    norms = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    gradients = torch.autograd.grad(
-        gradient_loss(norms, norms, score_id, score_aux, -8.0, -2.0),
-        [norms, score_id, score_aux],
-        allow_unused=True,
-    )
-    assert torch.equal(3 * gradients[0], torch.tensor([1.0, 2.0, 1.0]))
-    assert all(gradient is None or not gradient.any() for gradient in gradients[1:])
 
 
 def test_all_inactive_means_no_penalty_and_finite_gradients():
@@ -249,3 +235,158 @@ def test_terms_share_no_graph_but_the_total():
     assert isinstance(terms, Terms)
     assert terms.total.requires_grad
     assert not any(value.requires_grad for key, value in vars(terms).items() if key != "total")
+
+
+@pytest.mark.parametrize("name", ["conv-small", "resnet-small"])
+def test_the_interval_slope_at_radius_zero_is_the_gradient_norm_and_grows_with_the_radius(name):
+    network, data = build(name), batch()
+    weights = replace(WEIGHTS, m_in=100.0, m_out=-100.0)
+    point = objective(copy.deepcopy(network), *data, weights).gradient
+    found = [
+        objective(copy.deepcopy(network), *data, replace(weights, slope="interval", slope_eps=eps)).gradient
+        for eps in (0.0, 0.05, 0.1)
+    ]
+    torch.testing.assert_close(found[0], point, rtol=1e-6, atol=0)
+    assert found[0] < found[1] < found[2]
+
+
+def authors_step(network: nn.Module, images, labels, outliers, weights: Weights, std: torch.Tensor) -> torch.Tensor:
+    """One loss of the authors' training script, from method.md section 2: two train-mode passes, division by N."""
+    together = torch.cat([images, outliers])
+    logits = network(together)
+    score = -logits.logsumexp(1)
+    loss_s = (functional.relu(score[: len(images)] - weights.m_in) ** 2).mean()
+    loss_s = loss_s + (functional.relu(weights.m_out - score[len(images) :]) ** 2).mean()
+    together = together.clone().requires_grad_(True)
+    score = -network(together).logsumexp(1)
+    inside, outside = score[: len(images)], score[len(images) :]
+    scalar = functional.relu(outside - weights.m_out).mean() - functional.relu(weights.m_in - inside).mean()
+    (gradient,) = torch.autograd.grad(scalar, together, create_graph=True)
+    penalty = (gradient * std).flatten(1).norm(dim=1).sum() / len(together)
+    cross_entropy = functional.cross_entropy(logits[: len(images)], labels)
+    return cross_entropy + weights.lambda_S * loss_s + weights.lambda_grad * penalty
+
+
+@pytest.mark.parametrize("coordinates", ["pixels", "normalised"])
+def test_reference_reduction_is_the_authors_step_to_the_number(coordinates):
+    weights = replace(WEIGHTS, reduction="reference", coordinates=coordinates)
+    network, data = build("resnet-small"), batch()
+    twin = copy.deepcopy(network)
+    terms = objective(network, *data, weights)
+    expected = authors_step(twin, *data, weights, torch.tensor(0.3 if coordinates == "normalised" else 1.0))
+    assert terms.gradient > 0
+    torch.testing.assert_close(terms.total, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        parameter_gradient(network, terms.total), parameter_gradient(twin, expected), rtol=1e-10, atol=1e-14
+    )
+    for key, value in twin.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("lambda_grad", [0.0, 0.7])
+def test_reference_reduction_moves_running_statistics_twice_whatever_the_weight(lambda_grad):
+    network = build("resnet-small")
+    weights = replace(WEIGHTS, reduction="reference", lambda_grad=lambda_grad)
+    terms = objective(network, *batch(), weights)
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert layers and all(layer.num_batches_tracked == 2 for layer in layers)
+    assert terms.gradient > 0
+
+
+@pytest.mark.parametrize(("count_id", "count_aux", "ratio"), [(64, 64, 128), (64, 128, 192), (32, 64, 96)])
+@pytest.mark.parametrize("name", ["mlp", "resnet-small"])
+def test_paper_over_reference_is_the_batch_size(name, count_id, count_aux, ratio):
+    """GReg at batch 64, GReg+ at 64 and at 32; with BatchNorm in eval mode as well as without it."""
+    network, data = build(name).eval(), batch(count_id, count_aux)
+    weights = Weights(lambda_S=0.0, lambda_grad=1.0, m_in=-1.8, m_out=-1.8)
+    paper = objective(network, *data, weights)
+    reference_ = objective(network, *data, replace(weights, reduction="reference"))
+    assert 0 < paper.active_gradient_id + paper.active_gradient_aux
+    torch.testing.assert_close(paper.gradient / reference_.gradient, torch.tensor(float(ratio)).double())
+    cross_entropy = parameter_gradient(network, objective(network, *data, replace(weights, lambda_grad=0.0)).total)
+    torch.testing.assert_close(
+        parameter_gradient(network, paper.total) - cross_entropy,
+        ratio * (parameter_gradient(network, reference_.total) - cross_entropy),
+        rtol=1e-8,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("times", [2, 4, 8])
+def test_repeating_the_batch_divides_the_reference_penalty(times):
+    network, (images, labels, outliers) = build("conv-small"), batch()
+    weights = replace(WEIGHTS, reduction="reference")
+    once = objective(network, images, labels, outliers, weights)
+    again = objective(
+        network, images.repeat(times, 1, 1, 1), labels.repeat(times), outliers.repeat(times, 1, 1, 1), weights
+    )
+    torch.testing.assert_close(once.gradient, times * again.gradient, rtol=1e-12, atol=0)
+
+
+def test_a_slope_per_normalised_unit_is_std_times_that_per_pixel():
+    network, data = build("conv-small"), batch()
+    pixels = objective(network, *data, WEIGHTS).gradient
+    for penalty in ("exact", "fast"):
+        units = objective(network, *data, replace(WEIGHTS, coordinates="normalised", penalty=penalty)).gradient
+        torch.testing.assert_close(units, 0.3 * pixels, rtol=1e-6, atol=0)
+    with pytest.raises(InputError, match="one Normalize layer, this one has 0"):
+        objective(smooth_network(), *batch(side=4), replace(WEIGHTS, coordinates="normalised"))
+
+
+@pytest.mark.parametrize("lambda_grad", [0.0, 0.7])
+def test_outlier_exposure_is_cross_entropy_to_uniform(lambda_grad):
+    network, (images, labels, outliers) = build("conv-small"), batch()
+    terms = objective(network, images, labels, outliers, replace(WEIGHTS, outlier_loss="oe", lambda_grad=lambda_grad))
+    expected = functional.cross_entropy(network(outliers), torch.full((9, 5), 0.2, dtype=torch.float64))
+    torch.testing.assert_close(terms.energy, expected.detach(), rtol=1e-12, atol=0)
+    slope = reference(network, images, labels, outliers, WEIGHTS)["gradient"]
+    total = functional.cross_entropy(network(images), labels) + 0.3 * expected + lambda_grad * slope
+    torch.testing.assert_close(terms.total, total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        parameter_gradient(network, terms.total), parameter_gradient(network, total), rtol=1e-9, atol=1e-14
+    )
+
+
+def test_no_outlier_loss_is_plain_cross_entropy():
+    network, (images, labels, outliers) = build("conv-small"), batch()
+    terms = objective(network, images, labels, outliers, Weights(lambda_grad=0.0, outlier_loss="none"))
+    torch.testing.assert_close(terms.total, functional.cross_entropy(network(images), labels), rtol=1e-12, atol=0)
+    assert terms.energy == terms.gradient == terms.certified == 0
+
+
+@pytest.mark.parametrize("outlier_loss", ["energy", "oe"])
+def test_roles_choose_who_enters_which_loss(outlier_loss):
+    """Each loss is that of a batch of its own outliers alone."""
+    network, (images, labels, outliers) = build("conv-small"), batch()
+    weights = replace(WEIGHTS, outlier_loss=outlier_loss)
+    inside, outside = torch.arange(9) < 4, torch.arange(9) >= 3
+    terms = objective(network, images, labels, outliers, weights, roles=Roles(inside, outside))
+    first = objective(network, images, labels, outliers[inside], weights)
+    second = objective(network, images, labels, outliers[outside], weights)
+    for key, expected in (
+        ("energy", first.energy),
+        ("active_energy_aux", first.active_energy_aux),
+        ("gradient", second.gradient),
+        ("active_gradient_aux", second.active_gradient_aux),
+    ):
+        torch.testing.assert_close(getattr(terms, key), expected, rtol=1e-12, atol=0)
+    nobody = torch.zeros(9, dtype=torch.bool)
+    empty = objective(network, images, labels, outliers, weights, roles=Roles(nobody, nobody))
+    assert parameter_gradient(network, empty.total).isfinite().all()
+    assert empty.active_energy_aux == empty.active_gradient_aux == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty": "quick"}, "penalty: expected one of exact, fast, stochastic, got 'quick'"),
+        ({"batch_norm": "train"}, "batch_norm: expected one of eval, shared"),
+        ({"penalty_share": 0.0}, "penalty_share: expected a share above 0"),
+        ({"certified_ramp": 2.0}, "certified_ramp: expected a share from 0 to 1"),
+        ({"slope": "interval", "penalty": "fast"}, "differentiated exactly and in pixels"),
+        ({"reduction": "reference", "penalty": "fast"}, 'needs slope = "gradient-norm" and penalty = "exact"'),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Weights(**settings)

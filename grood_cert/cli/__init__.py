@@ -17,6 +17,8 @@ from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
 from grood_cert.cli.lipschitz import lipschitz
+from grood_cert.cli.merge import merge
+from grood_cert.cli.recipe import recipe
 from grood_cert.cli.train import train
 
 app = typer.Typer(
@@ -47,8 +49,9 @@ def _root(
     del version
 
 
-for _command in (train, certify, lipschitz, curve, demo):
+for _command in (train, certify, merge, lipschitz, curve, demo):
     app.command()(_command)
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ def lipschitz(
     memory: Annotated[str, typer.Option(help="Memory that blocks of rows may take, for example 64M or 1G.")] = "16M",
     batch_size: options.BatchSize = 64,
     seed: Annotated[int, typer.Option(help="Seed of all sampling and of --limit.")] = 0,
+    shard: options.Shard = "",
     data_dir: options.DataDir = None,
     download: options.Download = False,
     device: options.Device = "auto",
@@ -48,21 +49,27 @@ def lipschitz(
         seed=seed,
     )
     settings.check(loaded.architecture.shape)
-    sets = options.test_sets(loaded, ood, data_dir, download)
+    images = options.experiment(loaded, ood, data_dir, download)
     folder = out or model.parent
+    part = runs.Shard.parse(shard) if shard else runs.shard_of_environment()
     with output.Bar() as bar:
         result = analysis.run(
             loaded,
             model,
-            sets,
+            [images.test, *images.ood],
             settings,
             folder,
             limit=limit,
+            shard=part,
             force=force,
             begin=lambda samples: bar.begin("analysing", samples),
             advance=bar.advance,
+            report=bar.print,
         )
+    if not part.leads:
+        return
     for kind in result.kinds():
         title = f"{kind}: local Lipschitz constant of S at each eps, medians, {norm} ball, per pixel unit"
         output.print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
-    typer.echo(f"wrote {folder / 'lipschitz.csv'} and {folder / 'lipschitz.json'}")
+    written = folder / "lipschitz.csv" if part.joint else part.file(folder / "lipschitz.csv")
+    typer.echo(f"wrote {written} and its manifest")

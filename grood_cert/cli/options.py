@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from grood_cert.data import ImageSet
+    from grood_cert.data import Experiment
     from grood_cert.detector import Detector
 
 Eps = Annotated[
@@ -18,6 +18,7 @@ Norm = Annotated[str, typer.Option(help="Norm of the ball: linf, l2 or l1.")]
 Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
 Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
 BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
+Shard = Annotated[str, typer.Option(help="Do part i of n, as i/n; grood-cert merge puts the parts together.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
@@ -25,10 +26,14 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already 
 
 
 def device_name(name: str) -> str:
-    """The device's name, with auto resolved; whether it works is checked where it is used."""
+    """The device's name, with auto resolved to this process's GPU; whether it works is checked where it is used."""
+    import os
+
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name != "auto":
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def byte_count(text: str) -> int:
@@ -44,8 +49,8 @@ def byte_count(text: str) -> int:
         raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
 
 
-def test_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> list[ImageSet]:
-    """The ID test set and the OOD test sets of the detector's recipe, or other OOD sets in their place."""
+def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> Experiment:
+    """The images of the detector's recipe, perhaps with other OOD sets in place of the recipe's."""
     import dataclasses
 
     from grood_cert import training
@@ -53,5 +58,4 @@ def test_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, do
     recipe = loaded.recipe
     if ood:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
-    experiment = training.experiment_of(recipe, data_dir, download)
-    return [experiment.test, *experiment.ood]
+    return training.experiment_of(recipe, data_dir, download)

@@ -29,7 +29,14 @@ class Bar:
             TimeRemainingColumn,
         )
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[counts]}"),
+        )
         self._progress = Progress(TextColumn("{task.description}"), *columns, console=console(stderr=True))
 
     def __enter__(self) -> Self:
@@ -41,12 +48,13 @@ class Bar:
 
     def begin(self, stage: str, total: int) -> None:
         """Show a new line for a stage of this many steps."""
-        self._task = self._progress.add_task(stage, total=total)
+        self._task = self._progress.add_task(stage, total=total, counts="")
         self._progress.start()
 
-    def advance(self, steps: int = 1) -> None:
-        """Move the newest line on."""
-        self._progress.advance(self._task, steps)
+    def advance(self, steps: int = 1, counts: Mapping[str, int] | None = None) -> None:
+        """Move the newest line on, and show counts beside it."""
+        words = "  ".join(f"{count} {name}" for name, count in sorted((counts or {}).items()))
+        self._progress.update(self._task, advance=steps, counts=words)
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,16 +23,39 @@ def _epoch_line(epoch: Epoch) -> str:
         f"active L_S {epoch.active_energy_id:.2f}/{epoch.active_energy_aux:.2f}  "
         f"L_grad {epoch.active_gradient_id:.2f}/{epoch.active_gradient_aux:.2f}  "
         f"|grad S| {epoch.gradient_norm_id:.2f}/{epoch.gradient_norm_aux:.2f}  "
-        f"acc {epoch.accuracy:.3f}  fpr95_id {epoch.fpr95_id:.3f}"
+        f"acc {epoch.accuracy:.3f}  fpr95_id {epoch.fpr95_id:.3f}  "
+        f"{epoch.samples_per_second:.0f} samples/s, {epoch.gradient_share:.0%} for L_grad"
     )
+
+
+@contextlib.contextmanager
+def _events(folder: Path) -> Iterator[Callable[[Epoch], None]]:
+    """A function that writes an epoch's record as TensorBoard events, over those of an earlier run from there on."""
+    from grood_cert.errors import InputError
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package tensorboard; pip install 'grood-cert[tensorboard]'") from None
+    with contextlib.ExitStack() as stack:
+        writers: list[SummaryWriter] = []
+
+        def write(epoch: Epoch) -> None:
+            if not writers:
+                writers.append(stack.enter_context(SummaryWriter(folder, purge_step=epoch.epoch)))
+            for name, value in dataclasses.asdict(epoch).items():
+                writers[0].add_scalar(name, value, epoch.epoch)
+            writers[0].flush()
+
+        yield write
 
 
 _DETECTION = {"kind": "kind", "samples": "samples", "auroc": "AUROC", "fpr95_id": "fpr95_id", "fpr95_ood": "fpr95_ood"}
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file, for example train/digits-greg.toml.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run: model.pt and log.csv.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name that `grood-cert recipe list` shows.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: model.pt, log.csv, best.pt.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change one setting: objective.lambda_grad=0.1 (repeatable).")
     ] = None,
@@ -37,24 +63,48 @@ def train(
     download: options.Download = False,
     device: options.Device = "auto",
     force: options.Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the folder.")] = False,
+    checkpoint_steps: Annotated[
+        int, typer.Option(min=0, help="Save what --resume needs after this many steps too; 0: after epochs alone.")
+    ] = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events too, to OUT/tensorboard.")
+    ] = False,
 ) -> None:
-    """Train a detector from a recipe. Cross-entropy + energy margins + gradient penalty (GReg)."""
-    from grood_cert import recipe as recipes
-    from grood_cert import training
+    """Train a detector from a recipe. Cross-entropy + energy margins + gradient penalty (GReg).
 
-    chosen = recipes.load(recipe, settings or ())
-    with output.Bar() as bar:
+    Several processes share a run with: torchrun --nproc-per-node 2 -m grood_cert train RECIPE --out FOLDER
+    """
+    from grood_cert import distributed, training
+    from grood_cert import recipe as recipes
+
+    chosen = recipes.load(recipes.find(recipe), settings or ())
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(distributed.joined(options.device_name(device)))
+        write = stack.enter_context(_events(out / "tensorboard")) if tensorboard else lambda epoch: None
+        bar = stack.enter_context(output.Bar())
+
+        def report(epoch: Epoch) -> None:
+            bar.print(_epoch_line(epoch))
+            write(epoch)
+
         detector = training.run(
             chosen,
             out,
             data_dir=data_dir,
             download=download,
-            device=options.device_name(device),
+            device=place,
             force=force,
+            resume=resume,
+            checkpoint_steps=checkpoint_steps,
             begin=lambda steps: bar.begin("training", steps),
             advance=bar.advance,
-            report=lambda epoch: bar.print(_epoch_line(epoch)),
+            report=report,
+            say=bar.print,
         )
+        first = distributed.rank() == 0
+    if not first:
+        return
     found = detector.metrics
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
     title = f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}"

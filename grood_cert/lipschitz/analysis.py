@@ -10,7 +10,7 @@ On every batch the chain (gradient norm, sampled, ascended, secant) <= every bou
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,9 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        runs.check_balls(self.eps, self.norm, self.method, self.batch_size, shape)
+        runs.check_balls(self.eps, self.norm, self.batch_size, shape)
+        if self.method not in ("ibp", "crown-ibp", "crown"):
+            raise InputError(f"unknown method {self.method!r}; use ibp, crown-ibp or crown")
         for name, least in (("samples", 1), ("clever_batches", 0), ("ascents", 1), ("memory", 2**16)):
             if getattr(self, name) < least:
                 raise InputError(f"{name.replace('_', ' ')} must be {least} or more, got {getattr(self, name)}")
@@ -138,12 +140,6 @@ class Analyser:
         self.settings = settings
         self.graph = trace(detector.network, shape)
         self._bounded = BoundedNetwork(detector.network, shape, settings.method)
-        self._generator = torch.Generator().manual_seed(settings.seed)
-
-    @property
-    def method(self) -> str:
-        """The engine method in force."""
-        return self._bounded.method
 
     @property
     def batch_size(self) -> int:
@@ -152,11 +148,12 @@ class Analyser:
         sample = _COPIES * 8 * self.graph.classes * neurons
         return max(1, min(self.settings.batch_size, self.settings.memory // sample))
 
-    def analyse(self, images: Tensor) -> list[dict[str, Any]]:
+    def analyse(self, images: Tensor, batch: int = 0) -> list[dict[str, Any]]:
         """All columns but `set`, `kind` and `index`, as one dictionary of lists for each eps.
 
         Args:
             images: Shape (B, C, H, W), pixels in [0, 1].
+            batch: Number of the batch; with the settings' seed it fixes the sampling.
 
         Raises:
             SoundnessError: If an estimate from below exceeds a formal bound.
@@ -164,12 +161,13 @@ class Analyser:
         images = images.to(next(self.graph.network.parameters()))
         with torch.no_grad():
             score = energy(self.graph.network(images))
+        generator = runs.generator(self.settings.seed, batch)
         pages: list[dict[str, Any]] = []
         best: list[Tensor] = []
         for value in self.settings.eps:
             ball = Ball(images, torch.full_like(score, value), self.settings.norm)
             page: dict[str, Any] = {"score": score, "eps": torch.full_like(score, value)}
-            page |= self._estimates(ball)
+            page |= self._estimates(ball, generator)
             known = engine_preactivations(self._bounded, self.graph, ball)
             bounds = local_lipschitz(self.graph, ball, known, fixed_head=True, memory=self.settings.memory)
             page |= {f"bound_{name.replace('-', '_')}": bound for name, bound in bounds.methods.items()}
@@ -182,8 +180,8 @@ class Analyser:
             _check_chain(images, page)
         return [{k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in page.items()} for page in pages]
 
-    def _estimates(self, ball: Ball) -> dict[str, Tensor]:
-        settings, generator = self.settings, self._generator
+    def _estimates(self, ball: Ball, generator: torch.Generator) -> dict[str, Tensor]:
+        settings = self.settings
         at_center = gradient_norm_estimate(self.graph, ball)
         ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents)
         seen = attack.extremes(self.graph.network, ball, generator, ball.center, ball.center)
@@ -221,30 +219,30 @@ def _check_chain(images: Tensor, page: dict[str, Any]) -> None:
             )
 
 
-def analyse(analyser: Analyser, sets: Sequence[ImageSet], limit: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """Analyse sets of images batch by batch.
+def analyse(analyser: Analyser, batch: runs.Batch) -> list[dict[str, Any]]:
+    """Analyse one batch of a run.
 
     Args:
         analyser: Detector and settings.
-        sets: Image sets.
-        limit: Most images of each set, 0 for all.
+        batch: Images and their names.
 
-    Yields:
-        The records of a batch: one for each sample and eps, with the columns of `COLUMNS`.
+    Returns:
+        One record for each sample and eps, with the columns of `COLUMNS`.
+
+    Raises:
+        SoundnessError: If an estimate from below exceeds a formal bound.
     """
-    settings = analyser.settings
-    for images, names in runs.batches(sets, limit, analyser.batch_size, settings.seed):
-        pages = analyser.analyse(images.images)
-        yield [
-            name | {column: values[position] for column, values in page.items()}
-            for position, name in enumerate(names)
-            for page in pages
-        ]
+    pages = analyser.analyse(batch.images.images, batch.number)
+    return [
+        name | {column: values[position] for column, values in page.items()}
+        for position, name in enumerate(batch.names)
+        for page in pages
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """A finished analysis.
+    """An analysis, or as much of it as has been saved.
 
     Attributes:
         manifest: What the run was: model, norm, method, eps, data, versions, ...
@@ -307,11 +305,15 @@ def run(
     out: Path,
     *,
     limit: int = 0,
+    shard: runs.Shard = runs.WHOLE,
     force: bool = False,
     begin: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Analysis:
     """Analyse a detector and write `lipschitz.csv` and its manifest `lipschitz.json` to a folder.
+
+    An analysis that was interrupted goes on where it was.
 
     Args:
         detector: The detector.
@@ -320,9 +322,11 @@ def run(
         settings: What to analyse.
         out: Folder; made if absent.
         limit: Most images of each set, 0 for all.
-        force: Overwrite an analysis that is already there.
-        begin: Called once with the number of samples.
+        shard: Which part of the batches to do.
+        force: Start afresh, whatever is there.
+        begin: Called once with the number of samples, unless everything is done already.
         advance: Called after every batch with its size.
+        report: Called with a line about an earlier run that was found.
 
     Returns:
         The analysis, as written.
@@ -332,15 +336,18 @@ def run(
         RunError: If the bound engine is missing or cannot convert the network.
         SoundnessError: If an estimate from below exceeds a formal bound; the evidence is saved.
     """
-    target = out / "lipschitz.csv"
     analyser = Analyser(detector, settings)
-    runs.check_target(target, limit, force)
-
-    def manifest() -> dict[str, Any]:
-        return runs.manifest(detector, model, sets, limit, settings) | {"method": analyser.method}
-
-    batches, samples = analyse(analyser, sets, limit), runs.size(sets, limit)
-    records, written = runs.execute(
-        target, list(COLUMNS), batches, manifest, samples, begin, advance, rows_per_sample=len(settings.eps)
+    path = runs.execute(
+        out / "lipschitz.csv",
+        list(COLUMNS),
+        runs.batches(sets, limit, analyser.batch_size, settings.seed),
+        lambda batch: analyse(analyser, batch),
+        runs.manifest(detector, model, sets, limit, settings),
+        dict,
+        shard=shard,
+        force=force,
+        begin=begin,
+        advance=lambda samples, counts: advance(samples),
+        report=report,
     )
-    return Analysis(written, records)
+    return read(path)

@@ -1,4 +1,5 @@
 """Our own bound engine: a network as a graph of operations, intervals and linear bounds (CROWN) over it.
 
-Imports point down: `activations`, `operations` <- `graph` <- `simplex`, `rows` <- `preactivations`.
+Imports point down: `activations`, `operations` <- `graph` <- `folding`, `rows` <- `windows` <- `backward`, `simplex` <-
+`preactivations` <- `engine`.
 """

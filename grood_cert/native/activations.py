@@ -81,13 +81,16 @@ class LeakyReLU(Activation):
         return torch.where(lower > 0, one, self.slope * one), torch.where(upper < 0, self.slope * one, one)
 
     def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""CROWN: the chord above; below, slope 1 if u > -l else the leak (any slope between them is sound)."""
+        r"""CROWN: the chord above; below, slope 1 if the chord is steeper than 1/2 (ReLU: u > -l), else the leak.
+
+        Any slope between the two is sound.
+        """
         unstable = (lower < 0) & (upper > 0)
         chord = (upper - self.slope * lower) / (upper - lower)
         stable = torch.where(lower >= 0, torch.ones_like(lower), torch.full_like(lower, self.slope))
         high = torch.where(unstable, chord, stable)
         constant = torch.where(unstable, torch.maximum((self.slope - high) * lower, (1 - high) * upper), 0.0)
-        steep = torch.where(upper > -lower, torch.ones_like(lower), torch.full_like(lower, self.slope))
+        steep = torch.where(chord > 0.5, torch.ones_like(lower), torch.full_like(lower, self.slope))
         return torch.where(unstable, steep, stable), torch.zeros_like(lower), high, constant
 
     def softened(self, values: Tensor, width: Tensor | float) -> Tensor:

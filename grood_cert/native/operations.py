@@ -68,7 +68,10 @@ class Dense(LinearMap):
 
 @dataclass(frozen=True)
 class Convolution(LinearMap):
-    """A zero-padded convolution over images of the size `input_size` = (H, W); the bias has shape (channels, 1, 1)."""
+    """A zero-padded convolution over images of the size `input_size` = (H, W); the bias has shape (channels, 1, 1).
+
+    Where a shift in front of the padding has been folded in, the bias has the shape of the output.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -77,6 +80,11 @@ class Convolution(LinearMap):
     dilation: tuple[int, int]
     groups: int
     input_size: tuple[int, int]
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Size of the kernel."""
+        return self.weight.shape[2], self.weight.shape[3]
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -134,6 +142,11 @@ class AveragePool(LinearMap):
     padding: tuple[int, int]
     input_size: tuple[int, int]
     bias: Tensor | None = None
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Windows have no holes."""
+        return 1, 1
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -224,6 +237,22 @@ class MaxPool:
         possible = high >= low.amax(2, keepdim=True)
         alone = possible & (possible.sum(2, keepdim=True) == 1)
         return alone.to(lower), possible.to(lower)
+
+    def leaders(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The entry of each window with the largest lower bound (the first of equals), and whether it is the maximum.
+
+        It is if no other entry can be larger, l_best >= max u_i over the others; then both lines of a bound are this entry.
+
+        Args:
+            lower: Lower bounds of the pool's input, shape (N, C, H, W).
+            upper: Upper bounds.
+
+        Returns:
+            A mask of shape (N, C, entries, windows), 1 at the entry, and bool of shape (N, C, windows).
+        """
+        low, high = self.windows(lower, -math.inf), self.windows(upper, -math.inf)
+        best = torch.zeros_like(low).scatter(2, low.argmax(2, keepdim=True), 1.0)
+        return best, low.amax(2) >= high.masked_fill(best > 0, -math.inf).amax(2)
 
     @property
     def overlap(self) -> int:

@@ -1,0 +1,68 @@
+"""`grood-cert export` and `grood-cert verdicts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grood_cert.cli import options
+
+Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
+
+
+def export(
+    model: Model,
+    rows: Annotated[Path, typer.Option(help="rows.csv of its certification on linf balls.")],
+    eps: Annotated[float, typer.Option(help="Radius in pixel units.")],
+    out: Annotated[Path, typer.Option(help="Folder of model.onnx, the properties and instances.csv.")],
+    ood: options.Ood = None,
+    limit: Annotated[int, typer.Option(help="Most instances; 0: all.")] = 0,
+    timeout: Annotated[int, typer.Option(help="Seconds for each instance, as written to instances.csv.")] = 300,
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+    device: options.Device = "auto",
+    force: options.Force = False,
+) -> None:
+    """Write what is undecided at one eps as ONNX and VNNLIB for a complete verifier."""
+    from grood_cert import detector
+    from grood_cert import export as exporting
+    from grood_cert import rows as results
+    from grood_cert.lirpa import BoundedNetwork
+
+    read = results.read(rows)
+    exporting.undecided(read, eps)
+    loaded = detector.load(model, options.device_name(device))
+    sets = options.test_sets(loaded, ood, data_dir, download)
+    bounded = BoundedNetwork(loaded.network, loaded.architecture.shape, read.manifest["method"])
+    instances = exporting.export(
+        loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force
+    )
+    typer.echo(f"wrote {len(instances)} instances to {out}: model.onnx, *.vnnlib, instances.csv")
+
+
+def verdicts(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder that grood-cert export wrote.")],
+    results: Annotated[Path, typer.Option(help="CSV of verdicts, or folder of NAME.txt files.")],
+    verifier: Annotated[str, typer.Option(help="Name and version of the verifier.")],
+    ood: options.Ood = None,
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+    device: options.Device = "auto",
+) -> None:
+    """Read a complete verifier's answers into verdicts.csv. Counterexamples are evaluated again."""
+    from grood_cert import detector
+    from grood_cert import export as exporting
+
+    loaded = detector.load(model, options.device_name(device))
+    sets = options.test_sets(loaded, ood, data_dir, download)
+    records = exporting.write_verdicts(loaded, model, out, sets, results, verifier)
+    certified = sum(record["certified_external"] for record in records)
+    refuted = sum(record["refuted"] for record in records)
+    typer.echo(
+        f"{len(records)} instances: {certified} certified by {verifier}, {refuted} refuted by its counterexamples, "
+        f"{len(records) - certified - refuted} undecided"
+    )
+    typer.echo(f"wrote {out / 'verdicts.csv'} and {out / 'verdicts.json'}")

@@ -1,0 +1,110 @@
+"""One run in several processes that share its work, as `torchrun` starts them; without torchrun, one process.
+
+Every process holds the whole network and works on its part of each batch. What the parts add up to is summed over the
+processes explicitly, in one all-reduce a step: nothing wraps the network, so second derivatives, several forward
+passes and compiled networks need no special care.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as groups
+
+from grood_cert.errors import InputError
+
+
+def count() -> int:
+    """Number of processes of this run."""
+    return groups.get_world_size() if groups.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0; the first alone writes and prints."""
+    return groups.get_rank() if groups.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the other processes while the block runs, if torchrun started several and they have not met yet.
+
+    Args:
+        device: "cuda" gives each process of a machine a GPU of its own, and NCCL; anything else is used as it is, with
+            gloo.
+
+    Yields:
+        The device of this process.
+
+    Raises:
+        InputError: If the machine has fewer GPUs than processes.
+
+    Example:
+        >>> with joined("cpu") as device:
+        ...     device, rank(), count()
+        ('cpu', 0, 1)
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device == "cuda":
+        local, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= available:
+            raise InputError(f"this machine has {available} GPUs; start at most as many processes, or add --device cpu")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if groups.is_initialized():
+        yield device
+        return
+    groups.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        groups.destroy_process_group()
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors, in place, by their sums over all processes."""
+    _as_one(tensors, groups.all_reduce)
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors, in place, by those of the first process."""
+    _as_one(tensors, lambda flat: groups.broadcast(flat, src=0))
+
+
+def _as_one(tensors: Iterable[Tensor], exchange: Callable[[Tensor], object]) -> None:
+    """Exchange tensors laid end to end, in one message for each type of number."""
+    if count() == 1:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.detach())
+    for parts in kinds.values():
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        exchange(flat)
+        for part, value in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(value.view_as(part))
+
+
+def value_of_first(value: Any) -> Any:
+    """The value that the first process gives, on all of them; it is pickled on the way."""
+    if count() == 1:
+        return value
+    box = [value]
+    groups.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """A block that the first process leaves before the others enter it, so that one alone downloads what is missing."""
+    if count() > 1 and rank() > 0:
+        groups.barrier()
+    yield
+    if count() > 1 and rank() == 0:
+        groups.barrier()
