@@ -27,7 +27,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -347,9 +347,12 @@ class Certifier:
         self.together: int | None = None
         self.failures: dict[str, int] = {}
         self.effort = EFFORTS[settings.effort]
-        self._linear: list[Method] = [stage for stage in settings.cascade if stage in LINEAR]  # type: ignore[misc]
-        build = NativeNetwork if settings.engine == "native" else BoundedNetwork
-        self._bounded: Bounded = build(detector.network, shape, self._linear[-1])
+        self._linear = cast(list[Method], [stage for stage in settings.cascade if stage in LINEAR])
+        self._bounded: Bounded = (
+            NativeNetwork(detector.network, shape, self._linear[-1])
+            if settings.engine == "native"
+            else BoundedNetwork(detector.network, shape, self._linear[-1])
+        )
         refining = set(settings.cascade) - set(LINEAR)
         self._graph = trace(detector.network, shape) if refining else None
         self._limit = largest_eps(shape, settings.norm)
@@ -402,9 +405,9 @@ class Certifier:
             "radius_lipschitz_fixed_point": lipschitz.get("fixed_point", unknown),
             "radius_lipschitz_path": lipschitz.get("path", unknown),
         }
+        _check_inside(batch)
         for name, radius in radii.items():
             _check_chain(images, batch.witness, name, radius)
-        _check_inside(batch)
         slope = dual_norm(energy_gradient(self.network, images)[1], norm)
         return {
             "right": right,
@@ -503,7 +506,8 @@ class Certifier:
             for part in split_on_memory_error(attempt, items, failed)
         ]
         joined = (torch.cat([getattr(part, item.name) for part in parts]) for item in dataclasses.fields(parts[0]))
-        return type(parts[0])(*joined)
+        whole: _Result = type(parts[0])(*joined)
+        return whole
 
     def _bound(self, batch: _Batch, index: Tensor, eps: Tensor, method: Method) -> dict[str, Tensor]:
         """Bound S on balls of some samples and record it; an exception proves nothing and is counted.
@@ -517,7 +521,7 @@ class Certifier:
             return ScoreBounds(nothing, nothing, nothing, nothing)
 
         bound = self._guarded(lambda ball: score_bounds(self._bounded, ball, method), unproved, batch, index, eps)
-        stage: Stage = method  # type: ignore[assignment]
+        stage = cast(Stage, method)
         batch.envelope.record(index, eps, bound.lower, bound.upper, stage)
         batch.per_logit.record(index, eps, bound.lower_per_logit, bound.upper_per_logit, stage)
         return {

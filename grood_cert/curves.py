@@ -32,7 +32,7 @@ TPR_PERCENT = 95
 RADII: dict[str, str] = {  # what `radius_summary` takes medians of, in words
     "radius_gradient_norm_estimate": "gradient-norm estimate",
     "radius_certified_per_logit": "certified, per logit",
-    "radius_certified": "certified, joint",
+    "radius_certified": "certified",
     "radius_lipschitz_fixed_point": "Lipschitz, fixed point",
     "radius_lipschitz_path": "Lipschitz, path integral",
     "radius_attack": "attack",
@@ -238,13 +238,14 @@ def radius_summary(rows: Rows) -> list[dict[str, Any]]:
             record: dict[str, Any] = {"set": name, "kind": kind, "samples": int(mask.sum())}
             record |= {value: int((status == value).sum()) for value in ("certified", "undecided", "misdecided")}
             for column in (name for name in RADII if name.startswith("radius")):
-                known = rows[column][right][~np.isnan(rows[column][right])]
-                record[column] = float(np.median(known)) if len(known) else None
+                radii = rows[column][right & ~np.isnan(rows[column])]
+                record[column] = float(np.median(radii)) if len(radii) else None
             for label, column in (
                 ("certified_to_attack", "radius_certified"),
                 ("certified_to_attack_per_logit", "radius_certified_per_logit"),
             ):
-                ratio = rows[column][right] / rows["radius_attack"][right]
-                record[label] = float(np.median(ratio)) if right.any() else None
+                known = right & ~np.isnan(rows[column])
+                ratio = rows[column][known] / rows["radius_attack"][known]
+                record[label] = float(np.median(ratio)) if len(ratio) else None
             records.append(record)
     return records

@@ -10,8 +10,10 @@ the score, so an outlier that satisfies it is proved to stay above m_out. Both m
   activations, the chord row for S_lb and the Gibbs row at p = softmax f(x) for S_ub (`grood_cert.score_bounds`); the
   better bound counts.
 
-Bounds are of the eval-mode network: BatchNorm reads its running statistics, whatever the mode. They are differentiable
-in the parameters almost everywhere. In float64 they hold like the package's other bounds; in float32, as used in
+Bounds are of the eval-mode network: BatchNorm reads its running statistics, whatever the mode. The cross-entropy of a
+layer in train mode does not mind smaller weights, the bounds ask for them, and running statistics lag behind: such
+layers should be held in eval mode (fine-tuning) or left out of the network. Bounds are differentiable in the parameters
+almost everywhere. In float64 they hold like the package's other bounds; in float32, as used in
 training, up to rounding, so what training prints is no certificate.
 
 References:

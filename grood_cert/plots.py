@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,6 +26,7 @@ from grood_cert.errors import InputError
 from grood_cert.files import replacing, write_csv
 from grood_cert.lipschitz.analysis import QUANTITIES, Analysis
 from grood_cert.rows import Rows
+from grood_cert.smoothed_rows import SmoothedRows, fpr95_curve, not_certified
 
 FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito, "Color Universal Design", 2008; ordered so that neighbours also differ in lightness.
@@ -89,7 +91,7 @@ def _draw_robustness(axes: Axes, curve: RobustnessCurve, colour: str) -> None:
     axes.plot(curve.fpr, curve.tpr, color=colour, linestyle=":", linewidth=1.2)
 
 
-def common_norm(results: Mapping[str, Rows] | Mapping[str, Analysis]) -> str:
+def common_norm(results: Mapping[str, Rows] | Mapping[str, Analysis] | Mapping[str, SmoothedRows]) -> str:
     """The norm that all results share.
 
     Raises:
@@ -252,3 +254,54 @@ def write_lipschitz_table(analyses: Mapping[str, Analysis], path: Path) -> None:
         for page in analysis.summary(kind)
     ]
     write_csv(path, ("model", "kind", "eps", *QUANTITIES), records)
+
+
+def smoothing_figure(results: Mapping[str, SmoothedRows]) -> Figure:
+    """Median smoothing: FPR95 as OOD moves, and the share of decisions not certified, against eps; several models.
+
+    Args:
+        results: Rows by the name to print.
+
+    Raises:
+        InputError: If there is no ID or no OOD set, or no result at all.
+    """
+    norm = NORM_LABELS[common_norm(results)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for index, rows in enumerate(results.values()):
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            eps, rate = fpr95_curve(rows)
+            left.plot(eps, rate, color=colour, marker=marker, markersize=3.5)
+            left.plot(0, rate[0], color=colour, marker="*", markersize=11, markeredgecolor="white", clip_on=False)
+            grid = np.linspace(0, float(rows["radius_smoothed"].max()) * 1.02, 400)
+            for kind, line in (("id", "-"), ("ood", "--")):
+                shares = [not_certified(rows, mask, grid) for mask in rows.sets(kind).values()]
+                right.plot(grid, np.mean(shares, axis=0), color=colour, linestyle=line)
+        _percent(left, "FPR at 95 % TPR (OOD accepted)")
+        left.set_title("Certified FPR95, OOD moved")
+        _percent(right, "share not certified")
+        right.set_title("Decisions at gamma")
+        for axes in (left, right):
+            axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
+            axes.set_xlim(left=0)
+        handles = _model_handles(results)
+        handles += [
+            Line2D([], [], color=_GREY, linestyle="", marker="*", markersize=10, label="clean (estimated medians)"),
+            Line2D([], [], color=_GREY, label="ID"),
+            Line2D([], [], color=_GREY, linestyle="--", label="OOD, mean over sets"),
+        ]
+        alphas = ", ".join(f"{alpha:g}" for alpha in sorted({float(rows["alpha"].max()) for rows in results.values()}))
+        title = f"smoothed detectors; each sample with probability 1 - {alphas}"
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title=title)
+    return figure
+
+
+def write_smoothing_table(results: Mapping[str, SmoothedRows], path: Path) -> None:
+    """The certified FPR95 against eps of the smoothing figure, one record a model and eps."""
+    records = [
+        {"model": name, "eps": float(eps), "alpha": float(rows["alpha"].max()), "fpr95_id_smoothed": float(rate)}
+        for name, rows in results.items()
+        for eps, rate in zip(*fpr95_curve(rows), strict=True)
+    ]
+    write_csv(path, ["model", "eps", "alpha", "fpr95_id_smoothed"], records)

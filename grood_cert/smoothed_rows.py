@@ -150,6 +150,15 @@ def read(path: Path) -> SmoothedRows:
     return rows
 
 
+DETECTION: dict[str, str] = {  # what `detection` returns, in words
+    "kind": "kind",
+    "auroc_base": "AUROC, base",
+    "auroc_smoothed_estimate": "AUROC, smoothed (estimate)",
+    "fpr95_id_base": "fpr95_id, base",
+    "fpr95_id_smoothed_estimate": "fpr95_id, smoothed (estimate)",
+}
+
+
 def summary(rows: SmoothedRows) -> list[dict[str, Any]]:
     """One record a set: `set`, `kind`, `samples`, the count of each status, and `radius_smoothed`.
 

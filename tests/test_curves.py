@@ -19,7 +19,9 @@ def sample(kind, name, score, bounds, radius=0.0, attack=math.inf, status="certi
     record |= {"score": score, "radius_certified": radius, "radius_certified_per_logit": radius / 2}
     record |= {"radius_lipschitz_fixed_point": math.nan, "radius_lipschitz_path": math.nan}
     record |= {"radius_attack": attack, "radius_gradient_norm_estimate": 1.0, "gradient_norm_estimate": 1.0}
+    record["stage"] = "crown"
     for eps, values in zip(EPS, bounds, strict=True):
+        record[rows.grid_column("outcome", eps)] = "crown"
         record |= {rows.grid_column(name, eps): value for name, value in zip(rows.GRID_COLUMNS, values, strict=True)}
     return record
 

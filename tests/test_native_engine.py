@@ -68,6 +68,10 @@ NETWORKS = {
     "global pool": lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), *head(4)],
     "max pool": lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 2, padding=1), nn.ReLU(), *head(48)],
     "dilated": lambda: [nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1, groups=2), nn.ReLU(), *head(144)],
+    "linear in a row": lambda: [
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), *head(72),
+    ],
+    "smooth": lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(27, 5), nn.Softplus(), nn.Linear(5, CLASSES)],
 }  # fmt: skip
 
 
@@ -108,9 +112,12 @@ def assert_not_looser(ours, theirs, tolerance=1e-6):
         assert bool((sign * (mine - other) >= -tolerance * other.abs().max()).all())
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "dilated"])  # auto_LiRPA 0.3 fails there in l_2
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("dilated", "smooth")])
 def test_auto_lirpa_agrees(name):
-    """To 1e-6 of the scale: rows by CROWN and CROWN-IBP, unstable hidden units by CROWN, intervals in l_inf."""
+    """To 1e-6 of the scale: rows by CROWN and CROWN-IBP, unstable hidden units by CROWN, intervals in l_inf.
+
+    Not for dilated convolutions, where auto_LiRPA 0.3 fails in l_2, and smooth functions, whose lines differ.
+    """
     network = build(name)
     engines = {
         method: (NativeNetwork(network, SHAPE, method), BoundedNetwork(network, SHAPE, method)) for method in METHODS
@@ -133,12 +140,12 @@ def test_auto_lirpa_agrees(name):
 
 
 def extremes(network, ball, rows):
-    """Smallest and largest c . f seen at random points, vertices and along 15 steps of signed or plain gradient."""
+    """Smallest and largest c . f seen at random points, vertices and along 8 steps of signed or plain gradient."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.cat([rows, -rows], 1)
     best = torch.full(weight.shape[:2], -torch.inf, dtype=torch.float64)
     starts = []
-    for kind in range(60):
+    for kind in range(24):
         noise = torch.randn(ball.center.shape, dtype=torch.float64, generator=generator)
         if ball.norm == "linf":
             noise = noise.sign() if kind % 2 else noise.clamp(-1, 1)
@@ -157,7 +164,7 @@ def extremes(network, ball, rows):
         best = torch.maximum(best, value)
     for index in range(weight.shape[1]):
         points = ball.center.clone()
-        for _ in range(15):
+        for _ in range(8):
             points.requires_grad_(True)
             value = (weight[:, index] * network(points)).sum(1)
             (gradient,) = torch.autograd.grad(value.sum(), points)
@@ -213,6 +220,19 @@ def test_windows_and_whole_layers_memory_and_batches_give_the_same(name, norm, m
     same(NativeNetwork(network, SHAPE, "crown").relax(alone).rows(rows[1:2]), slice(1, 2))
     monkeypatch.setattr(backward, "windows", lambda graph, node: None)
     same(NativeNetwork(network, SHAPE, "crown").relax(ball).rows(rows))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_through_windows_is_that_layer_through_whole_layers(name, norm):
+    native, ball = NativeNetwork(build(name), SHAPE, "crown"), ball_of(norm)
+    relaxed = native.relax(ball).hidden().relaxed
+    for node, current in enumerate(native.graph.nodes[1:], 1):
+        if windows(native.graph, node) is not None:
+            through = relaxed._through_windows(node, 100, 2**14)
+            whole = relaxed._through_layers(node, torch.ones(len(ball.center), current.size, dtype=torch.bool), 2**20)
+            for one, two in zip(through, whole, strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def test_windows_are_used_and_are_what_gradients_reach():
@@ -318,6 +338,13 @@ def test_overflow_proves_nothing_for_its_sample_only():
         bounds = native.relax(Ball(images, torch.zeros(2).double(), norm)).rows(torch.ones(2, 1, 2))
         for bound in bounds:
             assert torch.isnan(bound).tolist() == [[False], [True]]
+
+
+def test_a_hidden_bound_that_is_not_proved_makes_its_sample_nan():
+    relaxation = NativeNetwork(build("conv"), SHAPE, "crown").relax(ball_of())
+    relaxation.hidden().proved[1] = False
+    for bound in relaxation.rows(rows_of(3)):
+        assert torch.isnan(bound).all(1).tolist() == [False, True, False]
 
 
 def test_score_bounds_runs_on_it():

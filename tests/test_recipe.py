@@ -71,6 +71,10 @@ def test_round_trip():
         ),
         ({"compute": {"precision": "bf16"}}, 'precision = "bf16" does not go with the second derivatives of penalty'),
         ({"compute": {"compile": True}}, 'compile does not go with the second derivatives of penalty = "exact"'),
+        (
+            {"objective": {"lambda_grad": 0, "certified": "ood", "certified_eps": 0.1}, "compute": {"compile": True}},
+            'objective: certified = "ood": bounds are trained in float32 and without compute.compile',
+        ),
         ({"compute": {"compile": 1}}, "compute.compile: expected true or false, got 1"),
         ({"optimizer": {"milestones": [50]}}, 'milestones are for schedule = "multistep", not for "cosine"'),
         ({"optimizer": {"schedule": "multistep"}}, "multistep needs milestones, ascending and from 1, got []"),

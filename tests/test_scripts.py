@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis import objective_vs_constant, radius_scatter
-from benchmarks import bounds
+from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
 from grood_cert import rows
 from train import sweep
@@ -47,3 +47,12 @@ def test_lipschitz_benchmark(small_recipe, tmp_path):
     for record in records:
         assert tuple(record) == lipschitz_benchmark.COLUMNS
         assert 1 - 1e-9 <= record["auto"] <= min(record[name] for name in lipschitz_benchmark.METHODS) + 1e-9
+
+
+def test_step_time_benchmark():
+    records = step_time.measure("resnet-small", 2, 1, 0.5)
+    assert len(records) == 11 and all(tuple(record) == step_time.COLUMNS for record in records)
+
+
+def test_clustering_benchmark():
+    assert all(record["inertia"] < 1.1 for record in clustering.measure((200,), 1))

@@ -21,7 +21,14 @@ _COUNTS = {
     "undecided": "undecided",
     "misdecided": "misdecided at x",
 }
-_SMOOTHED = {"abstained": "abstained", "radius_smoothed": "radius, smoothed"}
+_SMOOTHED = {
+    "kind": "kind",
+    "samples": "samples",
+    "certified": "certified",
+    "abstained": "abstained",
+    "misdecided": "misdecided",
+    "radius_smoothed": "radius, median",
+}
 
 
 def certify(
@@ -209,6 +216,6 @@ def _smooth(
     if not part.leads:
         return
     title = f"smoothed detector, sigma {settings.sigma:g}: each row holds with probability {1 - settings.alpha:g}"
-    output.print_across(smoothed_rows.summary(rows), "set", _COUNTS | _SMOOTHED, title)
+    output.print_across(smoothed_rows.summary(rows), "set", _SMOOTHED, title)
     output.print_across(smoothed_rows.detection(rows), "set", smoothed_rows.DETECTION, "clean, base and smoothed")
     typer.echo(f"wrote {part.file(folder / 'smoothing.csv') if not part.joint else folder / 'smoothing.csv'}")

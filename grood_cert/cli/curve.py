@@ -9,7 +9,7 @@ import typer
 
 
 def curve(
-    rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, or lipschitz.csv of analyses.")],
+    rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, lipschitz.csv or smoothing.csv.")],
     out: Annotated[
         Path, typer.Option(help="Figure: .png, .pdf or .svg. A table of its numbers goes beside it (.csv).")
     ],
@@ -19,26 +19,32 @@ def curve(
     perturb: Annotated[str, typer.Option(help="Which side moves in the FPR95 curve: ood, id or both.")] = "ood",
     at: Annotated[float | None, typer.Option(help="eps of the gamma sweep; must be on the grid.")] = None,
 ) -> None:
-    """Draw curves of one or more results. Robustness against FPR, or Lipschitz constants against eps."""
+    """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
     from typing import cast
 
-    from grood_cert import plots
+    from grood_cert import plots, smoothed_rows
     from grood_cert import rows as results
     from grood_cert.curves import Perturbed
     from grood_cert.errors import InputError
     from grood_cert.lipschitz import analysis
 
     plots.check_format(out)
-    kinds = {path.name == "lipschitz.csv" for path in rows}
+    table = out.with_suffix(".csv")
+    kinds = {next((kind for kind in ("lipschitz", "smoothing") if path.name.startswith(kind)), "rows") for path in rows}
     if len(kinds) > 1:
-        raise InputError("rows.csv and lipschitz.csv make different figures; give files of one kind")
-    if kinds == {True}:
+        raise InputError(f"{' and '.join(sorted(kinds))} make different figures; give files of one kind")
+    (kind,) = kinds
+    if kind == "lipschitz":
         analyses = results.labelled([analysis.read(path) for path in rows], rows, label or [])
         plots.save(plots.lipschitz_figure(analyses), out)
-        plots.write_lipschitz_table(analyses, out.with_suffix(".csv"))
+        plots.write_lipschitz_table(analyses, table)
+    elif kind == "smoothing":
+        smoothed = results.labelled([smoothed_rows.read(path) for path in rows], rows, label or [])
+        plots.save(plots.smoothing_figure(smoothed), out)
+        plots.write_smoothing_table(smoothed, table)
     else:
         certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
         side = cast(Perturbed, perturb)
         plots.save(plots.robustness_figure(certifications, side, at), out)
-        plots.write_table(certifications, side, out.with_suffix(".csv"))
-    typer.echo(f"wrote {out} and {out.with_suffix('.csv')}")
+        plots.write_table(certifications, side, table)
+    typer.echo(f"wrote {out} and {table}")

@@ -57,7 +57,7 @@ _TIGHTEN_EVERY = 3  # splits
 _LARGEST_GAP_SHARE = 0.2
 _STRICTNESS = 1e-9
 _POLISH = 10  # times the steps for a domain that cannot be split any more
-_WHOLE, _NOWHERE = -1, -2  # instead of a place to split: optimise on; nothing to be done
+_WHOLE, _NOWHERE = -1, -2  # instead of a place to split: optimise for longer; nothing to be done
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Branched:
         refuted: A point of the ball on the wrong side of gamma was met: S > gamma for an upper, S <= gamma for a lower
             bound.
         points: That point, shape (B, C, H, W); the centre where there is none.
-        nodes: Domains bounded; one that has nothing left to split and is optimised on counts twice.
+        nodes: Domains bounded; one optimised for longer, not split, counts twice.
         timed_out: Undecided because the seconds were over.
     """
 
@@ -240,7 +240,7 @@ class _Search:
         return Domains(self.graph, ball, tuple(inputs), leaves.signs.to(leaves.lower.dtype), logits)
 
     def children(self, parents: _Leaves) -> _Leaves:
-        """Both halves of every leaf, bounded; those proved empty are gone. Leaves in one piece are optimised on."""
+        """Both halves of every leaf, bounded; those proved empty are gone. Leaves not to be split are optimised for longer."""
         whole = parents.branch < 0
         found = [self.polished(parents.at(whole))] if bool(whole.any()) else []
         if not bool(whole.all()):
@@ -248,19 +248,19 @@ class _Search:
         return found[0] if len(found) == 1 else found[0].joined(found[1])
 
     def polished(self, leaves: _Leaves) -> _Leaves:
-        """Leaves without anything to split, optimised for longer; given up where that does not help."""
+        """Leaves optimised for longer; given up where that does not help and there is nothing to split."""
         found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, _POLISH * self.steps)
         found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
         stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
-        return replace(found, branch=torch.where(stuck, _NOWHERE, found.branch))
+        return replace(found, branch=torch.where(stuck & (found.branch < 0), _NOWHERE, found.branch))
 
     def halves(self, parents: _Leaves) -> _Leaves:
         """Both halves of every leaf, bounded; their intervals are tightened after every few splits."""
         children = _halved(parents)
-        unstable = ((children.lower < 0) & (children.upper > 0)).any(1)
-        steps = self.steps if bool(unstable.any()) else _POLISH * self.steps
-        leaves = self.solve(children.sample, self.domains(children), children.depth, children.values, steps)
-        leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound))
+        leaves = self.solve(children.sample, self.domains(children), children.depth, children.values, self.steps)
+        stagnant = leaves.bound >= children.bound  # the steps did not carry the proof over to the half
+        branch = torch.where(stagnant, _WHOLE, leaves.branch)
+        leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound), branch=branch)
         again = ((leaves.depth % _TIGHTEN_EVERY == 0) & (leaves.bound >= self.goal)).nonzero().squeeze(1)
         places = [*range(1, self.layers)][-1:] + self.outputs()
         if places and len(again):

@@ -296,7 +296,8 @@ def descend(
         where = torch.where(better.unsqueeze(-1), values.detach(), where)
         if not found.requires_grad:  # the last step, or nothing to choose
             break
-        (slope,) = torch.autograd.grad(found.sum(), values)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(found.sum(), values)
         slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
         first, second = first.lerp(slope, 0.1), second.lerp(slope.square(), 0.01)
         move = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
