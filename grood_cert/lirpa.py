@@ -535,13 +535,16 @@ class BoundedNetwork:
                 return "other logits"
             images, logits = images[:2], logits[:2]
             _, values = self._engine.forward(images)
-            relaxation = Relaxation(self, Ball(images, torch.zeros(len(images)).to(images), "linf"))
             identity = torch.eye(logits.shape[1]).to(images).expand(len(images), -1, -1)
-            bounds = {name: (values[name], pair) for name, pair in relaxation.intermediate(self.method).items()}
-            bounds["the logits"] = logits, relaxation.rows(identity, _base(self.method))
+            bounds: list[tuple[str, Tensor, tuple[Tensor, Tensor]]] = []
+            for norm in ("linf", "l2"):  # in which the first layer is bounded in different ways
+                relaxation = Relaxation(self, Ball(images, torch.zeros(len(images)).to(images), norm))
+                hidden = relaxation.intermediate(self.method)
+                bounds += [(name, values[name], pair) for name, pair in hidden.items()]
+                bounds.append(("the logits", logits, relaxation.rows(identity, _base(self.method))))
         except Exception as error:  # noqa: BLE001 (whatever it is, the network is refused)
             return _first_line(error)
-        wrong = [name for name, (value, pair) in bounds.items() if not _encloses(*pair, value)]
+        wrong = [name for name, value, pair in bounds if not _encloses(*pair, value)]
         return f"bounds of {wrong[0]} on a ball of radius 0" if wrong else ""
 
     def _check_alpha(self) -> None:

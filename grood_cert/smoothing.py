@@ -312,8 +312,8 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        runs.check_balls(self.eps, "l2", self.batch_size, shape)
         _check_noise(self.sigma, self.alpha)
+        runs.check_balls(self.eps, "l2", self.batch_size, shape)
         if self.n < 1 or 0.5**self.n >= self.alpha / 2:
             least = math.floor(math.log2(2 / self.alpha)) + 1
             raise InputError(f"{self.n} draws certify nothing at alpha {self.alpha:g}; use n of at least {least}")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from grood_cert import certification, cli, demo, rows
+from grood_cert import cascade, certification, cli, demo, rows
 
-COMMANDS = ([], ["train"], ["certify"], ["lipschitz"], ["curve"], ["demo"])
+COMMANDS = ([], ["train"], ["recipe"], ["certify"], ["merge"], ["lipschitz"], ["curve"], ["demo"])
 
 
 @pytest.fixture
@@ -150,7 +150,17 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--eps", "0.1", "--eps", "0.1"], "ascending and without repetition"),
         (["--eps", "lots"], "'--eps'"),
         (["--norm", "l7"], "unknown norm 'l7'; use one of linf, l2, l1"),
-        (["--method", "magic"], "unknown method 'magic'; use one of ibp, crown-ibp, crown, alpha-crown"),
+        (["--method", "crown"], "unknown method 'crown'; use bounds or smoothing"),
+        (["--stages", "crown,magic"], "unknown stage 'magic'; use some of ibp, crown-ibp, crown, lipschitz"),
+        (["--effort", "heroic"], "unknown effort 'heroic'; use one of fast, default, max"),
+        (["--engine", "steam"], "unknown engine 'steam'; use one of auto_lirpa, native"),
+        (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
+        (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
+        (["--gamma", "nan"], "gamma must be a finite number"),
+        (["--time-limit", "-1"], "time limit must be 0"),
+        (["--method", "smoothing", "--norm", "linf"], "smoothing certifies l2 balls, not linf"),
+        (["--method", "smoothing", "--sigma", "0"], "sigma"),
+        (["--method", "smoothing", "--gamma", "0"], "smoothing calibrates gamma on the smoothed score"),
         (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
         (["--ood", "digits:5-9"], "share class 5"),
         (["--ood", "cifar10"], "data set 'cifar10' is not in"),
@@ -227,11 +237,11 @@ def test_a_soundness_violation_has_an_exit_code_of_its_own(call, model, tmp_path
     from grood_cert.score_bounds import score_bounds
 
     monkeypatch.setattr(
-        certification,
+        cascade,
         "score_bounds",
-        lambda bounded, ball: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm)),
+        lambda bounded, ball, method: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
     )
-    code, out, err = call("certify", model, "--eps", "0.1", "--limit", "4", "--out", tmp_path)
+    code, out, err = call("certify", model, "--eps", "0.1", "--limit", "4", "--stages", "crown", "--out", tmp_path)
     assert code == 3 and out == "" and "SOUNDNESS VIOLATION" in err and "counterexample.npz" in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["counterexample.npz"]
 
@@ -262,4 +272,4 @@ def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(certification, "run", interrupted)
     code, out, err = call("certify", model, "--out", tmp_path)
-    assert (code, out, err) == (130, "", "grood-cert: error: interrupted\n")
+    assert (code, out, err) == (130, "", "grood-cert: error: interrupted; the same command goes on (train: with --resume)\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -165,7 +166,7 @@ def test_undecided_rows(undecided):
     with pytest.raises(InputError, match="at most 1"):
         export.undecided(read, 2.0)
     with pytest.raises(InputError, match="boxes only"):
-        export.undecided(rows.Rows({**read.manifest, "norm": "l2"}, read.eps, read.columns, read.grid), eps)
+        export.undecided(dataclasses.replace(read, manifest={**read.manifest, "norm": "l2"}), eps)
 
 
 def evidence(instance, image, loaded, eps, crossing):
@@ -301,7 +302,7 @@ def test_export_refuses_what_a_verifier_would_see_otherwise(network, undecided, 
         export._with_rows(awkward, [[0.5, 0.5]])
     with pytest.raises(InputError, match="not given"):
         export.export(loaded, model, read, [], None, eps, tmp_path)
-    other = rows.Rows({**read.manifest, "gamma": loaded.gamma + 1}, read.eps, read.columns, read.grid)
+    other = dataclasses.replace(read, manifest={**read.manifest, "gamma": loaded.gamma + 1})
     with pytest.raises(InputError, match="the rows are not of"):
         export.export(loaded, model, other, sets, None, eps, tmp_path)
 

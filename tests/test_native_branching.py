@@ -12,7 +12,7 @@ from grood_cert import attack
 from grood_cert.ball import Ball
 from grood_cert.energy import energy
 from grood_cert.errors import InputError
-from grood_cert.native.branching import branch_and_bound
+from grood_cert.native.branching import _halved, _Leaves, branch_and_bound
 from grood_cert.native.graph import trace
 from grood_cert.native.optimised import optimised_bounds
 from grood_cert.native.preactivations import preactivations
@@ -133,6 +133,30 @@ def test_enough_nodes_reach_the_exact_extreme(name, side):
     if bool(inside.refuted):
         score = float(score_of(network, inside.points)[0])
         assert sign * score >= sign * (exact - sign * TOLERANCE[side])
+
+
+def test_two_halves_are_the_whole():
+    """Random values of neurons and logits inside a leaf lie in the half on their side of the split, and only there."""
+    generator = torch.Generator().manual_seed(0)
+    count, total, classes = 12, 5, 3
+    branch = torch.arange(count) % (total + classes)
+    ones = torch.ones(count, dtype=torch.float64)
+    cut = torch.rand(count, dtype=torch.float64, generator=generator) - 0.5
+    wide, narrow = ones.unsqueeze(1).repeat(1, total), ones.unsqueeze(1).repeat(1, classes)
+    signs = torch.zeros(count, total, dtype=torch.int8)
+    parents = _Leaves(torch.arange(count), signs, -wide, wide, -narrow, narrow, wide, ones, branch * 0, branch, cut)
+    children = _halved(parents)
+    upper, lower = children.at(torch.arange(count)), children.at(torch.arange(count) + count)
+    assert torch.equal(upper.sample, parents.sample) and torch.equal(lower.sample, parents.sample)
+    place = torch.where(branch < total, 0.0, cut)
+    for _ in range(200):
+        values = torch.rand(count, total + classes, dtype=torch.float64, generator=generator) * 2 - 1
+        above = values.gather(1, branch.unsqueeze(1)).squeeze(1) >= place
+        for half, expected in ((upper, above), (lower, ~above)):
+            low, high = torch.cat([half.lower, half.logits_lower], 1), torch.cat([half.upper, half.logits_upper], 1)
+            assert torch.equal(((values >= low) & (values <= high)).all(1), expected)
+            inside = (half.signs * values[:, :total] >= 0).all(1) | (branch >= total)
+            assert torch.equal(inside | ~expected, torch.ones_like(inside))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -366,7 +366,7 @@ def test_the_network_is_copied_and_evaluated_in_float64():
 
 def test_wrong_calls_are_refused():
     network = build("conv")
-    with pytest.raises(InputError, match=r"no alpha-crown; use grood_cert.lirpa"):
+    with pytest.raises(InputError, match=r"no alpha-crown; use grood_cert.native.optimised"):
         NativeNetwork(network, SHAPE, "alpha-crown")
     with pytest.raises(InputError, match="unknown method 'crwon'; use one of ibp, crown-ibp, crown"):
         NativeNetwork(network, SHAPE, "crwon")

@@ -51,7 +51,7 @@ def make(build, seed=0, scale=2.0):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(scale)
-    return network
+    return network.requires_grad_(False)
 
 
 def balls(norm, count=4, shape=SHAPE, seed=1):
@@ -101,7 +101,7 @@ def test_upper_bound_reaches_the_exact_maximum_of_a_linear_network():
         pixels = torch.tensor(pixels, requires_grad=True)
         value = -energy(network(pixels.reshape(1, *shape))).squeeze()
         value.backward()
-        return float(value), pixels.grad.numpy()
+        return float(value.detach()), pixels.grad.numpy()
 
     for index in range(3):
         box = list(zip(ball.lower[index].flatten().tolist(), ball.upper[index].flatten().tolist(), strict=True))

@@ -58,13 +58,13 @@ class Worker:
         values = batch.images.images.double().sum((1, 2, 3)) + noise
         return [name | {"value": value} for name, value in zip(batch.names, values.tolist(), strict=True)]
 
-    def outcome(self):
-        return "crown", {"boom": len(self.done)}
+    def failures(self):
+        return {"boom": len(self.done)}
 
 
 def execute(folder, worker=None, description=DESCRIPTION, **options):
     worker = worker or Worker()
-    return runs.execute(folder / "rows.csv", COLUMNS, BATCHES, worker, description, worker.outcome, **options)
+    return runs.execute(folder / "rows.csv", COLUMNS, BATCHES, worker, description, worker.failures, **options)
 
 
 def manifest(path):

@@ -85,7 +85,7 @@ def _run(application: typer.Typer, program: str) -> None:
         saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
         code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
     except (KeyboardInterrupt, typer.Abort):
-        code = fail("interrupted", _INTERRUPTED)
+        code = fail("interrupted; the same command goes on (train: with --resume)", _INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

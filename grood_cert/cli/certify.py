@@ -75,6 +75,7 @@ def certify(
     force: options.Force = False,
 ) -> None:
     """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
+    import math
     from dataclasses import replace
 
     from grood_cert import certification, detector, runs, smoothing
@@ -88,6 +89,8 @@ def certify(
         raise InputError(f"unknown norm {norm!r}; use one of {', '.join(NORMS)}")
     if method == "smoothing" and norm not in (None, "l2"):
         raise InputError(f"smoothing certifies l2 balls, not {norm}; leave --norm out")
+    if gamma is not None and not math.isfinite(gamma):
+        raise InputError(f"gamma must be a finite number, got {gamma!r}")
     loaded = detector.load(model, options.device_name(device))
     folder = out or model.parent
     part = runs.Shard.parse(shard) if shard else runs.shard_of_environment()

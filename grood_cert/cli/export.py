@@ -17,6 +17,9 @@ def export(
     rows: Annotated[Path, typer.Option(help="rows.csv of its certification on linf balls.")],
     eps: Annotated[float, typer.Option(help="Radius in pixel units.")],
     out: Annotated[Path, typer.Option(help="Folder of model.onnx, the properties and instances.csv.")],
+    method: Annotated[
+        str, typer.Option(help="Bounds of the logits (OOD side): ibp, crown-ibp, crown, alpha-crown.")
+    ] = ("crown"),
     ood: options.Ood = None,
     limit: Annotated[int, typer.Option(help="Most instances; 0: all.")] = 0,
     timeout: Annotated[int, typer.Option(help="Seconds for each instance, as written to instances.csv.")] = 300,
@@ -26,16 +29,22 @@ def export(
     force: options.Force = False,
 ) -> None:
     """Write what is undecided at one eps as ONNX and VNNLIB for a complete verifier."""
-    from grood_cert import detector
+    from typing import cast
+
+    from grood_cert import detector, lirpa
     from grood_cert import export as exporting
     from grood_cert import rows as results
-    from grood_cert.lirpa import BoundedNetwork
+    from grood_cert.errors import InputError
+    from grood_cert.lirpa import BoundedNetwork, Method
 
+    if method not in lirpa.METHODS:
+        raise InputError(f"unknown method {method!r}; use one of {', '.join(lirpa.METHODS)}")
     read = results.read(rows)
     exporting.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
-    sets = options.test_sets(loaded, ood, data_dir, download)
-    bounded = BoundedNetwork(loaded.network, loaded.architecture.shape, read.manifest["method"])
+    images = options.experiment(loaded, ood, data_dir, download)
+    sets = [images.test, *images.ood]
+    bounded = BoundedNetwork(loaded.network, loaded.architecture.shape, cast(Method, method))
     instances = exporting.export(
         loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force
     )
@@ -57,7 +66,8 @@ def verdicts(
     from grood_cert import export as exporting
 
     loaded = detector.load(model, options.device_name(device))
-    sets = options.test_sets(loaded, ood, data_dir, download)
+    images = options.experiment(loaded, ood, data_dir, download)
+    sets = [images.test, *images.ood]
     records = exporting.write_verdicts(loaded, model, out, sets, results, verifier)
     certified = sum(record["certified_external"] for record in records)
     refuted = sum(record["refuted"] for record in records)

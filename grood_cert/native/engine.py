@@ -19,27 +19,27 @@ pulled back in blocks that stay in the processor's cache (`backward`).
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
+from grood_cert.lirpa import Method
 from grood_cert.native.folding import folded
 from grood_cert.native.graph import trace
 from grood_cert.native.preactivations import DEFAULT_MEMORY, ROUNDING, Hidden, Interval
 from grood_cert.native.rows import Transposes
 
-Method = Literal["ibp", "crown-ibp", "crown"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[str, ...] = ("ibp", "crown-ibp", "crown")
 _DEVICE_MEMORY = 2**30
 
 
 def _check(method: str) -> None:
     if method == "alpha-crown":
         raise InputError(
-            "the native engine has no alpha-crown; use grood_cert.lirpa.BoundedNetwork (--engine auto_lirpa), or crown"
+            "the native engine has no alpha-crown; use grood_cert.native.optimised, or grood_cert.lirpa.BoundedNetwork"
         )
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
