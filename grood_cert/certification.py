@@ -7,7 +7,6 @@ the radii at the detector's gamma. Whatever depends on another gamma is read off
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,12 +207,11 @@ def run(
     return rows.read(path)
 
 
-def grid_pairs(found: Rows) -> list[dict[str, Any]]:
-    """Which stage decided how many balls of the grid: one record a set, counts by the names of `cascade.OUTCOMES`."""
-    records = []
-    for kind, (name, mask) in itertools.chain.from_iterable(
-        ((kind, item) for item in found.sets(kind).items()) for kind in rows.KINDS
-    ):
-        counts = Counter(found.outcomes[mask].ravel().tolist())
-        records.append({"set": name, "kind": kind, **{outcome: counts.get(outcome, 0) for outcome in OUTCOMES}})
-    return records
+def balls_decided(found: Rows) -> list[dict[str, Any]]:
+    """What became of the balls of the grid: one record a set, counts by the values of the column `outcome`."""
+    names = [name for name in (*OUTCOMES, "envelope") if (found.outcomes == name).any()]
+    return [
+        {"set": name, "kind": kind, **{outcome: int((found.outcomes[mask] == outcome).sum()) for outcome in names}}
+        for kind in rows.KINDS
+        for name, mask in found.sets(kind).items()
+    ]

@@ -292,8 +292,9 @@ def _with_rows(network: nn.Module, rows: Sequence[Sequence[float]]) -> nn.Module
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not torch.equal(tensor.float().to(tensor), tensor):
             raise InputError(f"{name} holds values that float32 cannot hold; a verifier would see another network")
-    head = nn.Linear(len(rows[0]), len(rows), bias=False)
+    head = nn.Linear(len(rows[0]), len(rows))  # with a bias of zero, so that it becomes one Gemm
     with torch.no_grad():
+        head.bias.zero_()
         head.weight.copy_(torch.tensor(rows, dtype=torch.float64))
     return nn.Sequential(copy.deepcopy(network).cpu().float(), head).eval()
 

@@ -35,7 +35,11 @@ def main(
         chosen = recipe.load(source, [f"objective.lambda_grad={value!r}", f"name=lambda_grad={value:g}"])
         folder = out / f"{value:g}"
         model = folder / "model.pt"
-        trained = detector.load(model) if model.exists() else training.run(chosen, folder)
+        trained = (
+            detector.load(model)
+            if model.exists()
+            else training.run(chosen, folder, resume=(folder / "last.pt").exists())
+        )
         if not (folder / "lipschitz.csv").exists():
             experiment = training.experiment_of(chosen)
             sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]

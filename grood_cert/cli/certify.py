@@ -21,6 +21,7 @@ _COUNTS = {
     "undecided": "undecided",
     "misdecided": "misdecided at x",
 }
+_NOT_DECIDED = ("kind", "undecided", "timeout")
 _SMOOTHED = {
     "kind": "kind",
     "samples": "samples",
@@ -162,15 +163,13 @@ def certify(
 
 def _print(rows: Any) -> None:
     from grood_cert import certification, curves
-    from grood_cert.cascade import OUTCOMES
 
     title = f"medians over the samples that are right at x: radius in {rows.norm}, gamma {rows.gamma:.4f}"
     output.print_across(curves.radius_summary(rows), "set", _COUNTS | curves.RADII, title)
-    pairs = certification.grid_pairs(rows)
-    words = {name: f"decided by {name}" if name not in ("undecided", "timeout") else name for name in OUTCOMES}
-    seen = {"kind": "kind", **{name: words[name] for name in OUTCOMES if any(record[name] for record in pairs)}}
+    decided = certification.balls_decided(rows)
+    words = {name: name if name in _NOT_DECIDED else f"decided by {name}" for name in decided[0]}
     balls = f"balls: samples x {len(rows.eps)} eps from {rows.eps[0]:g} to {rows.eps[-1]:g}"
-    output.print_across(pairs, "set", seen, balls)
+    output.print_across(decided, "set", {name: words[name] for name in words if name != "set"}, balls)
 
 
 def _look_up(path: Path, model: Path, gamma: float) -> None:
