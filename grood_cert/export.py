@@ -13,7 +13,8 @@ in float64, and believed only if S crosses gamma there.
 
 The readers of VNNLIB in alpha-beta-CROWN and in the competition know constraints between single outputs and numbers
 only, no linear combinations. So the rows c are the last layer of the network: output i of `model.onnx` is c_i . f, and
-the property of instance i speaks of Y_i alone.
+the property of instance i speaks of Y_i alone. (Marabou 2.0 reads these files too, but of networks without a
+normalisation layer only: its ONNX reader knows neither division nor broadcasting.)
 
 Rounding: every number that is written (rows, thresholds, box) is a float32 value, printed in full, so that reading it
 in float32 or float64 changes nothing. p has denominator 2^24 and sums to 1 exactly; kappa is rounded down; thresholds
