@@ -317,7 +317,6 @@ def extremes(
     generator: torch.Generator,
     high: Tensor,
     low: Tensor,
-    steps: int | None = None,
     effort: Effort = DEFAULT,
 ) -> Extremes:
     """Search each ball for high and for low scores.
@@ -330,7 +329,6 @@ def extremes(
         generator: Random numbers of the starts.
         high: Where to start the search for high scores, projected into the ball; the centre will do.
         low: Where to start the search for low scores.
-        steps: Gradient steps from each start, in place of the effort's.
         effort: How hard to search.
 
     Returns:
@@ -350,7 +348,7 @@ def extremes(
         starts += [_random_points(ball, generator) for _ in range(effort.restarts)]
         count, sign = len(starts), torch.full_like(ball.eps, direction)
         together = Ball(_repeat(coarse.center, count), coarse.eps.repeat(count), ball.norm)
-        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), steps or effort.steps)
+        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), effort.steps)
         for start, best in zip(starts, found.chunk(count), strict=True):
             watch.see(start)
             rounded = ball.project(best.to(start))

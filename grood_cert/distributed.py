@@ -8,6 +8,7 @@ passes and compiled networks need no special care.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -64,7 +65,13 @@ def joined(device: str) -> Iterator[str]:
     try:
         yield device
     finally:
-        groups.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Part from the other processes. A group that lived on in a reference cycle would abort this one at its exit."""
+    groups.destroy_process_group()
+    gc.collect()
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

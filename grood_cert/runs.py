@@ -37,6 +37,7 @@ from grood_cert import lirpa
 from grood_cert.ball import NORMS, Norm, largest_eps
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
+from grood_cert.distributed import leave
 from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.files import (
     appending,
@@ -479,7 +480,7 @@ def _merged(target: Path, shard: Shard, force: bool) -> Iterator[None]:
                 _remove(part)
         wait()
     finally:
-        distributed.destroy_process_group()
+        leave()
 
 
 def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, Any]:

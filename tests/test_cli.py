@@ -272,4 +272,8 @@ def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(certification, "run", interrupted)
     code, out, err = call("certify", model, "--out", tmp_path)
-    assert (code, out, err) == (130, "", "grood-cert: error: interrupted; the same command goes on (train: with --resume)\n")
+    assert (code, out, err) == (
+        130,
+        "",
+        "grood-cert: error: interrupted; the same command goes on (train: with --resume)\n",
+    )

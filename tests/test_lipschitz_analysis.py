@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from grood_cert import certification, detector, objective, plots, rows, training
+from grood_cert import cascade, certification, detector, objective, plots, rows, runs, training
 from grood_cert.ball import Ball
+from grood_cert.cascade import Certifier, Settings
 from grood_cert.energy import gradient_norm_estimate
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analysis
@@ -167,7 +167,7 @@ def test_interval_slope_at_radius_zero_is_greg():
     labels = torch.arange(6) % 4
     found = []
     for slope in ("gradient-norm", "interval"):
-        weights = objective.Weights(0.1, 0.5, -1.0, -2.0, slope, 0.0)
+        weights = objective.Weights(0.1, 0.5, -1.0, -2.0, slope=slope, slope_eps=0.0)
         network.zero_grad()
         terms = objective.objective(network, images, labels, outliers, weights)
         terms.total.backward()
@@ -191,7 +191,7 @@ def test_interval_slope_grows_with_its_radius():
                 images,
                 torch.zeros(6).long(),
                 outliers,
-                objective.Weights(0.1, 1.0, 9.0, -9.0, "interval", eps),
+                objective.Weights(0.1, 1.0, 9.0, -9.0, slope="interval", slope_eps=eps),
             ).gradient
         )
         for eps in (0.0, 0.05, 0.2)
@@ -201,10 +201,12 @@ def test_interval_slope_grows_with_its_radius():
 
 # Radii in certification
 
+LIPSCHITZ = Settings(eps=(0.01,), stages=("crown", "lipschitz"), effort="fast")
+
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, norm):
-    settings = certification.Settings(eps=(0.02,), norm=norm, lipschitz=True, precision=1e-2)
+    settings = Settings(eps=(0.02,), norm=norm, stages=("crown", "lipschitz"))
     certification.run(loaded, model, sets, settings, tmp_path, limit=6)
     found = rows.read(tmp_path / "rows.csv")
     right = found["status"] != "misdecided"
@@ -217,38 +219,37 @@ def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, 
 
 def test_lipschitz_radii_are_empty_unless_asked_for(rows_file):
     found = rows.read(rows_file)
-    assert np.isnan(found["radius_lipschitz_path"]).all()
-    assert json.loads(rows_file.with_suffix(".json").read_text())["lipschitz"] is False
+    assert np.isnan(found["radius_lipschitz_path"]).all() and "lipschitz" not in found.manifest["stages"]
 
 
 def test_a_lipschitz_radius_beyond_the_attack_is_caught(loaded, sets, monkeypatch):
-    real = certification.local_lipschitz
+    real = cascade.local_lipschitz
 
     def tiny(*arguments, **options):
         found = real(*arguments, **options)
         return replace(found, auto=found.auto / 10, fixed_head=None)
 
-    monkeypatch.setattr(certification, "local_lipschitz", tiny)
-    certifier = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True))
+    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
+    certifier = Certifier(loaded, LIPSCHITZ)
     with pytest.raises(SoundnessError, match="radius_lipschitz"):
-        certifier.certify(sets[0].images[:4], "id")
+        certifier.certify(sets[0].images[:4], "id", runs.generator(0, 0))
 
 
 def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monkeypatch):
-    real = certification.local_lipschitz
+    real = cascade.local_lipschitz
 
     def tiny(*arguments, **options):
         found = real(*arguments, **options)
         return replace(found, auto=torch.full_like(found.auto, 1e-9), fixed_head=None)
 
-    monkeypatch.setattr(certification, "local_lipschitz", tiny)
+    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
     for broken in ("fixed_point_radius", "path_radius"):
         with monkeypatch.context() as patch:  # the other form is switched off: each must betray itself
             other = {"fixed_point_radius": "path_radius", "path_radius": "fixed_point_radius"}[broken]
-            patch.setattr(certification, other, lambda *arguments: torch.zeros(1).double())
-            certifier = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True))
+            patch.setattr(cascade, other, lambda *arguments: torch.zeros(1).double())
+            certifier = Certifier(loaded, LIPSCHITZ)
             with pytest.raises(SoundnessError, match="radius_lipschitz"):
-                certifier.certify(sets[0].images[:1], "id")
+                certifier.certify(sets[0].images[:1], "id", runs.generator(0, 0))
 
 
 def test_a_margin_of_rounding_noise_proves_nothing():
@@ -268,5 +269,5 @@ def test_a_margin_of_rounding_noise_proves_nothing():
     gamma = float(energy(network(image))) + 3.33e-16
     architecture = Architecture("mlp", (1, 1, 1), 2, (0.0,), (1.0,), {})
     loaded = Detector(network, gamma, architecture, ("0", "1"), Recipe(), {}, {}, {})
-    found = certification.Certifier(loaded, certification.Settings(eps=(0.01,), lipschitz=True)).certify(image, "id")
+    found = Certifier(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
     assert found["radius_lipschitz_fixed_point"].tolist() == found["radius_lipschitz_path"].tolist() == [0.0]

@@ -156,7 +156,7 @@ def test_a_complete_run_is_left_alone(whole, tmp_path):
 def test_manifests_of_earlier_versions_count_as_complete(whole, tmp_path):
     shutil.copy(whole, tmp_path)
     kept = {key: value for key, value in manifest(whole).items() if key not in vars(Progress())}
-    (tmp_path / "rows.json").write_text(json.dumps(kept | {"seconds": 1.5, "failures": {}, "method": "crown"}))
+    (tmp_path / "rows.json").write_text(json.dumps(kept | {"seconds": 1.5, "failures": {}}))
     execute(tmp_path, Worker(0, AssertionError("work")))
 
 
@@ -416,19 +416,20 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from grood_cert import certification, detector, runs, training
+from grood_cert.cascade import Settings
 from grood_cert.cli import run_script
 
 def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
     loaded = detector.load(model)
     experiment = training.experiment_of(loaded.recipe)
     sets = [experiment.test, experiment.ood[0]]
-    settings = certification.Settings(eps=(0.01,), method="ibp", precision=0.1, batch_size=2)
+    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     shard, real = runs.shard_of_environment(), certification.certify
 
-    def certify(certifier, batch):
+    def certify(certifier, batch, adversarial):
         if batch.number == dies:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(certifier, batch)
+        return real(certifier, batch, adversarial)
 
     certification.certify = certify
     result = certification.run(loaded, model, sets, settings, out, limit=limit, shard=shard)
@@ -459,7 +460,7 @@ def certify(model, out, limit):
     """The same run as that of the script, in this process."""
     loaded = detector.load(model)
     experiment = training.experiment_of(loaded.recipe)
-    settings = certification.Settings(eps=(0.01,), method="ibp", precision=0.1, batch_size=2)
+    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     return certification.run(loaded, model, [experiment.test, experiment.ood[0]], settings, out, limit=limit)
 
 

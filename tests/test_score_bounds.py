@@ -162,7 +162,7 @@ def test_no_attacked_or_sampled_point_escapes(name, norm, method):
         ball = ball_around(images, eps, norm)
         bounds = score_bounds(bounded, ball)
         assert bool(torch.isfinite(bounds.lower).all()) and bool(torch.isfinite(bounds.upper).all())
-        seen = attack.extremes(network, ball, torch.Generator().manual_seed(0), images, images, steps=15)
+        seen = attack.extremes(network, ball, torch.Generator().manual_seed(0), images, images, attack.Effort(15))
         assert bool((bounds.lower <= seen.minimum).all()) and bool((seen.maximum <= bounds.upper).all())
         assert bool((bounds.lower >= bounds.lower_per_logit).all())
         assert bool((bounds.upper <= bounds.upper_per_logit).all())

@@ -55,4 +55,4 @@ def test_step_time_benchmark():
 
 
 def test_clustering_benchmark():
-    assert all(record["inertia"] < 1.1 for record in clustering.measure((200,), 1))
+    assert all(tuple(record) == clustering.COLUMNS for record in clustering.measure((200,), 1))

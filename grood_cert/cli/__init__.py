@@ -16,6 +16,7 @@ import grood_cert
 from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
+from grood_cert.cli.export import export, verdicts
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.recipe import recipe
@@ -49,7 +50,7 @@ def _root(
     del version
 
 
-for _command in (train, certify, merge, lipschitz, curve, demo):
+for _command in (train, certify, merge, export, verdicts, lipschitz, curve, demo):
     app.command()(_command)
 app.add_typer(recipe, name="recipe")
 

@@ -1,0 +1,397 @@
+"""How quick certified radii are against the plain use of auto_LiRPA, and how close to attacks each effort gets, l_inf.
+
+    python benchmarks/certification.py throughput --out runs/certification-benchmark
+    python benchmarks/certification.py tightness --out runs/certification-benchmark
+
+*Throughput.* The plain way hands auto_LiRPA the composition -log(sum_k exp f_k) and bisects 14 times between 0 and the
+attack radius (1 if there is none) with CROWN, one sample at a time. "bounds only" is our search from the same attack
+radius, one batch, without any attack; "whole" is what `grood-cert certify --effort fast` does to a sample: attack,
+attacks on the grid of eps, bounds on the grid, search. "plain, with attack" adds the same attack to the plain way, one
+sample at a time. All ways run in turn, in one process on one thread; times are medians of the turns. CPU seconds are
+what this process computed, so that a busy machine changes them little; the ratio is one of CPU seconds.
+
+*Tightness.* Certified radius over attack radius of every effort, medians over the samples that are right at x; then the
+stage that decided each ball of the grid.
+
+Detectors are trained where the folder holds none. The CIFAR one reads the image sets in `shared/data` beside the
+repository and is left out where they are absent; it is trained on subsets and for a few epochs only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+
+from grood_cert import attack, certification, detector, lirpa, recipe, rows, runs, training
+from grood_cert.ball import Ball
+from grood_cert.cascade import EFFORTS, ENGINES, OUTCOMES, Certifier, Engine, Envelope, Settings, search_radius
+from grood_cert.cli import run_script
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector
+from grood_cert.errors import InputError
+from grood_cert.files import write_csv
+from grood_cert.lirpa import BoundedNetwork
+from grood_cert.native.engine import NativeNetwork
+from grood_cert.score_bounds import Bounded, score_bounds
+
+Part = Literal["throughput", "tightness"]
+PARTS: tuple[str, ...] = get_args(Part)
+ROUNDS = 14
+PRECISIONS = (1e-2, 1e-3)
+THROUGHPUT_COLUMNS = (
+    *("network", "way", "samples", "radii_per_second", "cpu_seconds", "wall_seconds", "ratio"),
+    *("median_id", "median_ood", "not_below_plain", "not_below_but_precision"),
+)
+TIGHTNESS_COLUMNS = (
+    *("network", "effort", "kind", "samples", "certified_to_attack", "smallest", "certified", "attack"),
+    "cpu_seconds_per_sample",
+)
+STAGE_COLUMNS = ("network", "effort", "kind", *OUTCOMES)
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_SHARED = _REPOSITORY.parent / "shared" / "data"
+_ARRAYS = ("cifar10_train", "tin32_outliers", "tin32_ood", "dtd32_a")
+_CIFAR = "CIFAR conv-small"
+NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {  # recipe and settings on top
+    "digits conv-small": ("digits-greg", ()),
+    "digits conv-small certified": ("digits-certified", ()),
+    "digits MLP-4": ("digits-mlp-greg", ("network.hidden_layers=3",)),
+    _CIFAR: ("cifar-arrays-greg", ("network.name=conv-small", "optimizer.epochs=10")),
+}
+THROUGHPUT_NETWORKS = ("digits conv-small", _CIFAR)
+
+
+# Detectors.
+
+
+def arrays(folder: Path) -> list[str]:
+    """Settings of a recipe that takes its images from `shared/data`, which are written to the folder as .npz files.
+
+    Raises:
+        InputError: If there is no such data.
+    """
+    spec = importlib.util.spec_from_file_location("shared_data", _SHARED / "load.py")
+    if not (_SHARED / "load.py").exists() or spec is None or spec.loader is None:
+        raise InputError(f"left out: no image sets in {_SHARED.parent.name}/{_SHARED.name} beside the repository")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.npz" for name in _ARRAYS]
+    for name, path in zip(_ARRAYS, paths, strict=True):
+        if not path.exists():
+            images, meta = module.load(name)
+            labels = {"labels": meta["y"].astype(np.int64)} if name == _ARRAYS[0] else {}
+            np.savez(path, images=images, **labels)
+    own, auxiliary, *ood = (str(path) for path in paths)
+    return [f"data.id={own}", f"data.auxiliary={auxiliary}", f"data.ood={ood!r}"]
+
+
+def trained(name: str, folder: Path) -> Detector:
+    """One of `NETWORKS`, from its sub-folder if it is there already.
+
+    Raises:
+        InputError: If the images are not there.
+    """
+    file, settings = NETWORKS[name]
+    data = arrays(folder / "data") if name == _CIFAR else []
+    model = folder / name / "model.pt"
+    if model.exists():
+        return detector.load(model)
+    return training.run(recipe.load(_REPOSITORY / "train" / f"{file}.toml", [*settings, *data]), model.parent)
+
+
+def test_sets(loaded: Detector) -> list[ImageSet]:
+    """The ID test set and the OOD sets; noise is left out."""
+    experiment = training.experiment_of(loaded.recipe)
+    return [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
+
+
+# Throughput.
+
+
+class _Score(nn.Module):
+    """S as its formula says, in the operations that auto_LiRPA converts: a column of shape (B, 1)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        total: Tensor = self.network(images).exp().sum(1, keepdim=True)
+        return -total.log()
+
+
+class PlainScore:
+    """S inside auto_LiRPA, with the options that the library has by default.
+
+    Only the repairs of `grood_cert.lirpa` are used, without which the old version neither imports nor is right.
+
+    Args:
+        network: The model f.
+        image: One image, shape (1, C, H, W).
+    """
+
+    def __init__(self, network: nn.Module, image: Tensor) -> None:
+        self._library = lirpa._library()
+        with lirpa._engine_running():
+            self._module = self._library.BoundedModule(_Score(lirpa._convertible(network)).eval(), image)
+            self._module.eval()
+
+    def bounds(self, image: Tensor, eps: float) -> tuple[float, float]:
+        """CROWN bounds of S over the l_inf ball around an image, intersected with the pixel box."""
+        with lirpa._engine_running(), torch.no_grad():
+            box = {"x_L": (image - eps).clamp(min=0), "x_U": (image + eps).clamp(max=1)}
+            ball = self._library.BoundedTensor(image, self._library.PerturbationLpNorm(norm=np.inf, **box))
+            lower, upper = self._module.compute_bounds(x=(ball,), method="CROWN")
+        return float(lower), float(upper)
+
+
+def plain_radius(score: PlainScore, image: Tensor, kind: str, gamma: float, furthest: float) -> float:
+    """Largest certified radius that 14 bisections between 0 and the attack radius find.
+
+    Args:
+        score: S inside auto_LiRPA.
+        image: Shape (1, C, H, W).
+        kind: "id" (to be accepted) or "ood" (to be rejected).
+        gamma: Threshold.
+        furthest: Attack radius.
+    """
+    low, high = 0.0, min(furthest, 1.0)
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        lower, upper = score.bounds(image, middle)
+        proved = upper < gamma if kind == "id" else lower > gamma
+        low, high = (middle, high) if proved else (low, middle)
+    return low
+
+
+def searched_radii(
+    bounded: Bounded, images: Tensor, kind: str, gamma: float, furthest: Tensor, precision: float
+) -> Tensor:
+    """Certified radii of a batch by CROWN and the search of `grood_cert.cascade`, from nothing but an attack radius.
+
+    Args:
+        bounded: The network inside a bound engine.
+        images: Shape (B, C, H, W).
+        kind: "id" or "ood".
+        gamma: Threshold.
+        furthest: Attack radii, shape (B,), infinity where there is none.
+        precision: Relative precision of the search.
+    """
+    with torch.no_grad():
+        score = -torch.logsumexp(bounded.network(images), 1)
+    envelope, zero = Envelope((), score, gamma, kind), torch.zeros_like(score)
+
+    def evaluate(index: Tensor, eps: Tensor) -> Tensor:
+        found = score_bounds(bounded, Ball(images[index], eps, "linf"))
+        return envelope.deviation(found.lower, found.upper, index)
+
+    first = (0.7 * furthest).clamp(max=1.0)
+    unknown = torch.full_like(score, torch.nan)
+    return search_radius(evaluate, envelope.margin, zero, zero, zero + torch.inf, unknown, first, 1.0, precision)
+
+
+def _right(loaded: Detector, sets: Sequence[ImageSet], samples: int) -> dict[str, Tensor]:
+    """Images of each kind that are decided rightly."""
+    found = {}
+    for kind in ("id", "ood"):
+        chosen = [images for images in sets if images.kind == kind]
+        share = -(-samples // len(chosen))
+        images = torch.cat([runs.subset(whole, share, 0)[0].images for whole in chosen])[:samples].double()
+        accepted = loaded.score(images) <= loaded.gamma
+        found[kind] = images[accepted == (kind == "id")]
+    return found
+
+
+def throughput(
+    loaded: Detector, sets: Sequence[ImageSet], samples: int = 64, repeats: int = 3, engines: Sequence[str] = ENGINES
+) -> list[dict[str, Any]]:
+    """One record for each way, with the keys of `THROUGHPUT_COLUMNS` but for the network.
+
+    Args:
+        loaded: The detector.
+        sets: An ID set and OOD sets.
+        samples: Most samples of each kind, which is the size of our batches.
+        repeats: Turns.
+        engines: Engines of our ways.
+    """
+    shape, gamma, network = loaded.architecture.shape, loaded.gamma, loaded.network
+    images = _right(loaded, sets, samples)
+    plain = PlainScore(network, images["id"][:1])
+    effort = EFFORTS["fast"].attack
+    bounded: dict[str, Bounded] = {
+        "auto_lirpa": BoundedNetwork(network, shape, "crown"),
+        "native": NativeNetwork(network, shape, "crown"),
+    }
+    settings = Settings(certification.automatic_eps(loaded, sets, "linf"), effort="fast", batch_size=samples)
+
+    def attacked(kind: str, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        parts = (
+            attack.minimum_norm(network, part, gamma, "linf", generator, effort) for part in images[kind].split(size)
+        )
+        return torch.cat([part.radius for part in parts])
+
+    furthest = {kind: attacked(kind, samples) for kind in images}
+
+    def plainly(kind: str) -> Tensor:
+        pairs = zip(images[kind].split(1), furthest[kind].tolist(), strict=True)
+        return torch.tensor([plain_radius(plain, image, kind, gamma, radius) for image, radius in pairs])
+
+    def bounds_only(engine: str, precision: float) -> Callable[[str], Tensor]:
+        return lambda kind: searched_radii(bounded[engine], images[kind], kind, gamma, furthest[kind], precision)
+
+    def whole(engine: Engine, precision: float) -> Callable[[str], Tensor]:
+        certifier = Certifier(loaded, replace(settings, engine=engine, precision=precision))
+
+        def certified(kind: str) -> Tensor:
+            return certifier.certify(images[kind], kind, torch.Generator().manual_seed(0))["radius_certified"]
+
+        return certified
+
+    attack_alone = "attack alone, one at a time"
+    ways: dict[str, Callable[[str], Tensor]] = {
+        "plain, bounds only": plainly,
+        attack_alone: lambda kind: attacked(kind, 1),
+    }
+    precisions: dict[str, float] = {}
+    for engine in [name for name in get_args(Engine) if name in engines]:
+        for precision in PRECISIONS:
+            for what, way in (("bounds only", bounds_only), ("whole", whole)):
+                precisions[f"{engine}, {what}, precision {precision:g}"] = precision
+                ways[f"{engine}, {what}, precision {precision:g}"] = way(engine, precision)
+
+    radii: dict[str, dict[str, Tensor]] = {}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, compute in ways.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            radii[name] = {kind: compute(kind) for kind in images}
+            spent[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    cost = {name: np.median(np.array(seconds), 0) for name, seconds in spent.items()}
+    radii["plain, with attack"] = radii["plain, bounds only"]
+    cost["plain, with attack"] = cost["plain, bounds only"] + cost.pop(attack_alone)
+    reference = torch.cat(list(radii["plain, bounds only"].values()))
+    records = []
+    for name in ("plain, bounds only", "plain, with attack", *precisions):
+        base = "plain, with attack" if "whole" in name or name == "plain, with attack" else "plain, bounds only"
+        own = torch.cat(list(radii[name].values()))
+        records.append(
+            {
+                "way": name,
+                "samples": len(own),
+                "radii_per_second": len(own) / float(cost[name][0]),
+                "cpu_seconds": float(cost[name][0]),
+                "wall_seconds": float(cost[name][1]),
+                "ratio": float(cost[base][0] / cost[name][0]),
+                **{f"median_{kind}": float(radii[name][kind].median()) for kind in images},
+                "not_below_plain": float((own >= reference).double().mean()),
+                "not_below_but_precision": float((own >= (1 - precisions.get(name, 0.0)) * reference).double().mean()),
+            }
+        )
+    return records
+
+
+# Tightness.
+
+
+def tightness(
+    loaded: Detector, model: Path, sets: Sequence[ImageSet], settings: Settings, out: Path, samples: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Certify some samples of each set with one effort.
+
+    Args:
+        loaded: The detector.
+        model: Its checkpoint.
+        sets: An ID set and OOD sets.
+        settings: How to certify.
+        out: Folder of the rows.
+        samples: Most samples of each set.
+
+    Returns:
+        One record for each kind with the keys of `TIGHTNESS_COLUMNS`, and one with those of `STAGE_COLUMNS`, but for
+        the network.
+    """
+    start = time.process_time()
+    found = certification.run(loaded, model, sets, settings, out, limit=samples, force=True)
+    cost = (time.process_time() - start) / len(found)
+    right = found["status"] != "misdecided"
+    medians, stages = [], []
+    for kind in [name for name in rows.KINDS if bool(found.of_kind(name).any())]:
+        mask = found.of_kind(kind) & right
+        certified, attacked = found["radius_certified"][mask], found["radius_attack"][mask]
+        share = certified / attacked
+        values = len(share), *(float(value) for value in (np.median(share), share.min()))
+        radii = float(np.median(certified)), float(np.median(attacked))
+        medians.append(dict(zip(TIGHTNESS_COLUMNS[1:], (settings.effort, kind, *values, *radii, cost), strict=True)))
+        counts = Counter(found.outcomes[found.of_kind(kind)].ravel().tolist())
+        stages.append({"effort": settings.effort, "kind": kind, **{name: counts[name] for name in OUTCOMES}})
+    return medians, stages
+
+
+# The command.
+
+
+def _print(columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """A table in Markdown."""
+    typer.echo("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for record in records:
+        values = (record[column] for column in columns)
+        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+        typer.echo("| " + " | ".join(cells) + " |")
+    typer.echo()
+
+
+def main(
+    part: Annotated[str, typer.Argument(metavar="|".join(PARTS).join("{}"), help="What to measure.")],
+    out: Annotated[Path, typer.Option(help="Folder of detectors, rows and tables as CSV.")],
+    network: Annotated[list[str] | None, typer.Option(help=f"Among {', '.join(NETWORKS)}; repeat for more.")] = None,
+    effort: Annotated[list[str] | None, typer.Option(help="Tightness: efforts. [default: all]")] = None,
+    engine: Annotated[str, typer.Option(help="Tightness: engine of the linear bounds.")] = "native",
+    samples: Annotated[int, typer.Option(help="Throughput: of each kind. Tightness: of each set.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Throughput: turns.")] = 3,
+) -> None:
+    """Train what is missing, measure, print the tables as Markdown."""
+    for value, known in ((part, PARTS), *((name, tuple(NETWORKS)) for name in network or ()), (engine, ENGINES)):
+        if value not in known:
+            raise InputError(f"unknown {value!r}; use one of {', '.join(known)}")
+    torch.set_num_threads(1)
+    speed: list[dict[str, Any]] = []
+    reach: list[dict[str, Any]] = []
+    decided: list[dict[str, Any]] = []
+    for name in network or (THROUGHPUT_NETWORKS if part == "throughput" else NETWORKS):
+        try:
+            loaded = trained(name, out)
+        except InputError as error:
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        sets = test_sets(loaded)
+        if part == "throughput":
+            speed += [{"network": name, **record} for record in throughput(loaded, sets, samples, repeats)]
+            continue
+        eps = certification.automatic_eps(loaded, sets, "linf")
+        for chosen in effort or EFFORTS:
+            settings = Settings(eps, effort=chosen, engine="native" if engine == "native" else "auto_lirpa")
+            model, folder = out / name / "model.pt", out / name / chosen
+            medians, stages = tightness(loaded, model, sets, settings, folder, samples)
+            reach += [{"network": name, **record} for record in medians]
+            decided += [{"network": name, **record} for record in stages]
+    tables = ((THROUGHPUT_COLUMNS, speed), (TIGHTNESS_COLUMNS, reach), (STAGE_COLUMNS, decided))
+    for (columns, records), file in zip(tables, ("throughput", "tightness", "stages"), strict=True):
+        if records:
+            _print([column for column in columns if any(record[column] != 0 for record in records)], records)
+            write_csv(out / f"{file}.csv", columns, records)
+
+
+if __name__ == "__main__":
+    run_script(main)
