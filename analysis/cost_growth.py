@@ -141,7 +141,7 @@ def points(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """One panel for each thing that grows; seconds of a batch in the first, of a sample in the others."""
+    """One panel for each thing that grows; time of a batch in the first, of a sample in the others."""
     names = list(dict.fromkeys(record["panel"] for record in records))
     with mpl.rc_context(plots.STYLE):
         drawing = Figure(figsize=(10.0, 2.9), layout="constrained")
@@ -151,7 +151,7 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
                 for column, what, style in (("ball_seconds", "ball", "-"), ("radius_seconds", "radius", "--")):
                     axes.loglog(
                         [record["value"] for record in chosen],
-                        [record[column] / (1 if panel == "samples" else record["samples"]) for record in chosen],
+                        [1000 * record[column] / (1 if panel == "samples" else record["samples"]) for record in chosen],
                         label=f"{label}, {what}",
                         color=colour,
                         linestyle=style,
@@ -161,8 +161,11 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
             values = list(dict.fromkeys(record["value"] for record in records if record["panel"] == panel))
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
             axes.set_xlabel(panel)
-            axes.set_title("s a batch" if panel == "samples" else "s a sample")
+            axes.set_title("ms a batch" if panel == "samples" else "ms a sample")
         handles, labels = drawing.axes[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return drawing

@@ -22,10 +22,10 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -342,55 +342,80 @@ def tightness(
 # The command.
 
 
-def _print(columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
-    """A table in Markdown."""
+def _heading(columns: Sequence[str]) -> None:
     typer.echo("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for record in records:
-        values = (record[column] for column in columns)
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        typer.echo("| " + " | ".join(cells) + " |")
+
+
+def _line(columns: Sequence[str], record: Mapping[str, Any]) -> None:
+    values = (record[column] for column in columns)
+    typer.echo("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values) + " |")
+
+
+def _detectors(names: Sequence[str], out: Path) -> Iterator[tuple[str, Detector]]:
+    """The detectors that can be had; a line on stderr about the others."""
+    for name in names:
+        try:
+            yield name, trained(name, out)
+        except InputError as error:
+            typer.echo(f"{name}: {error}", err=True)
+
+
+def _throughput(names: Sequence[str], out: Path, samples: int, repeats: int) -> None:
+    records: list[dict[str, Any]] = []
+    _heading(THROUGHPUT_COLUMNS)
+    for name, loaded in _detectors(names, out):
+        for found in throughput(loaded, test_sets(loaded), samples, repeats):
+            records.append({"network": name, **found})
+            _line(THROUGHPUT_COLUMNS, records[-1])
+        write_csv(out / "throughput.csv", THROUGHPUT_COLUMNS, records)
+
+
+def _tightness(names: Sequence[str], out: Path, samples: int, efforts: Sequence[str], engine: Engine) -> None:
+    records: list[dict[str, Any]] = []
+    decided: list[dict[str, Any]] = []
+    _heading(TIGHTNESS_COLUMNS)
+    for name, loaded in _detectors(names, out):
+        sets = test_sets(loaded)
+        eps = certification.automatic_eps(loaded, sets, "linf")
+        for effort in efforts:
+            settings = Settings(eps, effort=effort, engine=engine)
+            medians, stages = tightness(loaded, out / name / "model.pt", sets, settings, out / name / effort, samples)
+            for found in medians:
+                records.append({"network": name, **found})
+                _line(TIGHTNESS_COLUMNS, records[-1])
+            decided += [{"network": name, **found} for found in stages]
+            write_csv(out / "tightness.csv", TIGHTNESS_COLUMNS, records)
+            write_csv(out / "stages.csv", STAGE_COLUMNS, decided)
+    columns = [column for column in STAGE_COLUMNS if any(record[column] != 0 for record in decided)]
     typer.echo()
+    _heading(columns)
+    for record in decided:
+        _line(columns, record)
 
 
 def main(
-    part: Annotated[str, typer.Argument(metavar="|".join(PARTS).join("{}"), help="What to measure.")],
+    part: Annotated[str, typer.Argument(metavar="PART", help=f"What to measure: {' or '.join(PARTS)}.")],
     out: Annotated[Path, typer.Option(help="Folder of detectors, rows and tables as CSV.")],
     network: Annotated[list[str] | None, typer.Option(help=f"Among {', '.join(NETWORKS)}; repeat for more.")] = None,
-    effort: Annotated[list[str] | None, typer.Option(help="Tightness: efforts. [default: all]")] = None,
+    effort: Annotated[list[str] | None, typer.Option(help="Tightness: efforts; repeat. [default: all]")] = None,
     engine: Annotated[str, typer.Option(help="Tightness: engine of the linear bounds.")] = "native",
     samples: Annotated[int, typer.Option(help="Throughput: of each kind. Tightness: of each set.")] = 20,
     repeats: Annotated[int, typer.Option(help="Throughput: turns.")] = 3,
 ) -> None:
     """Train what is missing, measure, print the tables as Markdown."""
-    for value, known in ((part, PARTS), *((name, tuple(NETWORKS)) for name in network or ()), (engine, ENGINES)):
+    for value, known in (
+        *((name, tuple(NETWORKS)) for name in network or ()),
+        *((name, tuple(EFFORTS)) for name in effort or ()),
+        (part, PARTS),
+        (engine, ENGINES),
+    ):
         if value not in known:
             raise InputError(f"unknown {value!r}; use one of {', '.join(known)}")
     torch.set_num_threads(1)
-    speed: list[dict[str, Any]] = []
-    reach: list[dict[str, Any]] = []
-    decided: list[dict[str, Any]] = []
-    for name in network or (THROUGHPUT_NETWORKS if part == "throughput" else NETWORKS):
-        try:
-            loaded = trained(name, out)
-        except InputError as error:
-            typer.echo(f"{name}: {error}", err=True)
-            continue
-        sets = test_sets(loaded)
-        if part == "throughput":
-            speed += [{"network": name, **record} for record in throughput(loaded, sets, samples, repeats)]
-            continue
-        eps = certification.automatic_eps(loaded, sets, "linf")
-        for chosen in effort or EFFORTS:
-            settings = Settings(eps, effort=chosen, engine="native" if engine == "native" else "auto_lirpa")
-            model, folder = out / name / "model.pt", out / name / chosen
-            medians, stages = tightness(loaded, model, sets, settings, folder, samples)
-            reach += [{"network": name, **record} for record in medians]
-            decided += [{"network": name, **record} for record in stages]
-    tables = ((THROUGHPUT_COLUMNS, speed), (TIGHTNESS_COLUMNS, reach), (STAGE_COLUMNS, decided))
-    for (columns, records), file in zip(tables, ("throughput", "tightness", "stages"), strict=True):
-        if records:
-            _print([column for column in columns if any(record[column] != 0 for record in records)], records)
-            write_csv(out / f"{file}.csv", columns, records)
+    if part == "throughput":
+        _throughput(network or THROUGHPUT_NETWORKS, out, samples, repeats)
+    else:
+        _tightness(network or list(NETWORKS), out, samples, effort or list(EFFORTS), cast(Engine, engine))
 
 
 if __name__ == "__main__":

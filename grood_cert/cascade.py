@@ -17,7 +17,7 @@ only chooses where the expensive stages are spent. The certified radius is the l
 it is searched for by secant steps and only proved values are returned, so no bound need be monotone in eps.
 
 On the other side stands an attack: the distance of the nearest point found with the other decision. `certified <= attack`
-and S_lb <= S(x') <= S_ub for every point that any attack visits are checked on every batch; a violation raises
+and S_lb <= S(x') <= S_ub for every point that an attack reports are checked on every batch; a violation raises
 `SoundnessError`.
 """
 
@@ -91,7 +91,7 @@ _LINEAR_ONLY: tuple[Stage, ...] = ("ibp", "crown")
 _REFINED: tuple[Stage, ...] = ("ibp", "crown", "alpha-crown", "branch-and-bound")
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(_LINEAR_ONLY, False, 0, 0, 0, attack.Effort.preset("fast")),
-    "default": Effort(_REFINED, True, steps=20, nodes=32, rounds=4, attack=attack.Effort.preset("default")),
+    "default": Effort(_REFINED, True, steps=20, nodes=64, rounds=4, attack=attack.Effort.preset("default")),
     "max": Effort(get_args(Stage), True, steps=50, nodes=2000, rounds=6, attack=attack.Effort.preset("max")),
 }
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from grood_cert import certification, detector, files, rows, runs, training
-from grood_cert.cli import merge
+from grood_cert.cascade import Settings
+from grood_cert.cli.merge import merge
 from grood_cert.data import ImageSet
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analysis
@@ -324,7 +325,7 @@ def test_a_shard_goes_on_too(tmp_path, whole):
 
 def test_the_command_says_what_it_merged(whole, tmp_path, capsys):
     paths = [execute(tmp_path, shard=Shard(index, 2)) for index in range(2)]
-    merge.merge(paths, tmp_path / "rows.csv")
+    merge(paths, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
     assert capsys.readouterr().out.endswith("rows.json: 18 rows of 2 shards\n")
 
