@@ -138,7 +138,7 @@ class Rows:
             chosen = order[start : start + max(1, memory // max(1, 2 * numbers[start] * bytes_a_row))]
             start += len(chosen)
             part, want = self.part(chosen), needed[chosen]
-            upper = torch.full_like(want, torch.inf, dtype=torch.float64)
+            upper = torch.full_like(want, torch.inf, dtype=self._ball.center.dtype)
             both = torch.stack([upper, upper], 1)
             for index, units in unit_blocks(want, bytes_a_row, memory):
                 value = part._of_units(node, units).unflatten(1, (2, -1))
@@ -150,7 +150,8 @@ class Rows:
     def _of_units(self, node: int, units: UnitRows) -> Tensor:
         current = self._graph.nodes[node]
         if not isinstance(current.operation, Dense):
-            return self.upper(node, units.start(current.size, current.shape), units)
+            rows = units.start(current.size, current.shape).to(self._ball.center.dtype)
+            return self.upper(node, rows, units)
         weight, bias = current.operation.weight[units.units], current.operation.bias  # no product with unit vectors
         value = self.upper(current.inputs[0], weight, units)
         return value if bias is None else value + units.own(bias[units.units])
