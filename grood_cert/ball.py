@@ -185,6 +185,9 @@ def _l1_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
 
 
 def _l2_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    largest = rows.detach().abs().amax(-1)  # taken out, so that no square under- or overflows
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    rows = rows / scale.unsqueeze(-1)
     length = torch.linalg.vector_norm(rows, dim=-1)
     best = torch.minimum(_box_support(rows, low, high), eps * length)
     with torch.no_grad():
@@ -204,4 +207,4 @@ def _l2_block(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
         offset = torch.minimum(torch.maximum(rows * step.unsqueeze(-1), low), high)
     # At fixed mu the derivative of the bound is its maximiser, so the offset counts as constant.
     value = (rows * offset).sum(-1) + (eps.square() - offset.square().sum(-1)) / (2 * step)
-    return torch.minimum(best, torch.where(torch.isfinite(value), value, best))
+    return torch.minimum(best, torch.where(torch.isfinite(value), value, best)) * scale

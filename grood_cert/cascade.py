@@ -268,7 +268,8 @@ class Envelope:
     def record(self, index: Tensor, eps: Tensor, lower: Tensor, upper: Tensor, stage: Stage) -> None:
         """Add S_lb and S_ub proved on balls of these samples, NaN where they were not; smaller balls gain as well."""
         inside = self.grid <= eps[:, None]
-        lower, upper = torch.nan_to_num(lower, nan=-torch.inf), torch.nan_to_num(upper, nan=torch.inf)
+        lower = torch.where(torch.isfinite(lower), lower, -torch.inf)
+        upper = torch.where(torch.isfinite(upper), upper, torch.inf)
         gain = torch.where(inside, lower[:, None], -torch.inf), torch.where(inside, upper[:, None], torch.inf)
         self.lower[index] = torch.maximum(self.lower[index], gain[0])
         self.upper[index] = torch.minimum(self.upper[index], gain[1])

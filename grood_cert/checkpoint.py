@@ -60,11 +60,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         raise RunError(f"{error}; the run stops, what it last saved is kept: make room, then add --resume") from error
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
+def _read(path: Path, kind: str, absent: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file, so there is nothing to resume; start without --resume") from None
+        raise InputError(f"{path}: no such file, {absent}") from None
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: damaged or not written by grood-cert ({reason})") from error
@@ -120,7 +120,7 @@ def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[Progre
     Raises:
         InputError: If there is no such run, or it began with another recipe or other images.
     """
-    content = _read(path, _STATE)
+    content = _read(path, _STATE, "so there is nothing to resume; start without --resume")
     begun = recipes.from_dict(content["recipe"], f"{path}: recipe")
     difference = recipes.first_difference(begun, recipe)
     if difference:
@@ -145,5 +145,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: If they are missing or damaged.
     """
-    weights: dict[str, Tensor] = _read(path, _WEIGHTS)["state_dict"]
+    content = _read(path, _WEIGHTS, "and it held the weights of the best epoch so far; begin again with --force")
+    weights: dict[str, Tensor] = content["state_dict"]
     return weights

@@ -35,8 +35,8 @@ def joined(device: str) -> Iterator[str]:
     """Join the other processes while the block runs, if torchrun started several and they have not met yet.
 
     Args:
-        device: "cuda" gives each process of a machine a GPU of its own, and NCCL; anything else is used as it is, with
-            gloo.
+        device: Any "cuda..." gives each process of a machine the GPU of its local number, and NCCL; anything else is
+            used as it is, with gloo.
 
     Yields:
         The device of this process.
@@ -52,7 +52,7 @@ def joined(device: str) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    if device == "cuda":
+    if device.startswith("cuda"):
         local, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= available:
             raise InputError(f"this machine has {available} GPUs; start at most as many processes, or add --device cpu")

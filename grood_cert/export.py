@@ -203,7 +203,7 @@ def specification(bounded: Bounded, image: Tensor, eps: float, gamma: float, kin
         logits = bounded.network(image.unsqueeze(0))[0]
     if kind == "id":
         return id_specification(logits, gamma)
-    ball = Ball(image.unsqueeze(0), torch.tensor([eps]).to(image), "linf")
+    ball = Ball(image.unsqueeze(0), image.new_tensor([eps]), "linf")
     rows = torch.eye(len(logits)).to(logits).unsqueeze(0)
     lower, upper = (bound[0] for bound in bounded.relax(ball).rows(rows))
     margin = _ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
@@ -541,8 +541,8 @@ def judge(
             image = by_name[instance["set"]].images[instance["index"]].to(weight).unsqueeze(0)
             if len(found.counterexample) != image.numel():
                 raise InputError(f"{instance['name']}: a counterexample of {len(found.counterexample)} pixels")
-            ball = Ball(image, torch.tensor([exported["eps"]]).to(image), "linf")
-            point = ball.project(torch.tensor(found.counterexample).to(image).reshape(image.shape))
+            ball = Ball(image, image.new_tensor([exported["eps"]]), "linf")
+            point = ball.project(image.new_tensor(found.counterexample).reshape(image.shape))
             with torch.no_grad():
                 score = float(energy(detector.network(point)))
             crossed = score > detector.gamma if instance["kind"] == "id" else score <= detector.gamma

@@ -55,6 +55,8 @@ def at_gamma(rows: Rows, gamma: float) -> Rows:
     attack = np.where(right, attack, 0.0)
     stage = np.where(kept >= certified, rows["stage"], "envelope")
     unknown = np.full(len(rows), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimate = np.abs(score - gamma) / rows["gradient_norm_estimate"]
     columns = dict(rows.columns) | {
         "accepted": accepted.astype(int),
         "status": np.where(~right, "misdecided", np.where(certified > 0, "certified", "undecided")),
@@ -64,9 +66,13 @@ def at_gamma(rows: Rows, gamma: float) -> Rows:
         "radius_lipschitz_fixed_point": unknown,
         "radius_lipschitz_path": unknown,
         "radius_attack": attack,
-        "radius_gradient_norm_estimate": np.where(right, np.abs(score - gamma) / rows["gradient_norm_estimate"], 0.0),
+        "radius_gradient_norm_estimate": np.where(right, estimate, 0.0),
     }
-    decided = np.where(eps <= certified[:, None], "envelope", np.where(eps >= attack[:, None], "attack", "undecided"))
+    decided = np.where(
+        (0 < certified[:, None]) & (eps <= certified[:, None]),
+        "envelope",
+        np.where(eps >= attack[:, None], "attack", "undecided"),
+    )
     outcomes = np.where(right[:, None], decided, "misdecision")
     manifest = dict(rows.manifest) | {"gamma": gamma, "gamma_certified_at": rows.gamma}
     return Rows(manifest, rows.eps, columns, rows.grid, outcomes)

@@ -248,6 +248,7 @@ _NOT_NEGATIVE = (
     "augmentation.noise_sigma",
     "evaluation.accuracy_floor",
 )
+_SEEDS = ("seed", "data.seed")
 _BELOW_ONE = ("optimizer.momentum", "evaluation.accuracy_floor")
 _AT_MOST_ONE = ("objective.penalty_share", "objective.certified_ramp", "optimizer.factor", "augmentation.resized_crop")
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -274,6 +275,8 @@ def _problem(key: str, value: Any, kind: Any) -> str | None:
         expected = "a value above 0"
     elif key in _NOT_NEGATIVE and not value >= 0:
         expected = "0 or more"
+    elif key in _SEEDS and not value < 2**63:
+        expected = "a value below 2**63"
     elif key in _BELOW_ONE and not value < 1:
         expected = "a value below 1"
     elif key in _AT_MOST_ONE and not value <= 1:
@@ -287,6 +290,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     if not objective.m_in < objective.m_out:
         message = f"m_in must lie below m_out, got {objective.m_in} and {objective.m_out}"
         yield {"objective.m_in", "objective.m_out"}, f"objective: {message}"
+    if objective.lambda_S > 0 and objective.outlier_loss == "none":
+        message = 'outlier_loss = "none" leaves nothing for lambda_S to weigh; use lambda_S = 0'
+        yield {"objective.lambda_S", "objective.outlier_loss"}, f"objective: {message}"
     if objective.certified != "none" and objective.certified_eps == 0:
         message = f'certified = "{objective.certified}" needs a certified_eps above 0'
         yield {"objective.certified", "objective.certified_eps"}, f"objective: {message}"
@@ -303,6 +309,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             yield names | {"compute.precision"}, f'compute: precision = "bf16" {second}'
         if compute.compile:
             yield names | {"compute.compile"}, f"compute: compile {second}"
+    if optimizer.schedule == "cosine" and optimizer.lr_min > optimizer.lr:
+        message = f"the cosine falls from lr to lr_min, got {optimizer.lr} and {optimizer.lr_min}"
+        yield {"optimizer.lr", "optimizer.lr_min", "optimizer.schedule"}, f"optimizer: {message}"
     names, milestones = {"optimizer.milestones", "optimizer.schedule", "optimizer.epochs"}, optimizer.milestones
     if optimizer.schedule != "multistep":
         if milestones:

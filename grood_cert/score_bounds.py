@@ -216,12 +216,12 @@ def score_bounds(bounded: Bounded, ball: Ball, method: Method | None = None, sid
     # NaN in one bound leaves the others: each is a proof of its own.
     best_upper, best_lower = upper_per_logit, lower_per_logit
     if uppers:
-        joint = torch.stack([torch.nan_to_num(bound, nan=torch.inf) for bound in uppers]).amin(0)
+        joint = torch.stack([torch.where(torch.isfinite(bound), bound, torch.inf) for bound in uppers]).amin(0)
         best_upper = torch.minimum(joint + _ROUNDING * (1 + joint.abs()), upper_per_logit)
     if lowers:
-        joint = torch.stack([torch.nan_to_num(bound, nan=-torch.inf) for bound in lowers]).amax(0)
+        joint = torch.stack([torch.where(torch.isfinite(bound), bound, -torch.inf) for bound in lowers]).amax(0)
         best_lower = torch.maximum(joint - _ROUNDING * (1 + joint.abs()), lower_per_logit)
-    known = known & _ordered(best_lower, best_upper)
+    known = known & torch.isfinite(best_lower) & torch.isfinite(best_upper) & (best_lower <= best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(
         lower=torch.where(known, best_lower, nan),

@@ -361,7 +361,7 @@ class Smoother:
 
         Args:
             image: Shape (C, H, W).
-            role: What the sample serves; noise is never shared between roles.
+            role: What the sample serves; each role has noise of its own.
             name: Name of its set.
             index: Position in its set.
         """

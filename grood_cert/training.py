@@ -5,9 +5,12 @@ what was drawn before. Hence a run that was killed goes on exactly where it was 
 or with `optimizer.accumulate`, sees the images, the augmentation and the samples that its parts would see in one.
 
 A batch is computed in parts, `accumulate` of them in each process, one after another. A part has its own candidates and
-its own picks; its gradient counts with its share of the ID images. Gradients, terms and running statistics of BatchNorm
-are summed over the processes once a step (the statistics averaged, each process having normalised its own part), so
-that all processes hold the same network at all times. Each measures and evaluates it; the first alone writes.
+its own picks; its gradient counts with its share of the ID images. So do the running statistics of BatchNorm: each part,
+normalised by itself, moves those from before the step, and the step's are the mean of what the parts give. Gradients,
+terms and statistics are summed over the processes once a step, so that all processes hold the same network at all
+times. Each measures and evaluates it; the first alone writes.
+
+Where no term of the objective looks at outliers, a batch has none: BatchNorm sees ID images alone.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,15 @@ from torch._functorch import config as functorch
 from grood_cert import checkpoint, distributed, metrics, sampling
 from grood_cert import detector as detectors
 from grood_cert.augmentation import augment
+from grood_cert.ball import Ball
 from grood_cert.checkpoint import Progress
 from grood_cert.data import Experiment, ImageSet, load_experiment
 from grood_cert.detector import Architecture, Detector
 from grood_cert.energy import SCORES, energy, gradient_norm_estimate
 from grood_cert.errors import InputError, RunError
 from grood_cert.files import check_writable, locked, write_csv
+from grood_cert.interval_energy import certified_loss
+from grood_cert.lipschitz.regulariser import interval_lipschitz
 from grood_cert.objective import Terms, Weights, objective
 from grood_cert.pretrained import load_pretrained
 from grood_cert.recipe import OptimizerSection, Recipe
@@ -68,7 +74,7 @@ class Epoch:
         fpr95_id: FPR95 of the held-out auxiliary outliers against the calibration split.
         learning_rate: That of the epoch's last step.
         seconds: Wall time of the epoch.
-        samples_per_second: ID images and outliers trained on, over the time that the steps took, all processes together.
+        samples_per_second: ID images and outliers used, over the time that the steps took, all processes together.
         gradient_share: Share of a step that the gradient term takes, timed on the last batch of this epoch or, where
             epochs are short, of one a few epochs ago.
 
@@ -147,14 +153,14 @@ def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
         epoch = step * section.epochs // steps
         return section.lr * section.factor ** sum(epoch >= milestone for milestone in section.milestones)
     done = (step - section.warmup_steps) / max(1, steps - 1 - section.warmup_steps)
-    low = min(1.0, section.lr_min / section.lr)
+    low = section.lr_min / section.lr
     return section.lr * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def _order(count: int, length: int, generator: torch.Generator) -> Tensor:
     """`length` indices below `count`: random orders of all of them, one after another."""
-    rounds = -(-length // count)
-    return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:length]
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-length // count))]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *rounds])[:length]
 
 
 def steps_per_epoch(recipe: Recipe, experiment: Experiment) -> int:
@@ -166,8 +172,11 @@ def check_images(experiment: Experiment) -> None:
     """Make sure that images and labels can be trained on.
 
     Raises:
-        InputError: If a set is empty, holds pixels that are no floats in [0, 1] (or are NaN), or labels out of range.
+        InputError: If a set is empty, holds pixels that are no floats in [0, 1] (or are NaN), or labels out of range;
+            or if the ID images are of one class.
     """
+    if len(experiment.train.class_names) < 2:
+        raise InputError(f"'{experiment.train.name}' has one class; give labels (.npz) or more classes")
     for images in (experiment.train, experiment.calibration, experiment.auxiliary, experiment.auxiliary_heldout):
         if len(images) == 0:
             raise InputError(f"'{images.name}' is empty; training needs ID images and auxiliary outliers")
@@ -190,19 +199,56 @@ def _weights(recipe: Recipe) -> Weights:
     return Weights(**dataclasses.asdict(recipe.objective))
 
 
+def _uses_outliers(recipe: Recipe) -> bool:
+    """Whether a term of the objective looks at outliers."""
+    section = recipe.objective
+    return (
+        section.certified != "none"
+        or section.lambda_grad > 0
+        or section.reduction == "reference"
+        or (section.lambda_S > 0 and section.outlier_loss != "none")
+    )
+
+
+def _check_bounds(network: nn.Module, experiment: Experiment, weights: Weights) -> None:
+    """Make sure that what the objective bounds can be bounded, on one image; leaves the network in eval mode.
+
+    Raises:
+        InputError: If the network holds a layer that cannot be bounded.
+    """
+    image, network = experiment.train.images[:1], network.eval()
+    with torch.no_grad():
+        if weights.certified != "none":
+            certified_loss(
+                network,
+                image,
+                image,
+                weights.certified_eps,
+                weights.m_in,
+                weights.m_out,
+                weights.certified_method,
+            )
+        if weights.lambda_grad > 0 and weights.slope == "interval":
+            interval_lipschitz(network, Ball(image, image.new_full((1,), weights.slope_eps), "l2"))
+
+
 def _check_batches(recipe: Recipe, experiment: Experiment) -> int:
     """Number of parts a batch is computed in.
 
     Raises:
-        InputError: If a batch is too small to be cut into them, or the candidates are too few to pick from.
+        InputError: If a batch is too small to be cut into them, the candidates are too few to pick from, or the
+            learning rate would rise to the end of the run.
     """
     section, count = recipe.optimizer, distributed.count()
-    parts, images = count * section.accumulate, len(experiment.train)
-    smallest = images // steps_per_epoch(recipe, experiment)
-    if smallest < parts:
+    parts, images, steps = count * section.accumulate, len(experiment.train), steps_per_epoch(recipe, experiment)
+    if images // steps < parts:
         raise InputError(
-            f"a batch of {smallest} ID images cannot be shared by {count} processes with optimizer.accumulate = "
-            f"{section.accumulate}; raise optimizer.batch_size"
+            f"a batch of {images // steps} ID images cannot be cut into {parts} parts (processes: {count}, "
+            f"optimizer.accumulate = {section.accumulate}); raise optimizer.batch_size"
+        )
+    if section.warmup_steps >= section.epochs * steps:
+        raise InputError(
+            f"optimizer.warmup_steps = {section.warmup_steps}, but the run has {section.epochs * steps} steps in all"
         )
     if parts > 1 and recipe.objective.reduction == "reference":
         raise InputError('objective.reduction = "reference" divides by the size of the batch; use one process')
@@ -214,13 +260,19 @@ def _check_batches(recipe: Recipe, experiment: Experiment) -> int:
     return parts
 
 
+def _set(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give tensors, in place, other values."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
 class _Steps:
     """The steps of a run: what happens to a network for one batch."""
 
     def __init__(self, network: nn.Module, experiment: Experiment, recipe: Recipe, device: torch.device) -> None:
         self.cuts = _check_batches(recipe, experiment)
         self.network, self.experiment, self.recipe, self.device = network, experiment, recipe, device
-        self.weights = _weights(recipe)
+        self.weights, self.uses_outliers = _weights(recipe), _uses_outliers(recipe)
         self.optimizer = _optimizer(network, recipe.optimizer)
         self.total = recipe.optimizer.epochs * steps_per_epoch(recipe, experiment)
         self.format = torch.channels_last if recipe.compute.channels_last else torch.contiguous_format
@@ -242,9 +294,10 @@ class _Steps:
         """The objective of one part of a batch."""
         train, auxiliary, section = self.experiment.train, self.experiment.auxiliary, self.recipe.sampling
         generator = self._generator(step, part)
-        images, outliers = self._images(train, inside, generator), self._images(auxiliary, outside, generator)
+        images = self._images(train, inside, generator)
+        outliers = self._images(auxiliary, outside, generator) if self.uses_outliers else images[:0]
         labels, roles, progress = train.labels[inside].to(self.device), None, step / self.total
-        if section.method == "energy":
+        if self.uses_outliers and section.method == "energy":
             with self._arithmetic():
                 logits, features = sampling.candidates(self.network, outliers)
             picks = sampling.pick(logits.float(), features.float(), len(images), section.routing, generator=generator)
@@ -276,16 +329,21 @@ class _Steps:
         """
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros(len(_TERMS), device=self.device)
+        before = [buffer.clone() for buffer in self.statistics]
+        after = [torch.zeros_like(buffer) for buffer in before]
         for part, part_inside, part_outside in self._own_parts(inside, outside):
             share = len(part_inside) / len(inside)
+            _set(self.statistics, before)
             found = self._terms(step, part, part_inside, part_outside, self.weights)
             (share * found.total).backward()
             terms += share * torch.stack([getattr(found, name).detach().float() for name in _TERMS])
-        for buffer in self.statistics:
-            buffer.div_(distributed.count())
+            for mean, buffer in zip(after, self.statistics, strict=True):
+                mean += share * buffer
         gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
-        distributed.add_up([*gradients, *self.statistics, terms])
-        if not bool(torch.isfinite(terms[0])):
+        distributed.add_up([*gradients, *after, terms])
+        finite = bool(torch.isfinite(terms[0]))
+        _set(self.statistics, after if finite else before)
+        if not finite:
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step, self.total)
@@ -306,8 +364,7 @@ class _Steps:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds[lambda_grad] = time.perf_counter() - start
-        for buffer, value in zip(self.network.buffers(), kept, strict=True):
-            buffer.copy_(value)
+        _set(self.network.buffers(), kept)
         self.optimizer.zero_grad(set_to_none=True)
         return max(0.0, 1 - seconds[0.0] / seconds[self.weights.lambda_grad])
 
@@ -326,7 +383,7 @@ def fit(
     """Train in place; one record an epoch.
 
     An epoch passes once over the ID images. With uniform sampling, every batch holds as many auxiliary outliers as ID
-    images. On the CPU, the result depends on nothing but the arguments (and the number of threads and processes).
+    images, none if no term of the objective looks at them. On the CPU, the result depends on nothing but the arguments (and the number of threads and processes).
 
     Args:
         network: The network; moved to the device. After an epoch it is in eval mode.
@@ -369,7 +426,9 @@ def fit(
     save(start)
     generator = torch.Generator().manual_seed(recipe.seed)
     count = steps_per_epoch(recipe, experiment)
-    candidates = len(train) if recipe.sampling.method == "uniform" else count * recipe.sampling.pool
+    candidates = 0
+    if steps.uses_outliers:
+        candidates = len(train) if recipe.sampling.method == "uniform" else count * recipe.sampling.pool
     probe_every, gradient_share = -(-_PROBE_STEPS // count), 0.0
     for number in range(1, section.epochs + 1):
         order_id = _order(len(train), len(train), generator).tensor_split(count)
@@ -395,9 +454,12 @@ def fit(
         watched = _watch(network, experiment, recipe) if len(history) == count else None
         if watched is None:
             network.load_state_dict(good)
+            bounds = (
+                "" if recipe.objective.certified == "none" else ", objective.lambda_certified, objective.certified_eps"
+            )
             raise RunError(
                 f"training diverged in epoch {number}: the loss or a score is no finite number any more; "
-                "lower optimizer.lr, objective.lambda_grad or objective.lambda_S"
+                f"lower optimizer.lr{bounds}, objective.lambda_grad or objective.lambda_S"
             )
         mean = dict(zip(_TERMS, torch.stack(history).double().mean(0).tolist(), strict=True))
         yield Epoch(
@@ -603,9 +665,10 @@ def run(
     detectors.check_device(device)
     with distributed.first_goes_ahead():
         experiment = experiment_of(recipe, data_dir, download and first)
+    check_images(experiment)
     _, calibration = _split_calibration(experiment.calibration, recipe)
     metrics.calibrated_threshold(range(len(calibration)), TPR_PERCENT)  # refuses too small a split
-    _weights(recipe)  # refuses choices that do not go together
+    weights = _weights(recipe)  # refuses choices that do not go together
     _check_batches(recipe, experiment)
     architecture = architecture_of(recipe, experiment)
     with torch.random.fork_rng(devices=[]):
@@ -616,6 +679,7 @@ def run(
         loaded = load_pretrained(network, Path(section.pretrained), section.pretrained_allow)
         if first:
             say(f"{section.pretrained}: {loaded}")
+    _check_bounds(network, experiment, weights)
     start, rows = checkpoint.load(last, recipe, architecture) if resume and first else (None, [])
     start = distributed.value_of_first(start)
     steps, floor = steps_per_epoch(recipe, experiment), accuracy_floor(recipe, architecture.classes)

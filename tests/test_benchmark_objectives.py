@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -73,22 +74,16 @@ def test_only_the_objective_differs():
     for name, shipped in {"CE": "ce", "OE": "oe", "Energy": "energy", "GReg, certified": "certified"}.items():
         changes = benchmark.objectives(0.1)[name]
         chosen, other = load(find("digits-greg"), changes + benchmark.DIGITS.settings), load(find(f"digits-{shipped}"))
-        ours, theirs = chosen.objective, other.objective
-        assert (ours.outlier_loss, ours.lambda_grad, ours.certified) == (
-            theirs.outlier_loss,
-            theirs.lambda_grad,
-            theirs.certified,
-        )
-        if name != "CE":  # whose outlier loss is none, whatever its weight
-            assert ours.lambda_S == theirs.lambda_S
+        ignored = {} if name == "GReg, certified" else {"certified_eps": other.objective.certified_eps}
+        assert dataclasses.replace(chosen.objective, **ignored) == other.objective
 
 
 @pytest.mark.parametrize(
     ("slope", "accuracy", "words"),
     [
-        (3.0, 0.985, "holds at lambda_grad = 0.1"),
-        (3.5, 0.985, "holds at no lambda_grad tried"),  # on ID the norm is cut 2.9-fold
-        (3.0, 0.975, "holds at no lambda_grad tried"),  # 1.5 points lost
+        (3.0, 0.985, "or less at lambda_grad = 0.1"),
+        (3.5, 0.985, "or less at no lambda_grad tried"),  # on ID the norm is cut 2.9-fold
+        (3.0, 0.975, "or less at no lambda_grad tried"),  # 1.5 points lost
     ],
 )
 def test_the_verdict(slope, accuracy, words, capsys):

@@ -400,3 +400,34 @@ def test_benchmark():
                 assert record["difference"] < 1e-6 and record["native_ms"] > 0 and record["auto_lirpa_ms"] > 0
             names.append(name)
     assert names == ["mlp 8x8", "conv-small 8x8"]
+
+
+def test_matrices_of_layers_and_of_windows_are_not_confused():
+    """Windows and whole layers pull rows of the same shape back through the same layer, with other padding."""
+    torch.manual_seed(1)
+    layers = nn.Conv2d(1, 4, 4, 4, 1), nn.ReLU(), nn.Conv2d(4, 256, 2, padding=1), nn.ReLU(), nn.Flatten()
+    network = nn.Sequential(*layers, nn.Linear(2304, 16), nn.ReLU(), nn.Linear(16, 3)).eval().double()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight *= 1.5
+    images = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    for norm, eps in (("linf", 0.01), ("linf", 0.1), ("l2", 0.3)):
+        ball = Ball(images, torch.full((4,), eps, dtype=torch.float64), norm)
+        lower, upper = (
+            NativeNetwork(network, (1, 8, 8), "crown").relax(ball).rows(torch.eye(3).double().expand(4, 3, 3))
+        )
+        logits = network(images)
+        assert bool((lower <= logits).all() and (logits <= upper).all())
+
+
+def test_windows_outside_the_layer():
+    """A kernel of 1 with padding 2: whole strips of windows see nothing but padding."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1, padding=2), nn.ReLU(), nn.Flatten())
+    network = nn.Sequential(*network, nn.Linear(200, 2)).eval().double()
+    ball = Ball(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.full((3,), 0.1, dtype=torch.float64), "linf")
+    rows = torch.eye(2).double().expand(3, 2, 2)
+    wide = NativeNetwork(network, (1, 8, 8), "crown").relax(ball).rows(rows)
+    narrow = NativeNetwork(network, (1, 8, 8), "crown", memory=4096).relax(ball).rows(rows)
+    for one, other in zip(wide, narrow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

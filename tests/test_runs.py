@@ -489,7 +489,11 @@ def test_a_killed_certification_goes_on(undisturbed, script, model, tmp_path, nu
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert errors == ("" if number == signal.SIGKILL else "certify.py: error: interrupted; the same command goes on (train: with --resume)\n")
+    assert errors == (
+        ""
+        if number == signal.SIGKILL
+        else "certify.py: error: interrupted; the same command goes on (train: with --resume)\n"
+    )
     partial = rows.read(path)
     assert not partial.complete and 2 <= len(partial) < 2 * LIMIT
     assert certify(model, tmp_path, LIMIT).complete

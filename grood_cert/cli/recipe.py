@@ -50,9 +50,10 @@ def copy(
     """Copy a recipe file, comments and all, as a start for your own; a base it names is found wherever it lies."""
     from grood_cert.errors import InputError
     from grood_cert.files import replacing
-    from grood_cert.recipe import find
+    from grood_cert.recipe import find, load
 
     source = find(name)
+    load(source)  # refuses what is no recipe
     target = destination or Path(source.name)
     if target.is_dir():
         target /= source.name

@@ -139,6 +139,8 @@ def check_graph(graph: Graph) -> None:
     Raises:
         InputError: Naming the layer.
     """
+    if not graph.nonlinear:
+        raise InputError("branch and bound splits ReLUs, and the network has none; linear bounds are all there is")
     for number in graph.nonlinear:
         node = graph.nodes[number]
         if not isinstance(node.operation, LeakyReLU):

@@ -128,10 +128,12 @@ class Passage:
     Attributes:
         image: Its coefficients at the image, shape (B, R, d).
         coefficients: Its coefficients behind every nonlinear layer it crossed, shape (B, R, *layer) each.
+        biases: Sum of |a| |b| over the biases b it met, shape (B, R).
     """
 
     image: Tensor | None = None
     coefficients: dict[int, Tensor] = field(default_factory=dict)
+    biases: Tensor | float = 0.0
 
 
 class Relaxation:
@@ -201,7 +203,10 @@ class Relaxation:
             operation, dimensions = current.operation, len(current.shape)
             if isinstance(operation, LinearMap):
                 if operation.bias is not None:
-                    constants = constants + (row * operation.bias).sum(tuple(range(-dimensions, 0)))
+                    axes = tuple(range(-dimensions, 0))
+                    constants = constants + (row * operation.bias).sum(axes)
+                    if passage is not None:
+                        passage.biases = passage.biases + (row.abs() * operation.bias.abs()).sum(axes)
                 row = over_rows(operation.transpose, row, dimensions)
             elif not isinstance(operation, Addition):
                 if passage is not None:
@@ -246,7 +251,7 @@ class Relaxation:
         """Rounding: 1e-12 of the size of what was summed on the way, shape (B, R)."""
         farthest = torch.maximum(self.ball.lower.abs(), self.ball.upper.abs()).flatten(1)
         assert passage.image is not None
-        size = (passage.image.abs() @ farthest.unsqueeze(-1)).squeeze(-1)
+        size = (passage.image.abs() @ farthest.unsqueeze(-1)).squeeze(-1) + passage.biases
         for number, row in passage.coefficients.items():
             lower, upper = self.inputs[number]
             reach = torch.maximum(lower.abs(), upper.abs()).flatten(1)
@@ -467,6 +472,8 @@ def tightened(
         order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
         for index in order.split(max(1, memory // (8 * 2 * len(domains) * widest)), 1) if count else ():
             low, high = _row_bounds(domains, node, index, steps, start, condition)
+            own = needed.gather(1, index)  # the others only fill up the rows of samples that need fewer
+            low, high = torch.where(own, low, -torch.inf), torch.where(own, high, torch.inf)
             lower = lower.scatter(1, index, torch.fmax(lower.gather(1, index), low))
             upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))
         found = lower.reshape(interval[0].shape), upper.reshape(interval[1].shape)

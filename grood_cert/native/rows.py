@@ -103,7 +103,7 @@ class Transposes:
         inputs = channels * math.prod(operation.input_size)
         if outputs * inputs > min(_DENSE_RATIO * outputs * reads + _DENSE_FREE, _DENSE_LARGEST):
             return operation.transpose(rows)
-        key = (number, *shape, *operation.input_size)
+        key = (number, *shape, *operation.input_size, *operation.padding)
         if key not in self._matrices:
             units = torch.eye(outputs, dtype=rows.dtype, device=rows.device)
             self._matrices[key] = operation.transpose(units.reshape(outputs, *shape)).reshape(outputs, inputs)

@@ -105,4 +105,6 @@ def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Ten
     itself = torch.eye(classes, dtype=torch.bool, device=lower.device)
     low, high = low.masked_fill(itself, 0.0), high.masked_fill(itself, 0.0)
     weights_lower, weights_upper = 1 / high.exp().sum(1), 1 / low.exp().sum(1)
-    return Weights(weights_lower * (1 - _RELATIVE), (weights_upper * (1 + _RELATIVE)).clamp(max=1 + _RELATIVE))
+    tiny = torch.finfo(lower.dtype).tiny  # below it, a relative margin is none
+    low_end = (weights_lower * (1 - _RELATIVE) - tiny).clamp(min=0)
+    return Weights(low_end, (weights_upper * (1 + _RELATIVE) + tiny).clamp(max=1 + _RELATIVE))

@@ -81,11 +81,13 @@ class Window:
 
     def gather(self, maps: Tensor) -> Tensor:
         """The entries of every window, zeros outside: (N, C, H, W) to (N, places, C * size)."""
+        extent = [(self.places[axis] - 1) * self.step[axis] + self.size[axis] for axis in (0, 1)]
         margins = []
         for axis in (1, 0):
-            end = (self.places[axis] - 1) * self.step[axis] + self.size[axis] - self.before[axis]
-            margins += [self.before[axis], end - maps.shape[2 + axis]]
-        padded = functional.pad(maps, margins)
+            after = extent[axis] - self.before[axis] - maps.shape[2 + axis]
+            margins += [max(self.before[axis], 0), max(after, 0)]
+        top, left = (max(-before, 0) for before in self.before)  # windows may lie outside the layer altogether
+        padded = functional.pad(maps, margins)[:, :, top : top + extent[0], left : left + extent[1]]
         seen = padded.unfold(2, self.size[0], self.step[0]).unfold(3, self.size[1], self.step[1])
         return seen.permute(0, 2, 3, 1, 4, 5).reshape(len(maps), math.prod(self.places), -1)
 
