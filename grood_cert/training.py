@@ -279,8 +279,8 @@ class _Steps:
         network.to(memory_format=self.format)  # type: ignore[call-overload]
         self.model: Any = torch.compile(network) if recipe.compute.compile else network
         layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-        running = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
-        self.statistics = [buffer for buffer in running if buffer is not None]
+        self.buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self.statistics = [buffer for buffer in self.buffers if buffer.is_floating_point()]
 
     def _generator(self, step: int, part: int) -> torch.Generator:
         (number,) = np.random.SeedSequence([self.recipe.seed, step, part]).generate_state(1, np.uint64)
@@ -329,11 +329,11 @@ class _Steps:
         """
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros(len(_TERMS), device=self.device)
-        before = [buffer.clone() for buffer in self.statistics]
-        after = [torch.zeros_like(buffer) for buffer in before]
+        before = [buffer.clone() for buffer in self.buffers]
+        after = [torch.zeros_like(buffer) for buffer in self.statistics]
         for part, part_inside, part_outside in self._own_parts(inside, outside):
             share = len(part_inside) / len(inside)
-            _set(self.statistics, before)
+            _set(self.buffers, before)
             found = self._terms(step, part, part_inside, part_outside, self.weights)
             (share * found.total).backward()
             terms += share * torch.stack([getattr(found, name).detach().float() for name in _TERMS])
@@ -341,10 +341,10 @@ class _Steps:
                 mean += share * buffer
         gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
         distributed.add_up([*gradients, *after, terms])
-        finite = bool(torch.isfinite(terms[0]))
-        _set(self.statistics, after if finite else before)
-        if not finite:
+        if not bool(torch.isfinite(terms[0])):
+            _set(self.buffers, before)
             return None
+        _set(self.statistics, after)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step, self.total)
         self.optimizer.step()

@@ -186,6 +186,13 @@ def test_what_cannot_be_resumed(tmp_path, begun, whole):
         training.run(recipe_of(), begun, resume=True)
 
 
+def test_the_weights_of_the_best_epoch_are_missed_by_name(tmp_path):
+    with pytest.raises(
+        InputError, match=r"best\.pt: no such file, and it held the weights of the best epoch so far; beg"
+    ):
+        checkpoint.load_weights(tmp_path / "best.pt")
+
+
 def test_force_begins_again(begun, whole):
     training.run(recipe_of(), begun, force=True)
     assert_same(begun, whole)

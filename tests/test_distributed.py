@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from grood_cert import detector, distributed, training
+from grood_cert.cli import options
 from grood_cert.errors import InputError
-from grood_cert.recipe import Recipe, from_dict
+from grood_cert.recipe import Recipe, from_dict, load
 
 SETTINGS = {
     "name": "shared",
@@ -117,6 +118,13 @@ def test_batch_norm_and_picked_outliers_in_two_processes(two):
     assert all(torch.equal(value, stored[name].to(value)) for name, value in first.items())
 
 
+def test_batch_norm_in_two_processes_is_batch_norm_in_two_parts(two, tmp_path):
+    folder, _ = two
+    recipe = load(folder / "norm.toml", ["optimizer.accumulate=2"])
+    training.run(recipe, tmp_path)
+    assert_close(folder / "norm", tmp_path)
+
+
 def test_parts_of_a_batch_make_the_step_of_the_batch(tmp_path):
     """Without random changes of the images, a batch in parts is the batch in one piece."""
     plain = {"augmentation": {"flip": False, "crop_padding": 0, "noise_sigma": 0.0}}
@@ -142,14 +150,31 @@ def test_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     message = "GPUs; start at most as many processes, or add --device cpu"
-    with pytest.raises(InputError, match=message), distributed.joined("cuda"):
-        pass
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match=message), distributed.joined(device):
+            pass
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_each_process_has_the_gpu_of_its_number(monkeypatch, device):
+    """As torchrun starts the second of two processes on a machine with two GPUs; nothing but the calls to torch is played."""
+    called: list[object] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: called.append("left"))
+    with distributed.joined(options.device_name(device)) as place:
+        assert place == "cuda:1" and called == ["cuda:1", "nccl"]
+    assert called[2:] == ["left"]
 
 
 @pytest.mark.parametrize(
     ("processes", "sections", "message"),
     [
-        (64, {}, "a batch of 40 ID images cannot be shared by 64 processes with optimizer.accumulate = 1"),
+        (64, {}, "a batch of 40 ID images cannot be cut into 64 parts (processes: 64, optimizer.accumulate = 1)"),
         (2, {"objective": {"reduction": "reference"}}, 'reduction = "reference" divides by the size of the batch'),
         (4, {"sampling": {"method": "energy", "pool": 79}}, "a pool of 19 candidates is too small: a step of 10 ID"),
     ],

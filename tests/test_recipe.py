@@ -59,6 +59,10 @@ def test_round_trip():
         ({"data": {"ood": [1]}}, "data.ood: expected a list of texts"),
         ({"objective": {"m_in": -2, "m_out": -2}}, "m_in must lie below m_out, got -2.0 and -2.0"),
         ("text", "recipe: expected a table, got 'text'"),
+        ({"seed": 2**63}, f"seed: expected a value below 2**63, got {2**63}"),
+        ({"data": {"seed": 2**64}}, f"data.seed: expected a value below 2**63, got {2**64}"),
+        ({"objective": {"outlier_loss": "none"}}, 'outlier_loss = "none" leaves nothing for lambda_S to weigh; use'),
+        ({"optimizer": {"lr": 1e-7}}, "optimizer: the cosine falls from lr to lr_min, got 1e-07 and 1e-06"),
         ({"objective": {"certified": "ood"}}, 'objective: certified = "ood" needs a certified_eps above 0'),
         (
             {"objective": {"penalty": "quick"}},
@@ -107,6 +111,11 @@ def test_a_contradiction_is_not_claimed_of_a_default_in_the_place_of_a_bad_value
 def test_bf16_and_compile_go_with_what_has_no_second_derivatives():
     for objective in ({"penalty": "fast"}, {"lambda_grad": 0}):
         from_dict({"objective": objective, "compute": {"precision": "bf16", "compile": True}})
+
+
+def test_lr_min_is_of_the_cosine_alone():
+    from_dict({"optimizer": {"lr": 1e-7, "schedule": "constant"}})
+    from_dict({"optimizer": {"lr": 1e-6}})
 
 
 def test_a_recipe_as_toml_is_the_recipe():

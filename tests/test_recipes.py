@@ -171,6 +171,14 @@ def test_copy_gives_a_recipe_to_edit(call, tmp_path, monkeypatch):
     assert load(tmp_path / "sub/mine.toml") == load(find(name)), "its base is found wherever it lies"
 
 
+@pytest.mark.parametrize("content", ["PNG", "[optimizer]\nlr = 'high'\n"])
+def test_copy_refuses_what_is_no_recipe(call, tmp_path, content):
+    (tmp_path / "mine.toml").write_text(content)
+    code, out, err = call("recipe", "copy", tmp_path / "mine.toml", tmp_path / "copy.toml")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "mine.toml: " in err
+    assert not (tmp_path / "copy.toml").exists()
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(call, tmp_path):
     for arguments in (("recipe", "show", "digits-gerg"), ("train", "digits-gerg", "--out", tmp_path / "x")):
         code, out, err = call(*arguments)

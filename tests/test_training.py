@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import math
@@ -303,6 +304,91 @@ def test_a_step_that_ends_in_nan_is_divergence_too(monkeypatch):
     assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
+def test_divergence_with_bounds_names_their_settings():
+    recipe, data = small(objective={"certified": "ood", "certified_eps": 0.1}), experiment()
+    network = network_of(recipe, data)
+    network[-1].weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(
+        RunError, match=r"lower optimizer\.lr, objective\.lambda_certified, objective\.certified_eps, obj"
+    ):
+        list(training.fit(network, data, recipe))
+
+
+def test_a_network_that_never_meets_an_outlier_is_the_same_whatever_they_are(tmp_path):
+    """BatchNorm, momentum and the order of the ID images: nothing of them may follow from outliers that no term sees."""
+    states = []
+    for run, changes in {
+        "a": {},
+        "b": {"data": {"auxiliary": "digits:7"}},
+        "c": {"data": {"auxiliary": "digits:6"}, "sampling": {"method": "energy", "pool": 84}},
+    }.items():
+        recipe = small(
+            network={"name": "resnet-small", "width": 2},
+            objective={"outlier_loss": "none", "lambda_S": 0, "lambda_grad": 0},
+            augmentation={"noise_sigma": 0.1},
+            **{"data": {}, **changes},
+        )
+        training.run(recipe, tmp_path / run)
+        states.append(detectors.load(tmp_path / run / "model.pt").network.state_dict())
+    assert any("running_var" in name for name in states[0])
+    for other in states[1:]:
+        assert all(value.numpy().tobytes() == other[name].numpy().tobytes() for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"lambda_S": 0.1},
+        {"lambda_grad": 0.1},
+        {"reduction": "reference"},
+        {"certified": "ood", "certified_eps": 0.1},
+    ],
+)
+def test_outliers_are_in_the_batch_as_soon_as_a_term_looks_at_them(objective, monkeypatch):
+    recipe = small(objective={"lambda_S": 0, "lambda_grad": 0, **objective}, optimizer={"epochs": 1})
+    seen, original = [], training.objective
+
+    def watch(network, images_id, labels, images_aux, weights, **options):
+        seen.append((len(images_id), len(images_aux)))
+        return original(network, images_id, labels, images_aux, weights, **options)
+
+    monkeypatch.setattr(training, "objective", watch)
+    list(training.fit(network_of(recipe, experiment()), experiment(), recipe))
+    assert seen and all(inside == outside for inside, outside in seen)
+
+
+def test_parts_of_a_batch_move_the_running_statistics_once():
+    """A step of 5 images in parts of 3 and 2: the mean of what each part alone does to the statistics, by their shares."""
+    data = experiment(train=5, auxiliary=5)
+    recipe = small(
+        network={"name": "resnet-small", "width": 2},
+        objective={"lambda_grad": 0},
+        optimizer={"batch_size": 5, "accumulate": 2},
+    )
+    network = network_of(recipe, data)
+    expected = {name: torch.zeros_like(value) for name, value in network.named_buffers() if "running" in name}
+    inside, outside = torch.tensor([4, 0, 2, 1, 3]), torch.tensor([1, 3, 0, 4, 2])
+    for part, share in ((slice(0, 3), 0.6), (slice(3, 5), 0.4)):
+        twin = copy.deepcopy(network).train()
+        twin(torch.cat([data.train.images[inside[part]], data.auxiliary.images[outside[part]]]))
+        for name, mean in expected.items():
+            mean += share * twin.get_buffer(name)
+    training._Steps(network.train(), data, recipe, torch.device("cpu")).take(0, inside, outside)
+    assert len(expected) > 4
+    for name, mean in expected.items():
+        torch.testing.assert_close(network.get_buffer(name), mean)
+
+
+def test_a_step_that_is_no_number_leaves_the_running_statistics():
+    recipe, data = small(network={"name": "resnet-small", "width": 2}), experiment()
+    network = network_of(recipe, data).train()
+    before = {name: value.clone() for name, value in network.named_buffers() if "running" in name}
+    data.train.images[3] = float("nan")
+    steps = training._Steps(network, data, recipe, torch.device("cpu"))
+    assert steps.take(0, torch.arange(5), torch.arange(5)) is None
+    assert all(torch.equal(network.get_buffer(name), value) for name, value in before.items())
+
+
 def test_architecture_normalises_by_the_training_images():
     data = experiment(shape=(3, 4, 4))
     data.train.images[:, 2] = 0.25
@@ -326,9 +412,35 @@ def test_a_run_does_not_overwrite_another(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "objective",
+    [
+        {"slope": "interval", "slope_eps": 0.01},
+        {"certified": "ood", "certified_eps": 0.01},
+        {"certified": "both", "certified_eps": 0.01, "certified_method": "crown-ibp"},
+    ],
+)
+def test_force_keeps_a_run_when_the_network_cannot_be_bounded(tmp_path, objective):
+    (tmp_path / "model.pt").write_text("finished")
+    recipe = small(network={"name": "densenet-bc-100"}, objective=objective)
+    with pytest.raises(InputError, match=r"layer cat: .* cannot be bounded"):
+        training.run(recipe, tmp_path, force=True)
+    assert os.listdir(tmp_path) == ["model.pt"] and (tmp_path / "model.pt").read_text() == "finished"
+
+
+def test_force_keeps_a_run_when_the_images_cannot_be_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "model.pt").write_text("finished")
+    data = bad_images(train=torch.full((20, 1, 8, 8), 255.0))
+    monkeypatch.setattr(training, "experiment_of", lambda *arguments: data)
+    with pytest.raises(InputError, match="has pixels from 255 to 255"):
+        training.run(small(), tmp_path, force=True)
+    assert (tmp_path / "model.pt").read_text() == "finished"
+
+
+@pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
         ({"data": {"auxiliary": "digits:0"}}, {}, "auxiliary set 'digits:0' and ID set 'digits:0-5' share class 0"),
+        ({"data": {"id": "digits:0"}}, {}, "'digits:0' has one class; give labels (.npz) or more classes"),
         ({"data": {"ood": ["digits:0-5"]}}, {}, "OOD set 'digits:0-5' and ID set"),
         (
             {"data": {"calibration_share": 0.01}},
@@ -418,7 +530,11 @@ def test_files_that_cannot_be_trained_on(tmp_path, pixels, message):
             {"sampling": {"method": "energy", "pool": 500}},
             "sampling.pool = 500, but there are only 90 auxiliary outliers",
         ),
-        ({"optimizer": {"accumulate": 31}}, "a batch of 30 ID images cannot be shared by 1 processes with"),
+        ({"optimizer": {"accumulate": 31}}, "a batch of 30 ID images cannot be cut into 31 parts (processes: 1, "),
+        (
+            {"optimizer": {"warmup_steps": 6}},
+            "optimizer.warmup_steps = 6, but the run has 6 steps in all",
+        ),
         ({"objective": {"slope": "interval", "penalty": "fast"}}, 'slope = "interval" is differentiated exactly'),
         ({"network": {"pretrained": "nowhere.pt"}}, "nowhere.pt"),
     ],
@@ -470,7 +586,7 @@ def test_other_scores_are_reported_at_the_temperature_of_the_recipe(tmp_path):
 
 def test_a_collapsed_classifier_is_warned_of(tmp_path):
     said: list[str] = []
-    still = {"lr": 1e-12, "name": "sgd", "epochs": 2}
+    still = {"lr": 1e-12, "lr_min": 0.0, "name": "sgd", "epochs": 2}
     training.run(small(optimizer=still), tmp_path / "a", say=said.append)
     assert len(said) == 2
     assert said[0].startswith("warning: epoch 1: ID accuracy 0.") and "is below 0.250, the classifier has" in said[0]
