@@ -38,6 +38,7 @@ from grood_cert.detector import Detector
 from grood_cert.energy import energy, energy_gradient
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
+from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.lirpa import BoundedNetwork, Method
 from grood_cert.memory import split_on_memory_error
@@ -45,7 +46,7 @@ from grood_cert.native.branching import Branched, branch_and_bound
 from grood_cert.native.engine import NativeNetwork
 from grood_cert.native.graph import trace
 from grood_cert.native.optimised import Side, optimised_bounds
-from grood_cert.native.preactivations import Preactivations, logit_rows, preactivations
+from grood_cert.native.preactivations import Preactivations
 from grood_cert.score_bounds import Bounded, ScoreBounds, score_bounds
 
 Stage = Literal["ibp", "crown-ibp", "crown", "lipschitz", "alpha-crown", "branch-and-bound"]
@@ -577,9 +578,7 @@ class Certifier:
     def _hidden(self, ball: Ball) -> Preactivations:
         """Bounds of the hidden layers and logits by the linear engine, intersected with intervals."""
         assert self._graph is not None
-        relaxation = self._bounded.relax(ball)
-        rows = logit_rows(self._graph.classes).to(ball.center).expand(len(ball.center), -1, -1)
-        return preactivations(self._graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
+        return engine_preactivations(self._bounded, self._graph, ball)
 
     def _lipschitz(self, batch: _Batch) -> dict[str, Tensor]:
         """Radii and an envelope from local Lipschitz bounds.

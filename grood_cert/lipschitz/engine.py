@@ -1,14 +1,14 @@
-"""Pre-activation bounds for the Lipschitz bounds, from the toolkit's formal engine, auto_LiRPA."""
+"""Pre-activation bounds for the Lipschitz bounds, from a bound engine: auto_LiRPA or our own."""
 
 from __future__ import annotations
 
 from grood_cert.ball import Ball
-from grood_cert.lirpa import BoundedNetwork
 from grood_cert.native.graph import Graph
 from grood_cert.native.preactivations import Preactivations, logit_rows, preactivations
+from grood_cert.score_bounds import Bounded
 
 
-def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
+def engine_preactivations(bounded: Bounded, graph: Graph, ball: Ball) -> Preactivations:
     """Bounds of the pre-activations, logits and softmax weights by the engine's method, intersected with intervals.
 
     Args:
