@@ -553,13 +553,15 @@ class Certifier:
             hit = grid == eps[:, None]
             return torch.where(hit.any(1), torch.where(hit, known, 0).sum(1), default)
 
+        # Balls beyond the attack may be left to cheaper stages; their loose deviation would mislead the search.
+        bounded = (high < batch.witness.radius) | self.effort.everywhere | (len(self._linear) == 1)
         search_radius(
             lambda index, eps: self._bound(batch, index, eps, self._linear[-1])[key],
             torch.where(batch.right, envelope.margin, 0.0),
             low=low,
             low_deviation=torch.where(low > 0, at(low, 0.0), 0.0),
             high=high,
-            high_deviation=at(high, torch.nan),
+            high_deviation=torch.where(bounded, at(high, torch.nan), torch.nan),
             first=(_FIRST_SHARE * batch.witness.radius).clamp(max=self._limit),
             limit=self._limit,
             precision=self.settings.precision,

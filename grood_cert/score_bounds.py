@@ -11,7 +11,8 @@ U0 and L0 bound each logit alone. U1 and L1 are *joint*: one row carries the cor
 the network.
 
 * U1: LSE(z) = max over p of p . z + H(p) (Gibbs), so LSE(f) >= p . f + H(p) >= LB[p] + H(p) for whichever p.
-  Used: p = softmax f(x), where it is the tangent plane of LSE, and p = softmax((l + u) / 2).
+  Used: p = softmax f(x), where it is the tangent plane of LSE, and p = softmax((l + u) / 2) and softmax(l) for wide
+  intervals.
 * L1: e^(z - M) is convex, so on [l_k, u_k] it lies below any line through (u_k, e^(u_k - M)) whose slope kappa_k lies
   in [0, chord slope]; the chord slope is e^(u_k - M) (1 - e^-(u_k - l_k)) / (u_k - l_k). Summing over k and taking
   the increasing logarithm gives L1. All exponentials are <= 1, so logits above 88 do no harm, and a degenerate
@@ -197,21 +198,22 @@ def score_bounds(bounded: Bounded, ball: Ball, method: Method | None = None, sid
     known = torch.isfinite(lower).all(-1)
     slopes = chord_slopes(lower, upper)
 
-    def bounds_of(weights: Tensor, method: Method) -> tuple[list[Tensor], list[Tensor]]:
-        """U1 with these weights and L1, as far as they are wanted, from one call."""
-        wanted = [row for row, name in ((weights, "upper"), (slopes, "lower")) if side in (name, "both")]
-        rows = torch.where(known[:, None, None], torch.stack(wanted, 1), 0.0)
+    def bounds_of(weights: list[Tensor], method: Method) -> tuple[list[Tensor], list[Tensor]]:
+        """U1 with each of these weights and L1, as far as they are wanted, from one call."""
+        gibbs = [] if side == "lower" else weights
+        chords = [] if side == "upper" else [slopes]
+        rows = torch.where(known[:, None, None], torch.stack([*gibbs, *chords], 1), 0.0)
         row_lower, row_upper = relaxation.rows(rows, method)
         return (
-            [] if side == "lower" else [gibbs_upper(row_lower[:, 0], weights)],
-            [] if side == "upper" else [chord_lower(row_upper[:, -1], slopes, upper)],
+            [gibbs_upper(row_lower[:, place], row) for place, row in enumerate(gibbs)],
+            [chord_lower(row_upper[:, -1], slopes, upper) for slopes in chords],
         )
 
-    uppers, lowers = bounds_of(torch.softmax((lower + upper) / 2, -1), plain)
+    uppers, lowers = bounds_of([torch.softmax((lower + upper) / 2, -1), torch.softmax(lower, -1)], plain)
     if side != "lower":
         uppers.append(gibbs_upper(row_center, p_center))
     if method == "alpha-crown":
-        optimised = bounds_of(p_center, method)
+        optimised = bounds_of([p_center], method)
         uppers, lowers = uppers + optimised[0], lowers + optimised[1]
     # NaN in one bound leaves the others: each is a proof of its own.
     best_upper, best_lower = upper_per_logit, lower_per_logit

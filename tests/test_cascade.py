@@ -218,6 +218,15 @@ def test_a_radius_takes_few_bounds(loaded, images, monkeypatch):
     assert float((bounds.upper[certified] < loaded.gamma).double().mean()) < 0.1  # 1.2 % more is not proved
 
 
+def test_skipping_what_is_decided_costs_no_radius(loaded, images):
+    """Effort "fast" bounds fewer balls of the grid; its radii end at the same precision all the same."""
+    settings = Settings(eps=(0.01, 0.03, 0.05, 0.08, 0.12, 0.2), stages=LINEAR, engine="native")
+    fast, whole = (
+        certify(loaded, dataclasses.replace(settings, effort=name), images[:24]) for name in ("fast", "default")
+    )
+    assert bool((fast["radius_certified"] >= whole["radius_certified"] * (1 - 2 * settings.precision)).all())
+
+
 def test_engines_agree(loaded, images):
     settings = Settings(eps=(0.01, 0.03), stages=("ibp", "crown"))
     one, other = (certify(loaded, dataclasses.replace(settings, engine=name), images[:6]) for name in cascade.ENGINES)
