@@ -1,0 +1,34 @@
+"""Image sets, named by short specs, and the split of an experiment into its parts.
+
+A spec is ``SOURCE[:CLASSES]``. Sources are
+
+* built in: ``digits``, ``photo-patches``, ``uniform-noise``, ``gaussian-noise``, ``smooth-noise``;
+* sets that torchvision reads from ``--data-dir``: ``mnist``, ``emnist-letters``, ``cifar10``, ``svhn``, ``dtd``, ...;
+* folders of pictures of the OOD literature under ``--data-dir``: ``lsun-c``, ``lsun-r``, ``isun``, ``places365``,
+  ``inaturalist``, ``sun``, and ``imagenet``;
+* a file ``images.npy`` or ``images.npz``;
+* a folder of pictures, or ``FOLDER@LIST`` for those of its class folders that a list names, ``FOLDER@!LIST`` for all
+  others. LIST is a text file, one class folder a line, or ``imagenet-10``, the ten ID classes of the GReg paper:
+  ``imagenet@imagenet-10`` is then the ID set and ``imagenet@!imagenet-10`` the auxiliary outliers.
+
+Every set comes out as float32 (N, C, H, W) with pixels in [0, 1]. Small sets are tensors; sets of more than a gigabyte
+are read as they are indexed, from the mapped file or the pictures (`StoredImages`).
+"""
+
+from grood_cert.data.experiment import Experiment, load_experiment
+from grood_cert.data.images import ImageSet, StoredImages
+from grood_cert.data.sources import load_set
+from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, parse_spec
+
+__all__ = [
+    "FOLDERS",
+    "NOISE",
+    "SOURCES",
+    "TORCHVISION",
+    "Experiment",
+    "ImageSet",
+    "StoredImages",
+    "load_experiment",
+    "load_set",
+    "parse_spec",
+]
