@@ -162,8 +162,8 @@ print(json.dumps([start, budget, samples, probing, measure(samples)]))
 
 
 def test_the_budget_is_met_on_conv_small():
-    """The batch chosen from measurements of small ones stays in the budget within 20 %, and measuring takes less."""
+    """The batch chosen from measurements of small ones takes what it may, within 20 %, and measuring takes less."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     start, budget, samples, probing, used = json.loads(done.stdout.splitlines()[-1])
     assert samples >= 4 and start < probing < budget
-    assert used / budget < 1.2
+    assert 0.8 < used / budget < 1.2
