@@ -480,6 +480,10 @@ class Certifier:
 
     # Linear bounds.
 
+    def _count_failure(self, error: Exception, balls: int) -> None:
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        self.failures[message] = self.failures.get(message, 0) + balls
+
     def _guarded(
         self,
         prove: Callable[[Ball], _Result],
@@ -494,8 +498,7 @@ class Certifier:
         """
 
         def failed(error: Exception, samples: int) -> _Result:
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            self.failures[message] = self.failures.get(message, 0) + samples
+            self._count_failure(error, samples)
             return unproved(samples)
 
         def attempt(index: Tensor, eps: Tensor) -> _Result:
@@ -615,8 +618,7 @@ class Certifier:
                 slopes = torch.stack([bound(eps) for eps in grid.T], 1)
                 found = {"fixed_point": fixed_point, "path": path_radius(grid, slopes, margin)}
         except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing was proved)
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            self.failures[message] = self.failures.get(message, 0) + len(margin)
+            self._count_failure(error, len(margin))
             return found
         for radius in found.values():
             envelope.certify(everyone, radius, "lipschitz")

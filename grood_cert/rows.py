@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -127,6 +127,21 @@ class Rows:
         return {name: np.asarray((self.columns["set"] == name) & self.of_kind(kind)) for name in names}
 
 
+def column_values(
+    records: Sequence[Mapping[str, Any]], names: Iterable[str], kinds: Mapping[str, type]
+) -> dict[str, NDArray[Any]]:
+    """Columns by name, shape (N,) each; a name that `kinds` leaves out holds numbers."""
+    return {name: np.array([kinds.get(name, float)(record[name]) for record in records]) for name in names}
+
+
+def grid_values(
+    records: Sequence[Mapping[str, Any]], name: str, eps: Sequence[float], kind: type = float
+) -> NDArray[Any]:
+    """A grid column, shape (N, len(eps))."""
+    values = [[kind(record[grid_column(name, value)]) for value in eps] for record in records]
+    return np.array(values).reshape(len(records), len(eps))
+
+
 def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> Rows:
     """Arrange records (as written or as read, values may be text) by column.
 
@@ -135,17 +150,10 @@ def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, An
         ValueError: If a value does not read as a number.
     """
     eps = tuple(float(value) for value in manifest["eps"])
-    columns: dict[str, NDArray[Any]] = {}
-    for name in COLUMNS:
-        kind: type = str if name in _TEXT else int if name in _INTEGERS else float
-        columns[name] = np.array([kind(record[name]) for record in records])
-
-    def on_grid(name: str, kind: type) -> NDArray[Any]:
-        values = [[kind(record[grid_column(name, value)]) for value in eps] for record in records]
-        return np.array(values).reshape(len(records), len(eps))
-
-    grid = {name: on_grid(name, float) for name in GRID_COLUMNS}
-    return Rows(manifest, eps, columns, grid, on_grid("outcome", str))
+    kinds: dict[str, type] = dict.fromkeys(_TEXT, str) | dict.fromkeys(_INTEGERS, int)
+    grid = {name: grid_values(records, name, eps) for name in GRID_COLUMNS}
+    columns = column_values(records, COLUMNS, kinds)
+    return Rows(manifest, eps, columns, grid, grid_values(records, "outcome", eps, str))
 
 
 def write(rows: Rows, path: Path) -> None:

@@ -212,6 +212,10 @@ class Shard:
         """Where the shard's rows go if those of the whole run go to `target`."""
         return target if self.count == 1 else target.with_stem(f"{target.stem}-{self.index + 1}-of-{self.count}")
 
+    def result(self, target: Path) -> Path:
+        """Where the rows lie in the end: shards that run jointly are merged into those of the whole run."""
+        return target if self.joint else self.file(target)
+
 
 WHOLE = Shard()
 
@@ -344,7 +348,7 @@ def execute(
                     save(added)
                     counts.update(name for record in added for name in tally(record))
                     advance(len(batch), counts)
-    return target if shard.joint else path
+    return shard.result(target)
 
 
 @contextlib.contextmanager

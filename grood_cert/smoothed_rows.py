@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from grood_cert import metrics
 from grood_cert.errors import InputError
-from grood_cert.rows import KINDS, grid_column, read_files
+from grood_cert.rows import KINDS, column_values, grid_column, grid_values, read_files
 
 COLUMNS: dict[str, str] = {
     "set": "name of the image set",
@@ -106,15 +106,9 @@ def from_records(records: Sequence[Mapping[str, Any]], manifest: Mapping[str, An
         ValueError: If a value does not read as a number.
     """
     eps = tuple(float(value) for value in manifest["eps"])
-    columns: dict[str, NDArray[Any]] = {}
-    for name in COLUMNS:
-        kind: type = str if name in _TEXT else int if name in _INTEGERS else float
-        columns[name] = np.array([kind(record[name]) for record in records])
-    grid = {
-        name: np.array([[float(record[grid_column(name, value)]) for value in eps] for record in records])
-        for name in GRID_COLUMNS
-    }
-    return SmoothedRows(manifest, eps, columns, grid)
+    kinds: dict[str, type] = dict.fromkeys(_TEXT, str) | dict.fromkeys(_INTEGERS, int)
+    grid = {name: grid_values(records, name, eps) for name in GRID_COLUMNS}
+    return SmoothedRows(manifest, eps, column_values(records, COLUMNS, kinds), grid)
 
 
 def calibrated_gamma(path: Path) -> float:

@@ -94,7 +94,7 @@ def certify(
         raise InputError(f"gamma must be a finite number, got {gamma!r}")
     loaded = detector.load(model, options.device_name(device))
     folder = out or model.parent
-    part = runs.Shard.parse(shard) if shard else runs.shard_of_environment()
+    part = options.shard_of(shard)
     most = options.byte_count(memory) if memory else 0
     if method == "smoothing":
         if gamma is not None:
@@ -158,7 +158,7 @@ def certify(
     _print(rows)
     for message, count in rows.manifest["failures"].items():
         typer.echo(f"not proved because a bound engine failed, {count} balls: {message}", err=True)
-    typer.echo(f"wrote {part.file(folder / 'rows.csv') if not part.joint else folder / 'rows.csv'} and its manifest")
+    typer.echo(f"wrote {part.result(folder / 'rows.csv')} and its manifest")
 
 
 def _print(rows: Any) -> None:
@@ -220,4 +220,4 @@ def _smooth(
     title = f"smoothed detector, sigma {settings.sigma:g}: each row holds with probability {1 - settings.alpha:g}"
     output.print_across(smoothed_rows.summary(rows), "set", _SMOOTHED, title)
     output.print_across(smoothed_rows.detection(rows), "set", smoothed_rows.DETECTION, "clean, base and smoothed")
-    typer.echo(f"wrote {part.file(folder / 'smoothing.csv') if not part.joint else folder / 'smoothing.csv'}")
+    typer.echo(f"wrote {part.result(folder / 'smoothing.csv')}")

@@ -51,7 +51,7 @@ def lipschitz(
     settings.check(loaded.architecture.shape)
     images = options.experiment(loaded, ood, data_dir, download)
     folder = out or model.parent
-    part = runs.Shard.parse(shard) if shard else runs.shard_of_environment()
+    part = options.shard_of(shard)
     with output.Bar() as bar:
         result = analysis.run(
             loaded,
@@ -71,5 +71,4 @@ def lipschitz(
     for kind in result.kinds():
         title = f"{kind}: local Lipschitz constant of S at each eps, medians, {norm} ball, per pixel unit"
         output.print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
-    written = folder / "lipschitz.csv" if part.joint else part.file(folder / "lipschitz.csv")
-    typer.echo(f"wrote {written} and its manifest")
+    typer.echo(f"wrote {part.result(folder / 'lipschitz.csv')} and its manifest")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from grood_cert import runs
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
 
@@ -34,6 +35,13 @@ def device_name(name: str) -> str:
     if name != "auto":
         return name
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def shard_of(text: str) -> runs.Shard:
+    """The part of a run that --shard names; without it, the one that torchrun gives this process."""
+    from grood_cert import runs
+
+    return runs.Shard.parse(text) if text else runs.shard_of_environment()
 
 
 def byte_count(text: str) -> int:
