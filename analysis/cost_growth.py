@@ -2,7 +2,7 @@
 
     python analysis/cost_growth.py --out docs/cost-growth.png
 
-Solid: CROWN bounds of S on one ball of radius eps. Dashed: the radius search of `grood_cert.cascade` where the margin is
+Solid: CROWN bounds of S on one ball of radius eps. Dashed: the radius search of `grood_cert.certification.cascade` where the margin is
 the deviation of that bound, so that eps is what it has to find, starting from 1.4 eps. The base case is conv-small of
 its default width with 10 logits on 8x8 images, eps = 0.02, 16 samples in a batch; each panel changes one thing, the one
 of depth takes MLPs 128 wide. Weights and images are random: the share of unstable ReLUs, and with it the cost of the
@@ -26,15 +26,16 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from grood_cert import networks, plots
 from grood_cert.ball import Ball
-from grood_cert.cascade import search_radius
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.score import Bounded, score_bounds
+from grood_cert.certification.cascade import search_radius
 from grood_cert.cli import run_script
-from grood_cert.energy import energy
-from grood_cert.files import write_csv
-from grood_cert.lirpa import BoundedNetwork
-from grood_cert.native.engine import NativeNetwork
-from grood_cert.score_bounds import Bounded, score_bounds
+from grood_cert.networks import architectures
+from grood_cert.results import figures
+from grood_cert.scores import energy
+from grood_cert.system.files import write_csv
 
 COLUMNS = ("panel", "value", "engine", "samples", "ball_seconds", "radius_seconds", "radius_to_eps", "evaluations")
 ENGINES = {"auto_lirpa": ("auto_LiRPA", "#D55E00", "o"), "native": ("native", "#0072B2", "s")}
@@ -48,7 +49,7 @@ class Case:
 
     Attributes:
         samples: Samples in a batch.
-        network: Name in `grood_cert.networks`.
+        network: Name in `grood_cert.networks.architectures`.
         width: Its width.
         depth: Hidden layers; only an MLP has them.
         eps: Radius of the l_inf balls.
@@ -97,7 +98,7 @@ def measure(case: Case, repeats: int = 3) -> list[dict[str, Any]]:
     options = {"width": case.width} | ({"hidden_layers": case.depth} if case.network == "mlp" else {})
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        network = networks.build(case.network, SHAPE, case.classes, [0.5], [0.25], **options).double().eval()
+        network = architectures.build(case.network, SHAPE, case.classes, [0.5], [0.25], **options).double().eval()
         images = torch.rand(case.samples, *SHAPE, dtype=torch.float64)
     engines: dict[str, Bounded] = {
         "auto_lirpa": BoundedNetwork(network, SHAPE, "crown"),
@@ -143,7 +144,7 @@ def points(repeats: int) -> Iterator[dict[str, Any]]:
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
     """One panel for each thing that grows; time of a batch in the first, of a sample in the others."""
     names = list(dict.fromkeys(record["panel"] for record in records))
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(figures.STYLE):
         drawing = Figure(figsize=(10.0, 2.9), layout="constrained")
         for axes, panel in zip(drawing.subplots(1, len(names)), names, strict=True):
             for engine, (label, colour, marker) in ENGINES.items():
@@ -177,14 +178,14 @@ def main(
 ) -> None:
     """Measure, draw, print the table as Markdown."""
     torch.set_num_threads(1)
-    plots.check_format(out)
+    figures.check_format(out)
     records = []
     typer.echo("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for record in points(repeats):
         records.append(record)
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in record.values())
         typer.echo("| " + " | ".join(cells) + " |")
-    plots.save(figure(records), out)
+    figures.save(figure(records), out)
     write_csv(out.with_suffix(".csv"), COLUMNS, records)
     typer.echo(f"wrote {out} and {out.with_suffix('.csv')}")
 

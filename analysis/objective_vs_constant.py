@@ -16,11 +16,11 @@ import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
-from grood_cert import plots
 from grood_cert.cli import run_script
 from grood_cert.errors import InputError
-from grood_cert.files import write_csv
-from grood_cert.lipschitz.analysis import Analysis, read
+from grood_cert.lipschitz.analyser import Analysis, read
+from grood_cert.results import figures
+from grood_cert.system.files import write_csv
 
 CURVES = {
     "gradient_norm_estimate": ("gradient norm at x (estimate, penalised)", "#D55E00", ":"),
@@ -48,7 +48,7 @@ def points(analyses: Sequence[Analysis], eps: float | None = None) -> list[dict[
 
 def figure(records: Sequence[dict[str, float | str]], norm: str) -> Figure:
     """One panel for ID and one for OOD."""
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(figures.STYLE):
         drawing = Figure(figsize=(7.2, 3.6), layout="constrained")
         for axes, kind in zip(drawing.subplots(1, 2, sharey=True), ("id", "ood"), strict=True):
             chosen = [record for record in records if record["kind"] == kind]
@@ -72,7 +72,7 @@ def figure(records: Sequence[dict[str, float | str]], norm: str) -> Figure:
             axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
             axes.set_xlabel("lambda_grad")
             axes.set_title(
-                f"{kind.upper()}, eps = {chosen[0]['eps']:g} ({plots.NORM_LABELS[norm]})" if chosen else kind.upper()
+                f"{kind.upper()}, eps = {chosen[0]['eps']:g} ({figures.NORM_LABELS[norm]})" if chosen else kind.upper()
             )
         drawing.axes[0].set_ylabel("slope of S, median over samples")
         handles, labels = drawing.axes[0].get_legend_handles_labels()
@@ -88,8 +88,8 @@ def main(
     """Draw objective against formal constant."""
     analyses = [read(path) for path in rows]
     records = points(analyses, eps)
-    norm = plots.common_norm({str(index): analysis for index, analysis in enumerate(analyses)})
-    plots.save(figure(records, norm), out)
+    norm = figures.common_norm({str(index): analysis for index, analysis in enumerate(analyses)})
+    figures.save(figure(records, norm), out)
     write_csv(out.with_suffix(".csv"), COLUMNS, records)
     typer.echo(f"wrote {out} and {out.with_suffix('.csv')}")
 

@@ -16,14 +16,14 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
-from grood_cert import plots
 from grood_cert.cli import run_script
-from grood_cert.rows import Rows, read
+from grood_cert.results import figures
+from grood_cert.results.rows import Rows, read
 
 
 def figure(rows: Rows) -> Figure:
     """One panel for the right decisions of each kind, axes in units of the run's norm."""
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(figures.STYLE):
         drawing = Figure(figsize=(7.2, 3.4), layout="constrained")
         for axes, kind in zip(drawing.subplots(1, 2, sharex=True, sharey=True), ("id", "ood"), strict=True):
             mask = rows.of_kind(kind) & (rows["status"] != "misdecided") & np.isfinite(rows["radius_attack"])
@@ -36,12 +36,12 @@ def figure(rows: Rows) -> Figure:
                 refuted = f"{np.mean(radius > attack):.0%} refuted" if mask.any() else "no samples"
                 axes.scatter(attack, radius, s=12, c=colour, marker=marker, alpha=0.7, label=f"{label}: {refuted}")
             axes.axline((0, 0), slope=1, color="#555555", linewidth=1, linestyle="--")
-            axes.set_xlabel(f"attack radius ({plots.NORM_LABELS[rows.norm]})")
+            axes.set_xlabel(f"attack radius ({figures.NORM_LABELS[rows.norm]})")
             axes.set_title({"id": "ID accepted", "ood": "OOD rejected"}[kind])
             axes.legend(loc="upper left", frameon=False)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        drawing.axes[0].set_ylabel(f"radius ({plots.NORM_LABELS[rows.norm]})")
+        drawing.axes[0].set_ylabel(f"radius ({figures.NORM_LABELS[rows.norm]})")
     return drawing
 
 
@@ -50,7 +50,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg.")],
 ) -> None:
     """Draw estimate and certificate against the attack radius."""
-    plots.save(figure(read(rows)), out)
+    figures.save(figure(read(rows)), out)
     typer.echo(f"wrote {out}")
 
 

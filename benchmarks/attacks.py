@@ -18,11 +18,12 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from grood_cert import attack, detector, training
+from grood_cert import attacks, detector
 from grood_cert.ball import NORMS, Ball, Norm, dual_norm, largest_eps
 from grood_cert.cli import run_script
-from grood_cert.energy import energy, energy_gradient
-from grood_cert.files import write_csv
+from grood_cert.scores import energy, energy_gradient
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 COLUMNS = ("set", "norm", "effort", "median_radius", "ratio", "ms_per_sample")
 ROUNDS, STEPS, SEGMENT = 14, 30, 30
@@ -84,7 +85,7 @@ def measure(
     model: Path,
     samples: int = 64,
     norms: tuple[Norm, ...] = NORMS,  # type: ignore[assignment]
-    efforts: tuple[str, ...] = attack.PRESETS,
+    efforts: tuple[str, ...] = attacks.PRESETS,
 ) -> list[dict[str, Any]]:
     """One record for each set, norm and effort, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
@@ -100,8 +101,8 @@ def measure(
                 if name == "pgd-bisection":
                     reference = radius = pgd_bisection(loaded.network, right, loaded.gamma, norm, generator)
                 else:
-                    effort = attack.Effort.preset(name)
-                    radius = attack.minimum_norm(loaded.network, right, loaded.gamma, norm, generator, effort).radius
+                    effort = attacks.Effort.preset(name)
+                    radius = attacks.minimum_norm(loaded.network, right, loaded.gamma, norm, generator, effort).radius
                 seconds = time.process_time() - start
                 rows.append({"set": images.name, "norm": norm, "effort": name, "median_radius": float(radius.median())})
                 rows[-1] |= {"ratio": float((radius / reference).median())}

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import typer
 
-from grood_cert import attack, detector, training
+from grood_cert import attacks, detector
 from grood_cert.ball import Ball, Norm
+from grood_cert.bounds.auto_lirpa import METHODS, BoundedNetwork, Method
+from grood_cert.bounds.score import score_bounds
 from grood_cert.cli import run_script
-from grood_cert.files import write_csv
-from grood_cert.lirpa import METHODS, BoundedNetwork, Method
-from grood_cert.score_bounds import score_bounds
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 COLUMNS = ("norm", "eps", "method", "upper_per_logit", "upper_joint", "lower_per_logit", "lower_joint", "ms_per_sample")
 EPS: dict[Norm, tuple[float, ...]] = {"linf": (0.01, 0.03, 0.06), "l2": (0.1, 0.2)}
@@ -43,7 +44,7 @@ def measure(
     for norm, values in EPS.items():
         for eps in values:
             ball = Ball(images, torch.full_like(score, eps), norm)
-            seen = attack.extremes(loaded.network, ball, torch.Generator().manual_seed(0), images, images)
+            seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(0), images, images)
             rise, fall = seen.maximum - score, score - seen.minimum
             seconds = defaultdict(list)
             for _ in range(repeats):

@@ -32,17 +32,31 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from grood_cert import attack, certification, detector, lirpa, recipe, rows, runs, training
+from grood_cert import attacks, detector, recipe
 from grood_cert.ball import Ball
-from grood_cert.cascade import EFFORTS, ENGINES, OUTCOMES, Certifier, Engine, Envelope, Settings, search_radius
+from grood_cert.bounds import auto_lirpa
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.score import Bounded, score_bounds
+from grood_cert.certification.cascade import (
+    EFFORTS,
+    ENGINES,
+    OUTCOMES,
+    Certifier,
+    Engine,
+    Envelope,
+    Settings,
+    search_radius,
+)
 from grood_cert.cli import run_script
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
-from grood_cert.files import write_csv
-from grood_cert.lirpa import BoundedNetwork
-from grood_cert.native.engine import NativeNetwork
-from grood_cert.score_bounds import Bounded, score_bounds
+from grood_cert.results import rows
+from grood_cert.runs import certify as certification
+from grood_cert.runs import saving as runs
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 Part = Literal["throughput", "tightness"]
 PARTS: tuple[str, ...] = get_args(Part)
@@ -134,7 +148,7 @@ class _Score(nn.Module):
 class PlainScore:
     """S inside auto_LiRPA, with the options that the library has by default.
 
-    Only the repairs of `grood_cert.lirpa` are used, without which the old version neither imports nor is right.
+    Only the repairs of `grood_cert.bounds.auto_lirpa` are used, without which the old version neither imports nor is right.
 
     Args:
         network: The model f.
@@ -142,14 +156,14 @@ class PlainScore:
     """
 
     def __init__(self, network: nn.Module, image: Tensor) -> None:
-        self._library = lirpa._library()
-        with lirpa._engine_running():
-            self._module = self._library.BoundedModule(_Score(lirpa._convertible(network)).eval(), image)
+        self._library = auto_lirpa._library()
+        with auto_lirpa._engine_running():
+            self._module = self._library.BoundedModule(_Score(auto_lirpa._convertible(network)).eval(), image)
             self._module.eval()
 
     def bounds(self, image: Tensor, eps: float) -> tuple[float, float]:
         """CROWN bounds of S over the l_inf ball around an image, intersected with the pixel box."""
-        with lirpa._engine_running(), torch.no_grad():
+        with auto_lirpa._engine_running(), torch.no_grad():
             box = {"x_L": (image - eps).clamp(min=0), "x_U": (image + eps).clamp(max=1)}
             ball = self._library.BoundedTensor(image, self._library.PerturbationLpNorm(norm=np.inf, **box))
             lower, upper = self._module.compute_bounds(x=(ball,), method="CROWN")
@@ -178,7 +192,7 @@ def plain_radius(score: PlainScore, image: Tensor, kind: str, gamma: float, furt
 def searched_radii(
     bounded: Bounded, images: Tensor, kind: str, gamma: float, furthest: Tensor, precision: float
 ) -> Tensor:
-    """Certified radii of a batch by CROWN and the search of `grood_cert.cascade`, from nothing but an attack radius.
+    """Certified radii of a batch by CROWN and the search of `grood_cert.certification.cascade`, from nothing but an attack radius.
 
     Args:
         bounded: The network inside a bound engine.
@@ -238,7 +252,7 @@ def throughput(
     def attacked(kind: str, size: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         parts = (
-            attack.minimum_norm(network, part, gamma, "linf", generator, effort) for part in images[kind].split(size)
+            attacks.minimum_norm(network, part, gamma, "linf", generator, effort) for part in images[kind].split(size)
         )
         return torch.cat([part.radius for part in parts])
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.cli import run_script
-from grood_cert.files import write_csv
-from grood_cert.sampling import kmeans
+from grood_cert.system.files import write_csv
+from grood_cert.training.sampling import kmeans
 
 COLUMNS = ("points", "data", "method", "ms", "inertia")
 SIZES = (384, 1476, 10_000)

@@ -20,12 +20,14 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from grood_cert import detector, networks, training
+from grood_cert import detector
 from grood_cert.ball import Ball, Norm
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.cli import run_script
-from grood_cert.files import write_csv
-from grood_cert.lirpa import BoundedNetwork
-from grood_cert.native.engine import NativeNetwork
+from grood_cert.networks import architectures
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 COLUMNS = ("network", "norm", "eps", "batch", "auto_lirpa_ms", "native_ms", "ratio", "difference")
 EPS: dict[Norm, float] = {"linf": 0.01, "l2": 0.1, "l1": 0.3}
@@ -87,7 +89,7 @@ def cases(models: Sequence[Path], batch: int) -> Iterator[tuple[str, nn.Module, 
     for name, (kind, shape) in {} if models else NETWORKS.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = networks.build(kind, shape, 10, [0.5] * shape[0], [0.25] * shape[0]).eval()
+            network = architectures.build(kind, shape, 10, [0.5] * shape[0], [0.25] * shape[0]).eval()
             yield name, network, torch.rand(batch, *shape, dtype=torch.float64)
 
 

@@ -18,19 +18,20 @@ import numpy as np
 import torch
 import typer
 
-from grood_cert import detector, training
+from grood_cert import detector
 from grood_cert.ball import Ball, Norm
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.graph import trace
+from grood_cert.bounds.hidden import logit_rows
 from grood_cert.cli import run_script
 from grood_cert.detector import Detector
 from grood_cert.errors import RunError
-from grood_cert.files import write_csv
-from grood_cert.lipschitz import analysis
+from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
-from grood_cert.lirpa import BoundedNetwork
-from grood_cert.native.graph import trace
-from grood_cert.native.preactivations import logit_rows
 from grood_cert.recipe import NetworkSection, Recipe
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 NETWORKS = {
     "MLP-3": NetworkSection("mlp", width=128, hidden_layers=2),

@@ -34,12 +34,13 @@ import numpy as np
 import torch
 import typer
 
-from grood_cert import detector, recipe, training
+from grood_cert import detector, recipe
 from grood_cert.cli import run_script
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
-from grood_cert.files import replacing, write_csv
 from grood_cert.metrics import mean_over_sets
+from grood_cert.system.files import replacing, write_csv
+from grood_cert.training import run as training
 
 COLUMNS = ("data", "settings", "metric", "set", "mean", "sd")
 SEEDS = (0, 1, 2)

@@ -17,10 +17,16 @@ import typer
 from scipy.stats import binom, norm
 from torch import nn
 
-from grood_cert import networks
+from grood_cert.certification.smoothing import (
+    DEFAULT_MEMORY,
+    layer_bytes,
+    order_statistics,
+    smoothed_bounds,
+    smoothed_scores,
+)
 from grood_cert.cli import run_script
 from grood_cert.detector import check_device
-from grood_cert.smoothing import DEFAULT_MEMORY, layer_bytes, order_statistics, smoothed_bounds, smoothed_scores
+from grood_cert.networks import architectures
 
 COVERAGE_COLUMNS = ("eps/sigma", "rank", "level", "misses, exact", "misses above", "misses below")
 COST_COLUMNS = ("network", "parameters", "device", "dtype", "batch", "images/s", "s/sample")
@@ -53,7 +59,7 @@ def coverage(n: int, alpha: float, repetitions: int) -> list[dict[str, Any]]:
 
 def cost(name: str, n: int, device: str, dtype: torch.dtype, memory: int, **options: int) -> dict[str, Any]:
     """Time of n draws for one image, after a first batch that is not counted."""
-    network = networks.build(name, SHAPE, 10, [0.5] * 3, [0.25] * 3, **options).to(device, dtype).eval()
+    network = architectures.build(name, SHAPE, 10, [0.5] * 3, [0.25] * 3, **options).to(device, dtype).eval()
     image = torch.full(SHAPE, 0.5, dtype=dtype, device=device)
     batch = min(n, max(1, memory // layer_bytes(network, image)))
     generator = torch.Generator(device).manual_seed(0)
@@ -84,7 +90,7 @@ def main(
     check_device(device)
     _print(coverage(n, alpha, repetitions))
     typer.echo()
-    large = [name for name in LARGE if name in networks.NETWORKS]
+    large = [name for name in LARGE if name in architectures.NETWORKS]
     dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
     _print([cost(name, n, device, dtype, memory) for name in large for dtype in dtypes])
 

@@ -24,11 +24,12 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from grood_cert import networks, sampling
 from grood_cert.cli import run_script
-from grood_cert.energy import energy
-from grood_cert.files import write_csv
-from grood_cert.objective import Weights, objective
+from grood_cert.networks import architectures
+from grood_cert.scores import energy
+from grood_cert.system.files import write_csv
+from grood_cert.training import sampling
+from grood_cert.training.objective import Weights, objective
 
 COLUMNS = ("network", "batch_norm", "step", "ms", "of_energy", "of_reference")
 NETWORKS = ("resnet18", "wrn-40-2", "densenet-bc-100")
@@ -52,7 +53,7 @@ def _seconds(step: Callable[[], Any]) -> float:
 def measure(name: str, batch: int, repeats: int, active: float) -> list[dict[str, Any]]:
     """One record a step, with the keys of `COLUMNS`."""
     torch.manual_seed(0)
-    network = networks.build(name, (3, 32, 32), 10, [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]).train()
+    network = architectures.build(name, (3, 32, 32), 10, [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]).train()
     images, labels = torch.rand((2 + POOL) * batch, 3, 32, 32), torch.randint(10, (batch,))
     inside, outside, pool = images[:batch], images[batch : 2 * batch], images[2 * batch :]
     m_in, m_out = _margins(network, images[: 2 * batch], batch, active)

@@ -18,14 +18,15 @@ import torch
 import typer
 from torch import Tensor
 
-from grood_cert import attack, detector, training
+from grood_cert import attacks, detector
 from grood_cert.ball import Ball
+from grood_cert.bounds.alpha_crown import Side, optimised_bounds
+from grood_cert.bounds.branching import branch_and_bound
+from grood_cert.bounds.graph import Graph, trace
+from grood_cert.bounds.hidden import preactivations
 from grood_cert.cli import run_script
-from grood_cert.files import write_csv
-from grood_cert.native.branching import branch_and_bound
-from grood_cert.native.graph import Graph, trace
-from grood_cert.native.optimised import Side, optimised_bounds
-from grood_cert.native.preactivations import preactivations
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 COLUMNS = ("kind", "method", "samples", "median", "smallest", "largest", "seconds_per_sample")
 NODES = (32, 1000)
@@ -78,7 +79,7 @@ def measure(model: Path, samples: int = 20, nodes: tuple[int, ...] = NODES) -> l
         score = loaded.score(images)
         images = images[score <= loaded.gamma if side == "upper" else score > loaded.gamma]
         generator = torch.Generator().manual_seed(0)
-        radius = attack.minimum_norm(loaded.network, images, loaded.gamma, "linf", generator).radius
+        radius = attacks.minimum_norm(loaded.network, images, loaded.gamma, "linf", generator).radius
         images, radius = images[torch.isfinite(radius)], radius[torch.isfinite(radius)]
         low = torch.zeros_like(radius)
         for name, proves in methods(graph, loaded.gamma, side, nodes).items():

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from grood_cert import certification, curves, plots, training
-from grood_cert.cascade import Settings
+from grood_cert.certification.cascade import Settings
 from grood_cert.detector import Detector
-from grood_cert.files import write_csv
 from grood_cert.metrics import mean_over_sets
 from grood_cert.recipe import Recipe
-from grood_cert.rows import Rows
+from grood_cert.results import curves, figures
+from grood_cert.results.rows import Rows
+from grood_cert.runs import certify as certification
+from grood_cert.system.files import write_csv
+from grood_cert.training import run as training
 
 EPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 SHOWN_EPS = (0.01, 0.03, 0.05)
@@ -131,8 +133,8 @@ def run(
             advance=lambda samples, counts: advance(samples),
         )
         summary.append(summarise(name, detector, certifications[name]))
-    plots.save(plots.robustness_figure(certifications), out / "curves.png")
-    plots.write_table(certifications, "ood", out / "curves.csv")
+    figures.save(figures.robustness_figure(certifications), out / "curves.png")
+    figures.write_table(certifications, "ood", out / "curves.csv")
     write_csv(out / "summary.csv", ["model", *QUANTITIES], summary)
     files = {
         out / "curves.png": "the figure: certified and attacked FPR95, radii, robustness against FPR",

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import grood_cert
-from grood_cert import networks, recipe
-from grood_cert.energy import energy
+from grood_cert import recipe
 from grood_cert.errors import InputError
-from grood_cert.files import replacing
+from grood_cert.networks import architectures
 from grood_cert.recipe import Recipe
+from grood_cert.scores import energy
+from grood_cert.system.files import replacing
 
 _FORMAT = "grood-cert checkpoint"
 _FORMAT_VERSION = 1
@@ -69,7 +70,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `grood_cert.networks.build` needs to make the network again."""
+    """What `grood_cert.networks.architectures.build` needs to make the network again."""
 
     name: str
     shape: tuple[int, int, int]
@@ -78,14 +79,14 @@ class Architecture:
     std: tuple[float, ...]
     options: dict[str, int]
 
-    def build(self) -> networks.Classifier:
+    def build(self) -> architectures.Classifier:
         """A fresh network of this architecture.
 
         Raises:
             InputError: If a name or an option is unknown.
         """
         try:
-            return networks.build(self.name, self.shape, self.classes, self.mean, self.std, **self.options)
+            return architectures.build(self.name, self.shape, self.classes, self.mean, self.std, **self.options)
         except TypeError as error:
             raise InputError(f"network {self.name!r} does not take these options: {error}") from None
 

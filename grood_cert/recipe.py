@@ -54,7 +54,7 @@ class NetworkSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """Weights, margins and variants of `grood_cert.objective`; lambda_grad is in the units of the paper's formula."""
+    """Weights, margins and variants of `grood_cert.training.objective`; lambda_grad is in the units of the paper's formula."""
 
     lambda_S: float = 0.1  # noqa: N815
     lambda_grad: float = 0.1
@@ -80,7 +80,7 @@ class SamplingSection:
     """Which auxiliary outliers a step sees: as many as ID images, drawn uniformly, or picked by energy (GReg+).
 
     For "energy", `pool` candidates a step are clustered by their features, one cluster for each ID image; `routing` is
-    explained in `grood_cert.sampling`.
+    explained in `grood_cert.training.sampling`.
     """
 
     method: str = "uniform"
@@ -114,7 +114,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class AugmentationSection:
-    """Random changes of the training images, ID and auxiliary alike; see `grood_cert.augmentation`."""
+    """Random changes of the training images, ID and auxiliary alike; see `grood_cert.training.augmentation`."""
 
     flip: bool = False
     crop_padding: int = 0

@@ -26,7 +26,7 @@ def small_recipe():
 @pytest.fixture(scope="session")
 def model(small_recipe, tmp_path_factory) -> Path:
     """A checkpoint of a small GReg detector on digits."""
-    from grood_cert import training
+    from grood_cert.training import run as training
 
     folder = tmp_path_factory.mktemp("model")
     training.run(small_recipe, folder)
@@ -36,8 +36,10 @@ def model(small_recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rows_file(model, tmp_path_factory) -> Path:
     """Rows of that detector, a few samples of each set."""
-    from grood_cert import certification, detector, training
-    from grood_cert.cascade import Settings
+    from grood_cert import detector
+    from grood_cert.certification.cascade import Settings
+    from grood_cert.runs import certify as certification
+    from grood_cert.training import run as training
 
     loaded = detector.load(model)
     experiment = training.experiment_of(loaded.recipe)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import grood_cert
-from grood_cert import networks
 from grood_cert.detector import Architecture, Detector, check_device, load, logits, versions
-from grood_cert.energy import energy
 from grood_cert.errors import InputError
+from grood_cert.networks import architectures
 from grood_cert.recipe import Recipe
+from grood_cert.scores import energy
 
 
 def make(name: str = "conv-small", seed: int = 0) -> Detector:
@@ -56,7 +56,7 @@ def refusal(path, **options) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in networks.NETWORKS if name not in ("resnet18-imagenet", "densenet121")]
+    "name", [name for name in architectures.NETWORKS if name not in ("resnet18-imagenet", "densenet121")]
 )
 def test_round_trip_gives_the_same_scores_to_the_last_bit(name, tmp_path):
     detector = make(name)

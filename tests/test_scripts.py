@@ -7,7 +7,7 @@ import numpy as np
 from analysis import objective_vs_constant, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
-from grood_cert import rows
+from grood_cert.results import rows
 from train import sweep
 
 

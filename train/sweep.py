@@ -14,10 +14,11 @@ from typing import Annotated, cast
 import torch
 import typer
 
-from grood_cert import detector, recipe, training
+from grood_cert import detector, recipe
 from grood_cert.ball import Norm
 from grood_cert.cli import run_script
-from grood_cert.lipschitz import analysis
+from grood_cert.lipschitz import analyser as analysis
+from grood_cert.training import run as training
 
 
 def main(

@@ -10,9 +10,9 @@ import typer
 from grood_cert.cli import options, output
 
 if TYPE_CHECKING:
-    from grood_cert import runs
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
+    from grood_cert.runs import saving as runs
 
 _COUNTS = {
     "kind": "kind",
@@ -79,10 +79,13 @@ def certify(
     import math
     from dataclasses import replace
 
-    from grood_cert import certification, detector, runs, smoothing
+    from grood_cert import detector
     from grood_cert.ball import NORMS, Norm
-    from grood_cert.cascade import Engine, Settings, Stage
+    from grood_cert.certification import smoothing
+    from grood_cert.certification.cascade import Engine, Settings, Stage
     from grood_cert.errors import InputError
+    from grood_cert.runs import certify as certification
+    from grood_cert.runs import saving as runs
 
     if method not in ("bounds", "smoothing"):
         raise InputError(f"unknown method {method!r}; use bounds or smoothing (--stages chooses among bounds)")
@@ -162,7 +165,8 @@ def certify(
 
 
 def _print(rows: Any) -> None:
-    from grood_cert import certification, curves
+    from grood_cert.results import curves
+    from grood_cert.runs import certify as certification
 
     title = f"medians over the samples that are right at x: radius in {rows.norm}, gamma {rows.gamma:.4f}"
     output.print_across(curves.radius_summary(rows), "set", _COUNTS | curves.RADII, title)
@@ -174,15 +178,15 @@ def _print(rows: Any) -> None:
 
 def _look_up(path: Path, model: Path, gamma: float) -> None:
     """The rows that are there, read at another threshold."""
-    from grood_cert import recalibration, rows
     from grood_cert.errors import InputError
-    from grood_cert.files import sha256
+    from grood_cert.results import rows, thresholds
+    from grood_cert.system.files import sha256
 
     found = rows.read(path)
     if found.manifest["model"]["sha256"] != sha256(model):
         raise InputError(f"{path} is of another model; choose another --out, or add --force to certify anew")
     target = path.with_name(f"rows-gamma{gamma:g}.csv")
-    looked_up = recalibration.at_gamma(found, gamma)
+    looked_up = thresholds.at_gamma(found, gamma)
     rows.write(looked_up, target)
     _print(looked_up)
     typer.echo(f"wrote {target}, looked up in {path}: nothing was verified again")
@@ -198,7 +202,8 @@ def _smooth(
     part: runs.Shard,
     force: bool,
 ) -> None:
-    from grood_cert import smoothed_rows, smoothing
+    from grood_cert.certification import smoothing
+    from grood_cert.results import smoothed_rows
 
     with output.Bar() as bar:
         rows = smoothing.run(

@@ -22,13 +22,13 @@ def curve(
     """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
     from typing import cast
 
-    from grood_cert import plots, smoothed_rows
-    from grood_cert import rows as results
-    from grood_cert.curves import Perturbed
     from grood_cert.errors import InputError
-    from grood_cert.lipschitz import analysis
+    from grood_cert.lipschitz import analyser as analysis
+    from grood_cert.results import figures, smoothed_rows
+    from grood_cert.results import rows as results
+    from grood_cert.results.curves import Perturbed
 
-    plots.check_format(out)
+    figures.check_format(out)
     table = out.with_suffix(".csv")
     kinds = {next((kind for kind in ("lipschitz", "smoothing") if path.name.startswith(kind)), "rows") for path in rows}
     if len(kinds) > 1:
@@ -36,15 +36,15 @@ def curve(
     (kind,) = kinds
     if kind == "lipschitz":
         analyses = results.labelled([analysis.read(path) for path in rows], rows, label or [])
-        plots.save(plots.lipschitz_figure(analyses), out)
-        plots.write_lipschitz_table(analyses, table)
+        figures.save(figures.lipschitz_figure(analyses), out)
+        figures.write_lipschitz_table(analyses, table)
     elif kind == "smoothing":
         smoothed = results.labelled([smoothed_rows.read(path) for path in rows], rows, label or [])
-        plots.save(plots.smoothing_figure(smoothed), out)
-        plots.write_smoothing_table(smoothed, table)
+        figures.save(figures.smoothing_figure(smoothed), out)
+        figures.write_smoothing_table(smoothed, table)
     else:
         certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
         side = cast(Perturbed, perturb)
-        plots.save(plots.robustness_figure(certifications, side, at), out)
-        plots.write_table(certifications, side, table)
+        figures.save(figures.robustness_figure(certifications, side, at), out)
+        figures.write_table(certifications, side, table)
     typer.echo(f"wrote {out} and {table}")

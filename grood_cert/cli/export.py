@@ -31,14 +31,15 @@ def export(
     """Write what is undecided at one eps as ONNX and VNNLIB for a complete verifier."""
     from typing import cast
 
-    from grood_cert import detector, lirpa
-    from grood_cert import export as exporting
-    from grood_cert import rows as results
+    from grood_cert import detector
+    from grood_cert.bounds import auto_lirpa
+    from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
+    from grood_cert.certification import vnnlib as exporting
     from grood_cert.errors import InputError
-    from grood_cert.lirpa import BoundedNetwork, Method
+    from grood_cert.results import rows as results
 
-    if method not in lirpa.METHODS:
-        raise InputError(f"unknown method {method!r}; use one of {', '.join(lirpa.METHODS)}")
+    if method not in auto_lirpa.METHODS:
+        raise InputError(f"unknown method {method!r}; use one of {', '.join(auto_lirpa.METHODS)}")
     read = results.read(rows)
     exporting.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
@@ -63,7 +64,7 @@ def verdicts(
 ) -> None:
     """Read a complete verifier's answers into verdicts.csv. Counterexamples are evaluated again."""
     from grood_cert import detector
-    from grood_cert import export as exporting
+    from grood_cert.certification import vnnlib as exporting
 
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)

@@ -32,10 +32,11 @@ def lipschitz(
     """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
     from typing import cast
 
-    from grood_cert import detector, runs
+    from grood_cert import detector
     from grood_cert.ball import Norm
-    from grood_cert.lipschitz import analysis
-    from grood_cert.lirpa import Method
+    from grood_cert.bounds.auto_lirpa import Method
+    from grood_cert.lipschitz import analyser as analysis
+    from grood_cert.runs import saving as runs
 
     loaded = detector.load(model, options.device_name(device))
     settings = analysis.Settings(

@@ -16,8 +16,8 @@ def merge(
     force: options.Force = False,
 ) -> None:
     """Put the shards of a run together, as if it had been run in one piece."""
-    from grood_cert import runs
-    from grood_cert.rows import manifest_path
+    from grood_cert.results.rows import manifest_path
+    from grood_cert.runs import saving as runs
 
     manifest = runs.merge(shards, out, force)
     typer.echo(f"wrote {out} and {manifest_path(out)}: {manifest['rows']} rows of {manifest['shards']} shards")

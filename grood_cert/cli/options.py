@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from grood_cert import runs
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
+    from grood_cert.runs import saving as runs
 
 Eps = Annotated[
     list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
@@ -39,7 +39,7 @@ def device_name(name: str) -> str:
 
 def shard_of(text: str) -> runs.Shard:
     """The part of a run that --shard names; without it, the one that torchrun gives this process."""
-    from grood_cert import runs
+    from grood_cert.runs import saving as runs
 
     return runs.Shard.parse(text) if text else runs.shard_of_environment()
 
@@ -61,7 +61,7 @@ def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, d
     """The images of the detector's recipe, perhaps with other OOD sets in place of the recipe's."""
     import dataclasses
 
-    from grood_cert import training
+    from grood_cert.training import run as training
 
     recipe = loaded.recipe
     if ood:

@@ -49,8 +49,8 @@ def copy(
 ) -> None:
     """Copy a recipe file, comments and all, as a start for your own; a base it names is found wherever it lies."""
     from grood_cert.errors import InputError
-    from grood_cert.files import replacing
     from grood_cert.recipe import find, load
+    from grood_cert.system.files import replacing
 
     source = find(name)
     load(source)  # refuses what is no recipe

@@ -13,7 +13,7 @@ import typer
 from grood_cert.cli import options, output
 
 if TYPE_CHECKING:
-    from grood_cert.training import Epoch
+    from grood_cert.training.run import Epoch
 
 
 def _epoch_line(epoch: Epoch) -> str:
@@ -75,12 +75,13 @@ def train(
 
     Several processes share a run with: torchrun --nproc-per-node 2 -m grood_cert train RECIPE --out FOLDER
     """
-    from grood_cert import distributed, training
     from grood_cert import recipe as recipes
+    from grood_cert.system import processes
+    from grood_cert.training import run as training
 
     chosen = recipes.load(recipes.find(recipe), settings or ())
     with contextlib.ExitStack() as stack:
-        place = stack.enter_context(distributed.joined(options.device_name(device)))
+        place = stack.enter_context(processes.joined(options.device_name(device)))
         write = stack.enter_context(_events(out / "tensorboard")) if tensorboard else lambda epoch: None
         bar = stack.enter_context(output.Bar())
 
@@ -102,7 +103,7 @@ def train(
             report=report,
             say=bar.print,
         )
-        first = distributed.rank() == 0
+        first = processes.rank() == 0
     if not first:
         return
     found = detector.metrics

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from grood_cert.ball import Ball
-from grood_cert.native.graph import Graph
-from grood_cert.native.preactivations import Preactivations, logit_rows, preactivations
-from grood_cert.score_bounds import Bounded
+from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.hidden import Preactivations, logit_rows, preactivations
+from grood_cert.bounds.score import Bounded
 
 
 def engine_preactivations(bounded: Bounded, graph: Graph, ball: Ball) -> Preactivations:

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.native.activations import Activation
-from grood_cert.native.graph import Graph
-from grood_cert.native.operations import Addition, LinearMap, MaxPool
-from grood_cert.native.preactivations import ROUNDING, Interval, Preactivations
-from grood_cert.native.simplex import Weights
+from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.hidden import ROUNDING, Interval, Preactivations
+from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.bounds.simplex import Weights
 
 Refinement = Callable[[int, Tensor, Tensor], Interval]
 

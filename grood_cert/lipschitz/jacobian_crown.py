@@ -43,13 +43,13 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
+from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.hidden import DEFAULT_MEMORY, ROUNDING, Interval, Preactivations
+from grood_cert.bounds.linear_rows import UnitRows, over_rows, unit_blocks
+from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.bounds.simplex import Weights
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
-from grood_cert.native.activations import Activation
-from grood_cert.native.graph import Graph
-from grood_cert.native.operations import Addition, LinearMap, MaxPool
-from grood_cert.native.preactivations import DEFAULT_MEMORY, ROUNDING, Interval, Preactivations
-from grood_cert.native.rows import UnitRows, over_rows, unit_blocks
-from grood_cert.native.simplex import Weights
 
 
 def chords(slopes: Interval, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

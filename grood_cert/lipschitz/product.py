@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.native.activations import Activation
-from grood_cert.native.graph import Graph
-from grood_cert.native.operations import Addition, Convolution, LinearMap, MaxPool
-from grood_cert.native.preactivations import ROUNDING, Interval, Preactivations
+from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.hidden import ROUNDING, Interval, Preactivations
+from grood_cert.bounds.operations import Addition, Convolution, LinearMap, MaxPool
 
 _UNROLLED_ENTRIES = 2**22
 
@@ -76,7 +76,7 @@ def operator_norm(
         The bound, moved up by 1e-12.
 
     Example:
-        >>> from grood_cert.native.operations import Dense
+        >>> from grood_cert.bounds.operations import Dense
         >>> round(operator_norm(Dense(torch.tensor([[3.0, 4.0]]).double(), None), (2,), "l2"), 6)
         5.0
     """

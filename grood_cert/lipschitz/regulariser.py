@@ -13,9 +13,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
+from grood_cert.bounds.graph import live_graph
+from grood_cert.bounds.hidden import preactivations
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
-from grood_cert.native.graph import live_graph
-from grood_cert.native.preactivations import preactivations
 
 
 def interval_lipschitz(network: nn.Module, ball: Ball) -> Tensor:

@@ -1,0 +1,492 @@
+r"""The adversary: looks inside the same ball for points that contradict a proof, and brackets the certified radius.
+
+An attack never proves anything. What it returns are *witnesses*: points whose score was evaluated in float64, so that
+the distance of a flipped decision is a true upper bound of the exact robust radius. The search itself runs in float32,
+on a copy of the network; only its last steps, and every number that is reported, are float64.
+
+Both searches use the exact answer to a linear problem over the pixel box. With a the gradient of the score at y:
+
+    towards(a, eps)   argmax  a . d   over ||d||_p <= eps, 0 <= x + d <= 1      conditional gradient, in a given ball
+    onto(a, c)        argmin ||d||_p  over a . d  = c,     0 <= y + d <= 1      hyperplane projection, nearest flip
+
+* `extremes` climbs S and -S inside a ball: y <- y + h (x + towards(v, eps) - y) with v a running mean of normalised
+  gradients. The share h starts at 1 and is halved at APGD's checkpoints wherever too few steps rose, or nothing was
+  gained since the last one; the search then goes on from its best point.
+* `minimum_norm` walks along the level set S = gamma, towards x, as FAB does: both y and x are projected onto the
+  hyperplane on which the linearised score is gamma, and the next point lies between the two. Flipped points are
+  recorded and pulled towards x. The best one is shortened along the segment to x by bisection, in float64.
+
+Where GReg has flattened S, the softmax-weighted gradient sum_k p_k grad f_k vanishes although no logit is flat; since
+LSE >= max_k f_k, both searches also start from points that climb a single logit.
+
+References:
+    Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020 (FAB);
+    Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
+    ICML 2020 (APGD's checkpoints); Jaggi, "Revisiting Frank-Wolfe", ICML 2013 (conditional gradient).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
+from grood_cert.errors import InputError
+from grood_cert.scores import energy
+
+_BISECTIONS = 26  # 1 / 2^26 of the distance is left
+_CHECKPOINTS = (0.22, 0.06, 0.03)  # first interval, shortest one, decrease; shares of the steps
+_CLIMB = 5  # steps of a climb of one logit
+_CLOSING = 3  # closing steps of a walk, in float64
+_FILLINGS = 10  # of a water filling; each is exact until another pixel hits its wall
+_GAIN = 1e-4  # relative; what counts as one on a walk
+_MOMENTUM = 0.75
+_OVERSHOOT = 1.05  # beyond the hyperplane, so that curvature does not keep the decision as it was
+_PATIENCE = 8  # steps without gain after which a walk along the level set ends
+_POLISH = 8  # steps before them, in float64
+_PULL = 0.9  # a flipped point keeps this share of its distance to x
+_REACH = 1.5  # radius of the balls of climbs over the best distance
+_RISING = 0.75  # share of rising steps that keeps the step size
+_SQUEEZE = 0.99  # radius of the last ball over the best distance
+_TOUCH = 1 + 1e-7  # just beyond the hyperplane
+_TOWARDS_X = 0.5  # largest weight of the projection of x
+
+Preset = Literal["fast", "default", "max"]
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard the attacks search; cost grows with each of the three numbers.
+
+    Attributes:
+        steps: Gradient steps of each search.
+        restarts: Random starts of each ball, and of each round.
+        rounds: Rounds of `minimum_norm`: the first starts from x, each other one from the climb of another logit.
+            `extremes` climbs rounds - 1 logits.
+
+    Raises:
+        InputError: If a number is too small.
+    """
+
+    steps: int = 30
+    restarts: int = 1
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 0 or self.rounds < 1:
+            raise InputError(f"an attack needs steps >= 1, restarts >= 0 and rounds >= 1, got {self}")
+
+    @staticmethod
+    def preset(name: str) -> Effort:
+        """The effort of a name of `PRESETS`.
+
+        Raises:
+            InputError: If there is none.
+
+        Example:
+            >>> Effort.preset("default") == Effort()
+            True
+        """
+        efforts = {"fast": Effort(20, 0, 2), "default": Effort(), "max": Effort(100, 3, 12)}
+        if name not in efforts:
+            raise InputError(f"unknown attack effort {name!r}; use one of {', '.join(efforts)}")
+        return efforts[name]
+
+
+DEFAULT = Effort()
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Smallest and largest score among the points of each ball that were evaluated in float64.
+
+    Attributes:
+        minimum: Shape (B,); NaN if every score was.
+        maximum: Shape (B,).
+        argmin: Where the minimum was seen, shape (B, C, H, W).
+        argmax: Where the maximum was seen.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    argmin: Tensor
+    argmax: Tensor
+
+
+@dataclass(frozen=True)
+class MinimumNorm:
+    """Nearest points found on the wrong side of gamma.
+
+    Attributes:
+        radius: ||x' - x||_p, shape (B,); infinity where no such point was found.
+        points: The points x', shape (B, C, H, W); x itself where none was found.
+    """
+
+    radius: Tensor
+    points: Tensor
+
+
+def _per_pixel(value: Tensor, images: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (images.dim() - 1))
+
+
+def _where(mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return torch.where(_per_pixel(mask, first), first, second)
+
+
+def _repeat(images: Tensor, count: int) -> Tensor:
+    """The batch, `count` times in a row."""
+    return images.repeat(count, *[1] * (images.dim() - 1))
+
+
+def _single(network: nn.Module) -> nn.Module:
+    """A float32 copy, to search with."""
+    return copy.deepcopy(network).float()
+
+
+def _gradient(network: nn.Module, points: Tensor, logit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """S, or -f_k for one logit k a sample, and its gradient."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_(True)
+        logits = network(points)
+        value = energy(logits) if logit is None else -logits.gather(1, logit.unsqueeze(1)).squeeze(1)
+        (gradient,) = torch.autograd.grad(value.sum(), points)
+    return value.detach(), gradient
+
+
+def _score(network: nn.Module, points: Tensor) -> Tensor:
+    with torch.no_grad():
+        return energy(network(points))
+
+
+def _fill(slopes: Tensor, room: Tensor, budget: Tensor, norm: Norm, buys: Literal["length", "gain"]) -> Tensor:
+    """How far to move each pixel so that |slopes| . d is largest for its p-norm, spending a budget of either.
+
+    Args:
+        slopes: |a|, shape (B, d).
+        room: Distance to the wall, shape (B, d).
+        budget: The p-norm, or |a| . d, to be reached, shape (B,); every pixel goes to its wall where it cannot be.
+        norm: p.
+        buys: What the budget is of.
+
+    Returns:
+        d >= 0, shape (B, d).
+    """
+    budget = budget.unsqueeze(1)
+    if norm == "l1":  # the steepest pixels first
+        steepest, order = slopes.sort(1, descending=True)
+        room = room.gather(1, order)
+        price = steepest if buys == "gain" else torch.ones_like(steepest)
+        before = (price * room).cumsum(1) - price * room
+        moved = torch.minimum((budget - before).clamp(min=0) / price.clamp(min=torch.finfo(price.dtype).tiny), room)
+        return torch.zeros_like(slopes).scatter(1, order, moved)
+    units = torch.ones_like(slopes) if norm == "linf" else slopes
+    if norm == "linf" and buys == "length":
+        return torch.minimum(room, budget)
+    linear = buys == "gain"  # d = min(t * units, room), and t solves sum |a| d = budget, or sum d^2 = budget^2
+    full, rate = (slopes * room, slopes * units) if linear else (room.square(), units.square())
+    total = budget if linear else budget.square()
+    moved = torch.zeros_like(slopes)
+    for _ in range(_FILLINGS):
+        stuck = moved >= room
+        left = (total - full.masked_fill(~stuck, 0).sum(1, keepdim=True)).clamp(min=0)
+        level = left / rate.masked_fill(stuck, 0).sum(1, keepdim=True).clamp(min=torch.finfo(rate.dtype).tiny)
+        moved = torch.minimum((level if linear else level.sqrt()).clamp(max=torch.finfo(rate.dtype).max) * units, room)
+        if torch.equal(moved >= room, stuck):
+            break
+    return moved
+
+
+def towards(gradient: Tensor, ball: Ball) -> Tensor:
+    r"""The point of each ball at which a linear function with this gradient is largest.
+
+    Args:
+        gradient: a, shape (B, C, H, W).
+        ball: Batch of balls.
+
+    Returns:
+        x + argmax a . d over the ball, shape (B, C, H, W); pixels with a = 0 stay.
+
+    Example:
+        >>> ball = Ball(torch.tensor([[0.9, 0.5]]), torch.tensor([0.3]), "l1")
+        >>> towards(torch.tensor([[2.0, -1.0]]), ball).round(decimals=4)
+        tensor([[1.0000, 0.3000]])
+    """
+    flat, points = gradient.flatten(1), ball.center.flatten(1)
+    room = torch.where(flat > 0, 1 - points, points)
+    moved = _fill(flat.abs(), room, ball.eps, ball.norm, "length")
+    return ball.project(ball.center + (moved * flat.sign()).reshape(gradient.shape))
+
+
+def onto(gradient: Tensor, points: Tensor, gain: Tensor, norm: Norm) -> Tensor:
+    r"""Shortest moves inside the pixel box that change a linear function by a given amount.
+
+    Args:
+        gradient: a, shape (B, C, H, W).
+        points: y, shape (B, C, H, W), pixels in [0, 1].
+        gain: c, of either sign, shape (B,).
+        norm: Norm of the length.
+
+    Returns:
+        argmin ||d||_p over a . d = c, shape (B, C, H, W); the nearest to it where the box does not reach so far.
+
+    Example:
+        >>> onto(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.9, 0.5]]), torch.tensor([0.6]), "linf").round(decimals=4)
+        tensor([[ 0.1000, -0.4000]])
+    """
+    flat, start = (gradient * _per_pixel(gain.sign(), gradient)).flatten(1), points.flatten(1)
+    room = torch.where(flat > 0, 1 - start, start)
+    return (_fill(flat.abs(), room, gain.abs(), norm, "gain") * flat.sign()).reshape(gradient.shape)
+
+
+def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int) -> Tensor:
+    """The best point of a climb of sign * S, one sign a sample."""
+    first, shortest, decrease = (max(1, int(share * steps)) for share in _CHECKPOINTS)
+    share = torch.ones_like(ball.eps)
+    velocity = torch.zeros_like(points)
+    score, gradient = _gradient(network, points)
+    best, best_points, best_gradient = sign * score, points, ball.per_pixel(sign) * gradient
+    last, gradient = best, best_gradient
+    before, halved, rises = best, torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best)
+    interval, since = first, 0
+    for _ in range(steps):
+        length = dual_norm(gradient, ball.norm).clamp(min=torch.finfo(gradient.dtype).tiny)
+        velocity = _MOMENTUM * velocity + gradient / ball.per_pixel(length)
+        points = points + ball.per_pixel(share) * (towards(velocity, ball) - points)
+        score, gradient = _gradient(network, points)
+        score, gradient = sign * score, ball.per_pixel(sign) * gradient
+        better = score > best
+        best, best_points = torch.where(better, score, best), _where(better, points, best_points)
+        best_gradient = _where(better, gradient, best_gradient)
+        rises, last, since = rises + (score > last), score, since + 1
+        if since == interval:
+            halved = (rises < _RISING * interval) | (~halved & (best <= before))
+            share = torch.where(halved, share / 2, share)
+            points, gradient = _where(halved, best_points, points), _where(halved, best_gradient, gradient)
+            last, before, rises = torch.where(halved, best, last), best, torch.zeros_like(rises)
+            interval, since = max(interval - decrease, shortest), 0
+    return best_points
+
+
+def _climb(network: nn.Module, ball: Ball, logit: Tensor) -> Tensor:
+    """Conditional-gradient ascent of one logit a sample, from the centre."""
+    points = ball.center
+    for step in range(_CLIMB):
+        gradient = -_gradient(network, points, logit)[1]
+        points = points + 2 / (step + 2) * (towards(gradient, ball) - points)
+    return points
+
+
+def _random_points(ball: Ball, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(ball.center.shape, generator=generator).to(ball.center) * 2 - 1
+    if ball.norm != "linf":
+        length = torch.linalg.vector_norm(noise.flatten(1), ord={"l2": 2, "l1": 1}[ball.norm], dim=1)
+        noise = noise / ball.per_pixel(length)
+    return ball.project(ball.center + ball.per_pixel(ball.eps) * noise)
+
+
+class _Watch:
+    """Extremes seen so far; NaN gives way to any number."""
+
+    def __init__(self, network: nn.Module, ball: Ball) -> None:
+        self._network = network
+        self.minimum = self.maximum = _score(network, ball.center)
+        self.argmin = self.argmax = ball.center
+
+    def see(self, points: Tensor) -> None:
+        score = _score(self._network, points)
+        lower = (score < self.minimum) | (self.minimum.isnan() & ~score.isnan())
+        higher = (score > self.maximum) | (self.maximum.isnan() & ~score.isnan())
+        self.argmin, self.minimum = _where(lower, points, self.argmin), torch.where(lower, score, self.minimum)
+        self.argmax, self.maximum = _where(higher, points, self.argmax), torch.where(higher, score, self.maximum)
+
+    @property
+    def extremes(self) -> Extremes:
+        return Extremes(self.minimum, self.maximum, self.argmin, self.argmax)
+
+
+def extremes(
+    network: nn.Module,
+    ball: Ball,
+    generator: torch.Generator,
+    high: Tensor,
+    low: Tensor,
+    effort: Effort = DEFAULT,
+) -> Extremes:
+    """Search each ball for high and for low scores.
+
+    From one given point each, from random points, and for low scores from the best climb of a single logit.
+
+    Args:
+        network: f in eval mode, in the ball's floating-point type.
+        ball: Batch of balls.
+        generator: Random numbers of the starts.
+        high: Where to start the search for high scores, projected into the ball; the centre will do.
+        low: Where to start the search for low scores.
+        effort: How hard to search.
+
+    Returns:
+        Extremes over the centre, the projected starts, the best point of each search, and the point towards which its
+        gradient there leads, all evaluated in the ball's floating-point type.
+    """
+    search = _single(network)
+    coarse = Ball(ball.center.float(), ball.eps.float(), ball.norm)
+    with torch.no_grad():
+        ranking = network(ball.center).argsort(1, descending=True)
+    watch = _Watch(network, ball)
+    climbed = _Watch(network, ball)
+    for turn in range(min(effort.rounds - 1, ranking.shape[1])):
+        climbed.see(ball.project(_climb(search, coarse, ranking[:, turn]).to(ball.center)))
+    for direction, starts in ((1.0, [high]), (-1.0, [low, climbed.argmin])):
+        starts = [ball.project(start) for start in starts]
+        starts += [_random_points(ball, generator) for _ in range(effort.restarts)]
+        count, sign = len(starts), torch.full_like(ball.eps, direction)
+        together = Ball(_repeat(coarse.center, count), coarse.eps.repeat(count), ball.norm)
+        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), effort.steps)
+        for start, best in zip(starts, found.chunk(count), strict=True):
+            watch.see(start)
+            rounded = ball.project(best.to(start))
+            watch.see(rounded)
+            watch.see(towards(ball.per_pixel(sign) * _gradient(network, rounded)[1], ball))
+    return watch.extremes
+
+
+def _flipped(score: Tensor, accepted: Tensor, gamma: float) -> Tensor:
+    """Whether a point is decided otherwise than its x; never where its score is not finite."""
+    return torch.isfinite(score) & torch.where(accepted, score > gamma, score <= gamma)
+
+
+def _distance(images: Tensor, points: Tensor, norm: Norm) -> Tensor:
+    return Ball(images, torch.zeros_like(images.flatten(1)[:, 0]), norm).distance(points)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).flatten(1).sum(1)
+
+
+def _walk(
+    network: nn.Module,
+    images: Tensor,
+    accepted: Tensor,
+    gamma: float,
+    norm: Norm,
+    points: Tensor,
+    steps: int,
+    closing: bool = False,
+) -> MinimumNorm:
+    """Walk along the level set towards x; a sample that gains nothing for a while is left alone and costs nothing.
+
+    Closing steps go all the way: to the projection of x onto the hyperplane, where a piecewise linear score has its
+    nearest flip.
+    """
+    best = torch.full_like(images.flatten(1)[:, 0], torch.inf)
+    best_points, current, idle = images.clone(), points.clone(), torch.zeros_like(accepted, dtype=torch.long)
+    sign = torch.where(accepted, 1, -1).to(images)
+    for _ in range(steps + 1):
+        index = (idle < _PATIENCE).nonzero().squeeze(1)
+        if not len(index):
+            break
+        x, y = images[index], current[index]
+        score, gradient = _gradient(network, y)
+        flipped = _flipped(score, accepted[index], gamma)
+        distance = _distance(x, y, norm)
+        better = flipped & (distance < best[index])
+        gained = (flipped & (distance < (1 - _GAIN) * best[index])) | torch.isinf(best[index])
+        idle[index] = torch.where(gained, 0, idle[index] + 1)
+        best[index[better]], best_points[index[better]] = distance[better], y[better]
+        slope = gradient * _per_pixel(sign[index], x)
+        wanted = sign[index] * (gamma - score) + _dot(slope, y)  # the value of slope . y' on the hyperplane
+        y = _where(flipped, x + _PULL * (y - x), y)
+        from_y, from_x = (onto(slope, start, wanted - _dot(slope, start), norm) for start in (y, x))
+        near, far = (_distance(x, x + move, norm) for move in (from_y, from_x))
+        weight = _per_pixel((near / (near + far).clamp(min=torch.finfo(near.dtype).tiny)).clamp(max=_TOWARDS_X), x)
+        y = (1 - weight) * (y + _OVERSHOOT * from_y) + weight * (x + _OVERSHOOT * from_x)
+        current[index] = (x + _TOUCH * from_x if closing else y).clamp(0, 1)
+    return MinimumNorm(best, best_points)
+
+
+def _shorten(
+    network: nn.Module, images: Tensor, accepted: Tensor, gamma: float, norm: Norm, points: Tensor
+) -> MinimumNorm:
+    """Bisect the segments from x to the points for the nearest flipped decision; infinite radius where none is."""
+    found = _flipped(_score(network, points), accepted, gamma)
+    low, high = torch.zeros_like(found, dtype=images.dtype), torch.ones_like(found, dtype=images.dtype)
+    best = _where(found, points, images)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        candidates = images + (points - images) * _per_pixel(middle, images)
+        flipped = _flipped(_score(network, candidates), accepted, gamma)
+        best = _where(found & flipped, candidates, best)
+        high, low = torch.where(flipped, middle, high), torch.where(flipped, low, middle)
+    distance = _distance(images, best, norm)
+    return MinimumNorm(torch.where(found, distance, torch.inf), best)
+
+
+def minimum_norm(
+    network: nn.Module,
+    images: Tensor,
+    gamma: float,
+    norm: Norm,
+    generator: torch.Generator,
+    effort: Effort = DEFAULT,
+) -> MinimumNorm:
+    r"""Upper bracket of the robust radius: the nearest point found whose decision S <= gamma differs from x's.
+
+    Walks along the level set start from x, from climbs of one logit a round, and from random points at the best
+    distance found so far; the last one starts from the worst point in a ball a little smaller than that distance. The
+    best point of all is refined in float64. Every returned point was evaluated in float64
+    and lies in the pixel box.
+
+    Args:
+        network: f in eval mode and float64.
+        images: x, shape (B, C, H, W).
+        gamma: Threshold.
+        norm: Norm of the distance.
+        generator: Random numbers of the starts.
+        effort: How hard to search.
+
+    Returns:
+        Radii and points.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, dtype=torch.float64)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[3.0, 4.0]])), layer.bias.zero_()
+        >>> image = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)  # S = -3.5
+        >>> found = minimum_norm(nn.Sequential(nn.Flatten(), layer), image, -3.0, "l2", torch.Generator())
+        >>> found.radius.round(decimals=6)
+        tensor([0.1000], dtype=torch.float64)
+    """
+    with torch.no_grad():
+        logits = network(images)
+    accepted, ranking = energy(logits) <= gamma, logits.argsort(1, descending=True)
+    search, coarse, limit = _single(network), images.float(), largest_eps(images.shape[1:], norm)
+    best, points = torch.full_like(coarse.flatten(1)[:, 0], torch.inf), coarse
+
+    def walk(starts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        count, begin = len(starts), torch.cat(list(starts))
+        found = _walk(search, _repeat(coarse, count), accepted.repeat(count), gamma, norm, begin, effort.steps)
+        nearest, nearest_points = best, points
+        for radius, candidates in zip(found.radius.chunk(count), found.points.chunk(count), strict=True):
+            nearer = radius < nearest
+            nearest, nearest_points = torch.where(nearer, radius, nearest), _where(nearer, candidates, nearest_points)
+        return nearest, nearest_points
+
+    for turn in range(effort.rounds):
+        climbs = Ball(coarse, (_REACH * best).clamp(max=limit), norm)
+        starts = [_climb(search, climbs, ranking[:, (turn - 1) % ranking.shape[1]]) if turn else coarse]
+        around = Ball(coarse, best.clamp(max=limit), norm)
+        starts += [_random_points(around, generator) for _ in range(effort.restarts)]
+        best, points = walk(starts)
+    smaller = Ball(coarse, (_SQUEEZE * best).clamp(max=limit), norm)
+    sign = torch.where(accepted, 1, -1).to(coarse)
+    best, points = walk([_ascend(search, smaller, sign, smaller.project(points), effort.steps)])
+    refined = _walk(network, images, accepted, gamma, norm, points.to(images), _POLISH)
+    closed = _walk(network, images, accepted, gamma, norm, refined.points, _CLOSING, closing=True)
+    return _shorten(network, images, accepted, gamma, norm, closed.points)

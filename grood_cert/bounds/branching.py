@@ -1,0 +1,426 @@
+r"""Branch and bound of S over a ball: the ball is cut into domains until the worst of them is decided.
+
+A domain fixes the sign of some unstable (leaky) ReLUs, where the relaxation is then exact, and for a lower bound of S
+may cut the interval of a logit, where the chord of e^z then lies closer. Each domain has a proof of its own: slopes,
+multipliers, and weights p or chords of `grood_cert.bounds.alpha_crown`, started from its parent's. So splitting closes all
+gaps, that of the concavity of S included. With sign = 1 for an upper and -1 for a lower bound,
+
+    sign * S <= max over the domains of their bounds,
+
+and domains are pruned only once their bound is on the right side of gamma, or proved empty by a crossed interval.
+
+Only points with sign * S >= t = sign * gamma - 1e-9 (1 + |gamma|) can spoil a proof. Where the root is undecided the
+inputs of its hidden layers are bounded anew on that part alone, and those of the last hidden layer (and the logits)
+again after every few splits. From then on the claim is sign * S <= max(t, bounds of the domains), still for the ball.
+
+*Where to split.* At the minimiser x* of a domain's proof the slack, bound minus true value, is a sum over neurons and
+logits: |a_j| times the distance of the neuron's line from the neuron at x* (a_j the row's coefficient), and the
+distance of chord and exponential. The largest is split, with a fifth of the largest distance on the interval added.
+
+References:
+    Wang et al., "Beta-CROWN", NeurIPS 2021; Bunel et al., "Branch and Bound for Piecewise Linear Neural Network
+    Verification", JMLR 2020; Kotha et al., "Provably Bounding Neural Network Preimages", NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.activations import LeakyReLU
+from grood_cert.bounds.alpha_crown import (
+    Domains,
+    Objective,
+    Passage,
+    Side,
+    emptied,
+    optimise,
+    plain,
+    root,
+    sign_of,
+    tightened,
+)
+from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.hidden import Interval, preactivations
+from grood_cert.errors import InputError
+from grood_cert.scores import energy
+
+_ROOT_STEPS = 40  # of Adam, for the undivided ball
+_LOGIT_STEPS = 10
+_ROOT_TIGHTENING_STEPS = 5
+_TIGHTEN_EVERY = 3  # splits
+_LARGEST_GAP_SHARE = 0.2
+_STRICTNESS = 1e-9
+_POLISH = 10  # times the steps for a domain that cannot be split any more
+_WHOLE, _NOWHERE = -1, -2  # instead of a place to split: optimise for longer; nothing to be done
+
+
+@dataclass(frozen=True)
+class Branched:
+    """What branch and bound found out about each ball.
+
+    Attributes:
+        bound: S_ub or S_lb over the whole ball, shape (B,); NaN where not proved.
+        decided: S_ub < gamma or S_lb > gamma, strictly.
+        refuted: A point of the ball on the wrong side of gamma was met: S > gamma for an upper, S <= gamma for a lower
+            bound.
+        points: That point, shape (B, C, H, W); the centre where there is none.
+        nodes: Domains bounded; one optimised for longer, not split, counts twice.
+        timed_out: Undecided because the seconds were over.
+    """
+
+    bound: Tensor
+    decided: Tensor
+    refuted: Tensor
+    points: Tensor
+    nodes: Tensor
+    timed_out: Tensor
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """Open domains: their state, bound of sign * S, and where they will be split."""
+
+    sample: Tensor
+    signs: Tensor  # int8
+    lower: Tensor  # of the inputs of all neurons
+    upper: Tensor
+    logits_lower: Tensor
+    logits_upper: Tensor
+    values: Tensor
+    bound: Tensor
+    depth: Tensor
+    branch: Tensor  # a neuron, N + a logit, or _WHOLE or _NOWHERE
+    cut: Tensor  # where a logit is cut
+
+    def at(self, index: Tensor) -> _Leaves:
+        return _Leaves(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def joined(self, other: _Leaves) -> _Leaves:
+        return _Leaves(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+class _Pool:
+    """Open leaves in slots that are used again, so that a leaf is copied only when it is made."""
+
+    def __init__(self, leaves: _Leaves) -> None:
+        self._leaves = leaves
+        self.open = torch.ones(len(leaves), dtype=torch.bool, device=leaves.sample.device)
+
+    @property
+    def all(self) -> _Leaves:
+        return self._leaves
+
+    def put(self, leaves: _Leaves) -> None:
+        free = (~self.open).nonzero().squeeze(1)
+        if len(free) < len(leaves):
+            more = max(len(leaves) - len(free), len(self.open))
+            index = torch.zeros(more, dtype=torch.long, device=free.device)
+            self._leaves = self._leaves.joined(self._leaves.at(index))
+            self.open = torch.cat([self.open, torch.zeros_like(index, dtype=torch.bool)])
+            free = (~self.open).nonzero().squeeze(1)
+        slots = free[: len(leaves)]
+        for field in fields(leaves):
+            getattr(self._leaves, field.name)[slots] = getattr(leaves, field.name)
+        self.open[slots] = True
+
+
+def check_graph(graph: Graph) -> None:
+    """Refuse networks with other nonlinear layers than ReLU and leaky ReLU.
+
+    Raises:
+        InputError: Naming the layer.
+    """
+    if not graph.nonlinear:
+        raise InputError("branch and bound splits ReLUs, and the network has none; linear bounds are all there is")
+    for number in graph.nonlinear:
+        node = graph.nodes[number]
+        if not isinstance(node.operation, LeakyReLU):
+            raise InputError(
+                f"layer {node.name}: branch and bound splits ReLU and leaky ReLU alone, not {type(node.operation).__name__}"
+            )
+
+
+class _Search:
+    """Branch and bound over a batch of balls that are all proved and undecided at their roots."""
+
+    def __init__(self, graph: Graph, ball: Ball, gamma: float, side: Side, batch: int, steps: int) -> None:
+        self.graph, self.ball, self.side, self.batch, self.steps = graph, ball, side, batch, steps
+        self.sign = sign_of(side)
+        self.goal = self.sign * gamma
+        self.level = self.goal - _STRICTNESS * (1 + abs(gamma))
+        self.layers = len(graph.nonlinear)
+        self.shapes = [graph.nodes[number].shape for number in graph.nonlinear]
+        self.sizes = [graph.nodes[number].size for number in graph.nonlinear]
+        self.refuted = torch.zeros(len(ball.center), dtype=torch.bool, device=ball.center.device)
+        self.points = ball.center.clone()
+
+    def wrong(self, score: Tensor) -> Tensor:
+        """Whether a score refutes the claim."""
+        return score > self.goal if self.sign > 0 else score <= -self.goal
+
+    def solve(self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int) -> _Leaves:
+        """Bound domains, look at the minimisers of their proofs, and choose where to split them."""
+        objective = Objective(domains, self.side)
+        bound, values, passage = optimise(objective, steps, start)
+        points = _maximiser(domains.ball, passage)
+        with torch.no_grad():
+            nodes = self.graph.values(points)
+            hit = self.wrong(energy(nodes[-1])).nonzero().squeeze(1)
+            hit = hit[self.wrong(energy(self.graph.network(points[hit])))]
+            self.refuted[sample[hit]] = True
+            self.points[sample[hit]] = points[hit]
+            branch, cut = self._split_at(objective, domains, values, passage, nodes)
+        return _Leaves(
+            sample,
+            domains.signs.to(torch.int8),
+            torch.cat([lower.flatten(1) for lower, _ in domains.inputs], 1),
+            torch.cat([upper.flatten(1) for _, upper in domains.inputs], 1),
+            *domains.logits,
+            values,
+            bound,
+            depth,
+            branch,
+            cut,
+        )
+
+    def _split_at(
+        self, objective: Objective, domains: Domains, values: Tensor, passage: Passage, nodes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        relaxation = objective.relaxation
+        scores = []
+        for number, (lower, upper) in relaxation.inputs.items():
+            operation = self.graph.nodes[number].operation
+            assert isinstance(operation, LeakyReLU)
+            inputs = torch.maximum(torch.minimum(nodes[self.graph.nodes[number].inputs[0]], upper), lower)
+            row = passage.coefficients[number].squeeze(1)
+            _, _, slope_high, constant_high = relaxation.lines[number]
+            slope_low = relaxation.slopes(number, values.unsqueeze(1)).squeeze(1)
+            above = slope_high * inputs + constant_high - operation(inputs)
+            below = operation(inputs) - slope_low * inputs
+            slack = torch.where(row > 0, row * above, -row * below)
+            below = torch.minimum((slope_low - operation.slope) * -lower, (1 - slope_low) * upper)
+            largest = torch.where(row > 0, row * constant_high, -row * below)
+            score = slack + _LARGEST_GAP_SHARE * largest + torch.finfo(row.dtype).tiny
+            scores.append(torch.where(relaxation.unstable[number], score, -1.0).flatten(1))
+        cut = torch.zeros_like(objective.low)
+        if self.side == "lower":
+            score, cut = objective.chord_slack(values, nodes[-1], _LARGEST_GAP_SHARE)
+            scores.append(score)
+        best, branch = torch.cat(scores, 1).max(1)
+        logit = (branch - domains.signs.shape[1]).clamp(min=0)
+        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, logit.unsqueeze(1)).squeeze(1)
+
+    def tighten(self, domains: Domains, values: Tensor, places: list[int], steps: int) -> tuple[Domains, Tensor]:
+        """Intervals that hold where sign * S >= level, and which domains that empties."""
+        condition = Objective(domains, self.side).condition(values, self.level)
+        lines = values[:, : domains.signs.shape[1]]
+        return emptied(tightened(domains, places, steps, lines, condition))
+
+    def outputs(self) -> list[int]:
+        """The logits count as a layer where their intervals matter."""
+        return [self.layers] if self.side == "lower" else []
+
+    def domains(self, leaves: _Leaves) -> Domains:
+        """Leaves as domains."""
+        inputs: list[Interval] = [
+            (lower.unflatten(1, shape), upper.unflatten(1, shape))
+            for lower, upper, shape in zip(
+                leaves.lower.split(self.sizes, 1), leaves.upper.split(self.sizes, 1), self.shapes, strict=True
+            )
+        ]
+        ball = Ball(self.ball.center[leaves.sample], self.ball.eps[leaves.sample], self.ball.norm)
+        logits = leaves.logits_lower, leaves.logits_upper
+        return Domains(self.graph, ball, tuple(inputs), leaves.signs.to(leaves.lower.dtype), logits)
+
+    def children(self, parents: _Leaves) -> _Leaves:
+        """Both halves of every leaf, bounded; those proved empty are gone. Leaves not to be split are optimised for longer."""
+        whole = parents.branch < 0
+        found = [self.polished(parents.at(whole))] if bool(whole.any()) else []
+        if not bool(whole.all()):
+            found.append(self.halves(parents.at(~whole)))
+        return found[0] if len(found) == 1 else found[0].joined(found[1])
+
+    def polished(self, leaves: _Leaves) -> _Leaves:
+        """Leaves optimised for longer; given up where that does not help and there is nothing to split."""
+        found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, _POLISH * self.steps)
+        found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
+        stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
+        return replace(found, branch=torch.where(stuck & (found.branch < 0), _NOWHERE, found.branch))
+
+    def halves(self, parents: _Leaves) -> _Leaves:
+        """Both halves of every leaf, bounded; their intervals are tightened after every few splits."""
+        children = _halved(parents)
+        leaves = self.solve(children.sample, self.domains(children), children.depth, children.values, self.steps)
+        stagnant = leaves.bound >= children.bound  # the steps did not carry the proof over to the half
+        branch = torch.where(stagnant, _WHOLE, leaves.branch)
+        leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound), branch=branch)
+        again = ((leaves.depth % _TIGHTEN_EVERY == 0) & (leaves.bound >= self.goal)).nonzero().squeeze(1)
+        places = [*range(1, self.layers)][-1:] + self.outputs()
+        if places and len(again):
+            some = leaves.at(again)
+            domains, empty = self.tighten(self.domains(some), some.values, places, 1)
+            found = self.solve(some.sample, domains, some.depth, some.values, self.steps)
+            found = replace(found, bound=torch.minimum(found.bound, some.bound))
+            rest = torch.ones_like(leaves.sample, dtype=torch.bool)
+            rest[again] = False
+            leaves = leaves.at(rest).joined(found.at(~empty))
+        return leaves
+
+    def run(self, first: _Leaves, nodes: int, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds of sign * S over the balls, numbers of domains bounded, and who ran out of time."""
+        count = len(self.refuted)
+        used = torch.ones(count, dtype=torch.long, device=self.refuted.device)
+        worst = torch.full((count,), self.level, dtype=torch.float64, device=used.device)  # of what is closed
+        closed = first.bound < self.goal
+        worst = worst.scatter_reduce(0, first.sample[closed], first.bound[closed], "amax")
+        pool = _Pool(first.at(~closed))
+        late = torch.zeros_like(self.refuted)
+        while True:
+            leaves = pool.all
+            wanted = pool.open & ~self.refuted[leaves.sample] & (leaves.branch > _NOWHERE)
+            chosen = _worst_first(leaves, wanted, (nodes - used) // 2)[: self.batch]
+            if not len(chosen):
+                break
+            if time.monotonic() > deadline:
+                late[leaves.sample[wanted]] = True
+                break
+            parents = leaves.at(chosen)
+            pool.open[chosen] = False
+            used = used + 2 * torch.bincount(parents.sample, minlength=count)
+            found = self.children(parents)
+            closed = found.bound < self.goal
+            worst = worst.scatter_reduce(0, found.sample[closed], found.bound[closed], "amax")
+            pool.put(found.at(~closed))
+        open_ = pool.all.at(pool.open)
+        return worst.scatter_reduce(0, open_.sample, open_.bound, "amax"), used, late
+
+
+def _maximiser(ball: Ball, passage: Passage) -> Tensor:
+    """Where the linear function that a row became is largest on the ball: the derivative of the support function."""
+    assert passage.image is not None
+    image = passage.image.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (step,) = torch.autograd.grad(ball.support(image).sum(), image)
+    return ball.project(ball.center + step.reshape(ball.center.shape))
+
+
+def _halved(parents: _Leaves) -> _Leaves:
+    """Leaves split where they say, first the upper halves, then the lower ones."""
+    count, total = len(parents), parents.signs.shape[1]
+    children = parents.at(torch.arange(count, device=parents.sample.device).repeat(2))
+    above = torch.arange(2 * count, device=parents.sample.device) < count
+    neuron = children.branch < total
+    for mask, sign, ends in ((neuron & above, 1, children.lower), (neuron & ~above, -1, children.upper)):
+        row = mask.nonzero().squeeze(1)
+        children.signs[row, children.branch[row]] = sign
+        ends[row, children.branch[row]] = 0.0
+    for mask, ends in ((~neuron & above, children.logits_lower), (~neuron & ~above, children.logits_upper)):
+        row = mask.nonzero().squeeze(1)
+        ends[row, children.branch[row] - total] = children.cut[row]
+    return replace(children, depth=children.depth + 1)
+
+
+def _worst_first(leaves: _Leaves, wanted: Tensor, quota: Tensor) -> Tensor:
+    """Slots of wanted leaves: the worst of every sample, then their second worst, and so on up to its quota."""
+    slots = wanted.nonzero().squeeze(1)
+    slots = slots[leaves.bound[slots].argsort(descending=True, stable=True)]
+    sample = leaves.sample[slots]
+    by_sample = sample.argsort(stable=True)
+    counts = torch.bincount(sample, minlength=len(quota))
+    begins = counts.cumsum(0) - counts
+    rank = torch.empty_like(sample)
+    rank[by_sample] = torch.arange(len(sample), device=sample.device) - begins[sample[by_sample]]
+    allowed = rank < quota[sample]
+    return slots[allowed][rank[allowed].argsort(stable=True)]
+
+
+def branch_and_bound(
+    graph: Graph,
+    ball: Ball,
+    gamma: float,
+    side: Side,
+    nodes: int,
+    seconds: float | None = None,
+    batch: int = 64,
+    steps: int = 10,
+) -> Branched:
+    r"""Bound S over each ball, splitting it until S_ub < gamma or S_lb > gamma is proved or the budget is spent.
+
+    Without a time limit the result is a function of the arguments alone.
+
+    Args:
+        graph: A network whose only nonlinear layers are ReLU and leaky ReLU.
+        ball: Batch of balls, float64.
+        gamma: Threshold.
+        side: "upper" to prove S < gamma, "lower" to prove S > gamma.
+        nodes: Most domains to bound for each ball; 1 does not split.
+        seconds: Most seconds to search; looked at between batches.
+        batch: Leaves split at once.
+        steps: Adam steps for each domain.
+
+    Returns:
+        Bounds that hold on the whole ball whatever gamma is, decided or not.
+
+    Raises:
+        InputError: If the network has other nonlinear layers, or an argument makes no sense.
+
+    Example:
+        >>> from grood_cert.bounds.graph import trace
+        >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
+        >>> graph = trace(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
+        >>> ball = Ball(torch.full((1, 1, 2, 2), 0.5).double(), torch.tensor([0.1]).double(), "linf")
+        >>> branch_and_bound(graph, ball, 0.0, "upper", nodes=8).decided
+        tensor([True])
+    """
+    check_graph(graph)
+    if not math.isfinite(gamma):
+        raise InputError(f"gamma must be finite, got {gamma}")
+    if min(nodes, batch) < 1 or steps < 0:
+        raise InputError(f"nodes and batch must be at least 1 and steps not negative, got {nodes}, {batch} and {steps}")
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    sign = sign_of(side)
+    domains, proved = root(graph, ball, preactivations(graph, ball))
+    bound = torch.where(proved, plain(domains, side), torch.inf)
+    refuted, timed_out = torch.zeros_like(proved), torch.zeros_like(proved)
+    points, used = ball.center.clone(), torch.ones_like(proved, dtype=torch.long)
+    index = (proved & ~(bound < sign * gamma)).nonzero().squeeze(1)
+    if len(index):
+        domains = domains.at(index)
+        search = _Search(graph, domains.ball, gamma, side, batch, steps)
+        found, used[index], timed_out[index] = _below_root(search, domains, bound[index], nodes, deadline)
+        bound[index], refuted[index], points[index] = found, search.refuted, search.points
+    bound = torch.where(torch.isfinite(bound), sign * bound, torch.nan)
+    decided = bound < gamma if side == "upper" else bound > gamma
+    return Branched(bound, decided, refuted, points, used, timed_out & ~decided & ~refuted)
+
+
+def _below_root(
+    search: _Search, domains: Domains, bound: Tensor, nodes: int, deadline: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimise the bounds of whole balls, and branch where that does not decide them."""
+    domains, _ = emptied(tightened(domains, search.outputs(), _LOGIT_STEPS))
+    sample = torch.arange(len(domains), device=bound.device)
+    depth = torch.zeros_like(sample)
+    leaves = search.solve(sample, domains, depth, None, _ROOT_STEPS)
+    bound = torch.minimum(bound, leaves.bound)
+    used, late = torch.ones_like(sample), torch.zeros_like(bound, dtype=torch.bool)
+    open_ = ((bound >= search.goal) & ~search.refuted).nonzero().squeeze(1)
+    if nodes < 3 or not len(open_):
+        return bound, used, late
+    leaves, domains = leaves.at(open_), domains.at(open_)
+    places = [*range(1, search.layers), *search.outputs()]
+    domains, empty = search.tighten(domains, leaves.values, places, _ROOT_TIGHTENING_STEPS)
+    leaves = search.solve(open_, domains, depth[open_], leaves.values, search.steps)
+    leaves = replace(leaves, bound=torch.where(empty, search.level, torch.minimum(leaves.bound, bound[open_])))
+    found, used, late = search.run(leaves, nodes, deadline)
+    bound[open_] = torch.minimum(bound[open_], found[open_])
+    return bound, used, late

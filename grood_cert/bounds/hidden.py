@@ -1,0 +1,281 @@
+r"""Sound bounds of every pre-activation and of the logits over a ball: intervals, CROWN, and bounds from elsewhere.
+
+*Intervals.* |x - c| <= r gives |W x - W c| <= |W| r coordinate by coordinate; monotone functions map ends to ends.
+
+*CROWN.* Linear bounds, see `backward`. Computed are those of entries whose derivative the intervals leave open, and of
+those whose range the intervals of a later layer read. Where no nonlinear layer lies before, rows are exact: for l_2 and
+l_1 balls, whose box is larger, they are computed for "ibp" as well; for l_inf one layer's interval is as good.
+
+Diagonal layers are folded into their neighbours first (`folding`).
+
+Sources are intersected: largest lower, smallest upper bound. Each is first moved outward by 1e-12 of
+|W| |x| + |b|, the magnitude of what was summed (|x| of an activation is the larger of |sigma(z)| and |z|), so
+exact-arithmetic claims survive rounding. A sample whose bounds
+cross or are not finite is *not proved*.
+
+References:
+    Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.activations import Activation, LeakyReLU
+from grood_cert.bounds.backward import Rows
+from grood_cert.bounds.folding import folded
+from grood_cert.bounds.graph import Graph, Node
+from grood_cert.bounds.linear_rows import Transposes
+from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.bounds.simplex import Weights, difference_rows, softmax_weights
+from grood_cert.errors import InputError
+
+Source = Literal["ibp", "crown"]
+Interval = tuple[Tensor, Tensor]
+ROUNDING = 1e-12
+_PAIRWISE_UP_TO = 20
+DEFAULT_MEMORY = 2**24  # blocks that stay in cache: twice as fast as large ones
+
+
+@dataclass(frozen=True)
+class Preactivations:
+    """Bounds over each ball of a batch.
+
+    Attributes:
+        inputs: Bounds of the input of every nonlinear layer, in execution order; shape (B, *layer) each.
+        slopes: Range of the derivative of every nonlinear layer: of sigma' for an activation, of the routing of each
+            (window, entry) for a maximum pool.
+        logits: Bounds of the logits, shape (B, K) each.
+        weights: The set of possible softmax weights.
+        proved: Whether all bounds of a sample are finite and ordered, shape (B,).
+    """
+
+    inputs: tuple[Interval, ...]
+    slopes: tuple[Interval, ...]
+    logits: Interval
+    weights: Weights
+    proved: Tensor
+
+
+def _outward(lower: Tensor, upper: Tensor, magnitude: Tensor) -> Interval:
+    return lower - ROUNDING * magnitude, upper + ROUNDING * magnitude
+
+
+def _intersect(first: Interval, second: Interval) -> Interval:
+    return torch.maximum(first[0], second[0]), torch.minimum(first[1], second[1])
+
+
+def slopes_of(operation: object, lower: Tensor, upper: Tensor) -> Interval:
+    """Range of the derivative of a nonlinear layer whose input lies in [lower, upper]."""
+    if isinstance(operation, Activation):
+        return operation.slopes(lower, upper)
+    assert isinstance(operation, MaxPool)
+    return operation.routing(lower, upper)
+
+
+def _is_exact(operation: object) -> bool:
+    """Whether ends are mapped without rounding; lower bounds of 0 that tie in a maximum pool then go on to do so."""
+    return isinstance(operation, MaxPool) or operation == LeakyReLU()
+
+
+def _wanted(operation: object, lower: Tensor, upper: Tensor, last: bool) -> Tensor:
+    """Entries of a nonlinear layer's input whose tighter bounds could make a difference."""
+    if isinstance(operation, Activation):
+        low, high = operation.slopes(lower, upper)
+        undecided = low < high
+        if last:
+            return undecided
+        low, high = operation.values(lower, upper)
+        return undecided | (low < high)
+    assert isinstance(operation, MaxPool)
+    alone, possible = operation.routing(lower, upper)
+    return operation.spread(possible - alone if last else possible) > 0
+
+
+def _given(bounds: Sequence[Interval] | None, graph: Graph, batch: int) -> dict[int, Interval]:
+    if bounds is None:
+        return {}
+    numbers = graph.nonlinear
+    if len(bounds) != len(numbers):
+        numbers = tuple(i for i in numbers if isinstance(graph.nodes[i].operation, Activation))
+    if len(bounds) != len(numbers):
+        raise InputError(f"expected bounds of {len(graph.nonlinear)} nonlinear layers, got {len(bounds)}")
+    for number, (lower, upper) in zip(numbers, bounds, strict=True):
+        shape = (batch, *graph.nodes[graph.nodes[number].inputs[0]].shape)
+        if tuple(lower.shape) != shape or tuple(upper.shape) != shape:
+            raise InputError(
+                f"bounds of the input of layer {graph.nodes[number].name}: expected shape {shape}, "
+                f"got {tuple(lower.shape)} and {tuple(upper.shape)}"
+            )
+    return dict(zip(numbers, bounds, strict=True))
+
+
+class Hidden:
+    """Bounds of every layer of a network over a batch of balls, and its linear relaxation.
+
+    Args:
+        graph: The network, folded.
+        ball: Batch of balls, float64.
+        source: "ibp" for intervals alone, "crown" for linear bounds on top.
+        given: Bounds of the inputs of the nonlinear layers from elsewhere, intersected with ours.
+        memory: Bytes that blocks of rows may take.
+        transposes: Matrices kept from earlier calls for the same graph.
+
+    Attributes:
+        inputs: Bounds of the input of every nonlinear node, by its number, in execution order.
+        intervals: Bounds of the value of every node.
+        magnitudes: What was summed to get the value of every node, in absolute values: rounding is a share of it.
+        relaxed: Pulls rows of any node back to the image.
+        proved: Whether the bounds of all inputs are finite and ordered, shape (B,).
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        ball: Ball,
+        source: Source,
+        given: Sequence[Interval] | None = None,
+        memory: int = DEFAULT_MEMORY,
+        transposes: Transposes | None = None,
+    ) -> None:
+        self.graph = graph
+        self.source = source
+        self.inputs: dict[int, Interval] = {}
+        self.intervals: list[Interval] = [(ball.lower, ball.upper)]
+        self.magnitudes: list[Tensor] = [torch.maximum(ball.lower.abs(), ball.upper.abs())]
+        self.relaxed = Rows(graph, ball, transposes)
+        self.proved = torch.ones(len(ball.center), dtype=torch.bool, device=ball.center.device)
+        self._exact = ball.norm == "linf"
+        self._memory = memory
+        self._affine = {0}  # nodes that depend on the image linearly
+        known = _given(given, graph, len(ball.center))
+        for number, node in enumerate(graph.nodes[1:], 1):
+            if isinstance(node.operation, LinearMap | Addition):
+                value = self._linear(number, node)
+            else:
+                value = self._nonlinear(number, node, known.get(number))
+            self.intervals.append(value if _is_exact(node.operation) else _outward(*value, self.magnitudes[-1]))
+
+    def _sharpen(self, origin: int, wanted: Tensor) -> None:
+        """Intersect the interval of a node with linear bounds of the wanted entries.
+
+        Of no others: a block may hold some, and what a sample gets must not depend on its batch.
+        """
+        lower, upper = self.relaxed.bounds(origin, wanted.flatten(1), self._memory)
+        lower = torch.where(wanted, lower.reshape(wanted.shape), -torch.inf)
+        upper = torch.where(wanted, upper.reshape(wanted.shape), torch.inf)
+        found = _outward(lower, upper, self.magnitudes[origin])
+        self.intervals[origin] = _intersect(self.intervals[origin], found)
+
+    def _linear(self, number: int, node: Node) -> Interval:
+        operation, origin = node.operation, node.inputs[0]
+        if self._affine.issuperset(node.inputs):
+            self._affine.add(number)
+        elif not self._exact:  # a sum of what depends on the image linearly and of what does not
+            for source in self._affine.intersection(node.inputs) - {0}:
+                self._sharpen(source, torch.ones_like(self.intervals[source][0], dtype=torch.bool))
+        lower, upper = self.intervals[origin]
+        if isinstance(operation, LinearMap):
+            absolute = operation.absolute()
+            self.magnitudes.append(absolute(self.magnitudes[origin]))
+            center, radius = operation((lower + upper) / 2), absolute.linear((upper - lower) / 2)
+            return center - radius, center + radius
+        other = node.inputs[1]
+        self.magnitudes.append(self.magnitudes[origin] + self.magnitudes[other])
+        return lower + self.intervals[other][0], upper + self.intervals[other][1]
+
+    def _nonlinear(self, number: int, node: Node, given: Interval | None) -> Interval:
+        operation, origin = node.operation, node.inputs[0]
+        assert isinstance(operation, Activation | MaxPool)
+        linear = self.source == "crown" or (origin in self._affine and not self._exact)
+        if linear and not (self._exact and self.graph.nodes[origin].inputs == (0,)):
+            self._sharpen(origin, _wanted(operation, *self.intervals[origin], number == self.graph.nonlinear[-1]))
+        if given is not None:
+            self.intervals[origin] = _intersect(self.intervals[origin], _outward(*given, self.magnitudes[origin]))
+        lower, upper = self.intervals[origin]
+        self.proved = self.proved & _ordered(lower, upper)
+        self.inputs[number] = lower, upper
+        self.relaxed.add(number, lower, upper)
+        before = torch.maximum(lower.abs(), upper.abs())  # lines around a flat activation cancel terms of this size
+        if isinstance(operation, Activation):
+            lower, upper = operation.values(lower, upper)
+        else:
+            lower, upper, before = operation(lower), operation(upper), operation(before)
+        self.magnitudes.append(torch.maximum(torch.maximum(lower.abs(), upper.abs()), before))
+        return lower, upper
+
+
+def logit_rows(classes: int) -> Tensor:
+    """Rows whose bounds make the best softmax weights: each logit, then each difference; shape (R, K), float64."""
+    return torch.cat([torch.eye(classes, dtype=torch.float64), difference_rows(classes)])
+
+
+def preactivations(
+    graph: Graph,
+    ball: Ball,
+    source: Source = "crown",
+    given: Sequence[Interval] | None = None,
+    given_rows: Interval | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Preactivations:
+    r"""Bound the input of every nonlinear layer, the logits and the softmax weights over each ball.
+
+    Intervals are always computed; CROWN sharpens, layer by layer, those entries whose derivative they leave open, and
+    bounds given from another engine are intersected with both.
+
+    Args:
+        graph: The network.
+        ball: Batch of balls, float64.
+        source: "ibp" for intervals alone, "crown" for the linear relaxation on top.
+        given: Bounds of the inputs of the nonlinear layers in execution order (with or without maximum pools),
+            shape (B, *layer) each.
+        given_rows: Bounds of the rows `logit_rows(K)` of the logits, shape (B, R) each.
+        memory: Bytes that blocks of rows may take.
+
+    Returns:
+        The intersection.
+
+    Raises:
+        InputError: If given bounds do not fit the network.
+    """
+    if source not in ("ibp", "crown"):
+        raise InputError(f"unknown source of bounds {source!r}; use ibp or crown")
+    known = Hidden(folded(graph), ball, source, given, memory)
+    logits, weights = _logits(known, given_rows, memory)
+    slopes = tuple(
+        slopes_of(known.graph.nodes[number].operation, lower, upper) for number, (lower, upper) in known.inputs.items()
+    )
+    proved = known.proved & _ordered(*logits) & _ordered(weights.lower, weights.upper)
+    return Preactivations(tuple(known.inputs.values()), slopes, logits, weights, proved)
+
+
+def _ordered(lower: Tensor, upper: Tensor) -> Tensor:
+    return (torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).flatten(1).all(1)
+
+
+def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, Weights]:
+    logits, magnitude = known.intervals[-1], known.magnitudes[-1]
+    batch, classes = magnitude.shape
+    rows = logit_rows(classes).to(magnitude)
+    if given is not None and (given[0].shape != (batch, len(rows)) or given[1].shape != (batch, len(rows))):
+        raise InputError(
+            f"expected bounds of {len(rows)} rows, shape {(batch, len(rows))}, got {tuple(given[0].shape)}"
+        )
+    if known.source == "crown":
+        used = rows if classes <= _PAIRWISE_UP_TO else rows[:classes]
+        found = known.relaxed.linear(len(known.graph.nodes) - 1, used.expand(batch, -1, -1), memory)
+        if len(used) < len(rows):
+            pad = torch.full((batch, len(rows) - classes), torch.inf).to(magnitude)
+            found = torch.cat([found[0], -pad], 1), torch.cat([found[1], pad], 1)
+        given = found if given is None else _intersect(given, found)
+    if given is None:
+        return logits, softmax_weights(*logits)
+    lower, upper = _outward(*given, magnitude @ rows.abs().T)
+    logits = _intersect(logits, (lower[:, :classes], upper[:, :classes]))
+    return logits, softmax_weights(*logits, (lower[:, classes:], upper[:, classes:]))

@@ -1,0 +1,576 @@
+r"""Hand what is left undecided to a complete verifier: an ONNX network and VNNLIB properties, and read the answers.
+
+A complete verifier knows no logsumexp, but each side of the certificate is decided by one linear function c . f of the
+logits (`grood_cert.bounds.score`). On the l_inf ball around x, intersected with the pixel box:
+
+    ID    p . f > -gamma - H(p)  everywhere   =>  S < gamma,   p in the simplex                          (U1, Gibbs)
+    OOD   kappa . f < e^(-gamma - M) - sum_k e^(u_k - M) + kappa . u  everywhere   =>  S > gamma         (L1, chords)
+
+with p near softmax f(x), l <= f <= u proved by our own bound engine on the same ball, M = max_k u_k, and kappa_k any
+slope from 0 to the chord's. A property asserts the negation, so **unsat means certified**. Sat does not mean refuted:
+the linear function can cross its threshold where S does not cross gamma. A counterexample is therefore evaluated again,
+in float64, and believed only if S crosses gamma there.
+
+The readers of VNNLIB in alpha-beta-CROWN and in the competition know constraints between single outputs and numbers
+only, no linear combinations. So the rows c are the last layer of the network: output i of `model.onnx` is c_i . f, and
+the property of instance i speaks of Y_i alone. (Marabou 2.0 reads these files too, but of networks without a
+normalisation layer only: its ONNX reader knows neither division nor broadcasting.)
+
+Rounding: every number that is written (rows, thresholds, box) is a float32 value, printed in full, so that reading it
+in float32 or float64 changes nothing. p has denominator 2^24 and sums to 1 exactly; kappa is rounded down; thresholds
+and box are rounded so that the property is the weaker one to violate. The network is exported only if all its
+parameters are float32 values. What a verifier then does in its own arithmetic is its own affair.
+
+References:
+    Demarchi et al., "Supporting Standardization of Neural Networks Verification with VNNLIB and CoCoNet", FoMLAS 2023;
+    Brix et al., "First Three Years of the International Verification of Neural Networks Competition", STTT 2023.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gzip
+import importlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.score import Bounded, chord_slopes
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector, versions
+from grood_cert.errors import InputError, RunError
+from grood_cert.results.rows import Rows
+from grood_cert.runs import saving as runs
+from grood_cert.scores import energy
+from grood_cert.system.files import check_writable, replacing, sha256, write_csv, write_json
+
+VERDICTS = ("unsat", "sat", "timeout", "unknown", "error")
+COLUMNS: dict[str, str] = {
+    "set": "name of the image set",
+    "kind": "id, ood or noise",
+    "index": "position of the image in its test set",
+    "eps": "radius of the l_inf ball",
+    "verdict": "what the verifier said: unsat, sat, timeout, unknown or error; missing: nothing",
+    "certified_external": "1 if the decision is proved on the ball by the named verifier, not by us; else 0",
+    "refuted": "1 if its counterexample lies in the ball and has the other decision, evaluated in float64; else 0",
+    "score_counterexample": "S at the counterexample, in float64; nan if there is none",
+    "verifier": "name of the verifier",
+}
+INSTALL_COMMAND = "pip install onnx"
+
+_DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
+_LARGEST_EXPONENT = 80.0  # e^80 is still a float32 value
+_MANIFEST = "instances.json"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_ROUNDING = 1e-12
+_SYNONYMS = {"holds": "unsat", "violated": "sat", "run_instance_timeout": "timeout", "safe": "unsat", "unsafe": "sat"}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """One linear function of the logits and the threshold that decides a ball.
+
+    Attributes:
+        row: c, K float32 values.
+        threshold: The other side, a float32 value.
+        relation: "<=" (ID) or ">=" (OOD): the property asserts c . f `relation` threshold, and its absence certifies.
+    """
+
+    row: tuple[float, ...]
+    threshold: float
+    relation: str
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One undecided ball.
+
+    Attributes:
+        name: Name of its property, without suffix.
+        set: Image set.
+        kind: "id", "ood" or "noise".
+        index: Position of the image in its set.
+        specification: What decides it.
+    """
+
+    name: str
+    set: str
+    kind: str
+    index: int
+    specification: Specification
+
+
+def single_below(value: float) -> float:
+    """Largest float32 value <= value.
+
+    Example:
+        >>> single_below(0.1) <= 0.1 < single_above(0.1)
+        True
+    """
+    single = np.float32(value)
+    return float(np.nextafter(single, np.float32(-math.inf)) if float(single) > value else single)
+
+
+def single_above(value: float) -> float:
+    """Smallest float32 value >= value."""
+    return -single_below(-value)
+
+
+def decimal(value: float) -> str:
+    """All digits of a number, without an exponent.
+
+    Example:
+        >>> decimal(0.5), decimal(2.0**-20)
+        ('0.5', '0.00000095367431640625')
+    """
+    return np.format_float_positional(value, unique=False, precision=1100, trim="0")
+
+
+def id_specification(logits: Tensor, gamma: float) -> Specification:
+    r"""U1: p . f > -gamma - H(p) on the ball proves S < gamma there.
+
+    Args:
+        logits: f(x), shape (K,).
+        gamma: Threshold.
+
+    Returns:
+        Row p, softmax f(x) rounded to a point of the simplex, and the relation p . f <= -gamma - H(p).
+
+    Example:
+        >>> id_specification(torch.zeros(2, dtype=torch.float64), -1.0).row
+        (0.5, 0.5)
+    """
+    parts = (torch.softmax(logits, 0) * _DENOMINATOR).floor().long()
+    parts[parts.argmax()] += _DENOMINATOR - int(parts.sum())
+    weights = parts.double() / _DENOMINATOR
+    entropy = -float(torch.xlogy(weights, weights).sum())
+    threshold = -gamma - entropy
+    threshold += _ROUNDING * (1 + abs(gamma) + entropy)
+    return Specification(tuple(weights.tolist()), single_above(threshold), "<=")
+
+
+def ood_specification(lower: Tensor, upper: Tensor, gamma: float) -> Specification:
+    r"""L1: kappa . f < e^(-gamma - M) - sum_k e^(u_k - M) + kappa . u on the ball proves S > gamma there.
+
+    Args:
+        lower: l <= f on the ball, shape (K,).
+        upper: u >= f on the ball.
+        gamma: Threshold.
+
+    Returns:
+        Row kappa and the relation kappa . f >= that number.
+
+    Raises:
+        RunError: If the bounds of the logits are not finite, so that there is no chord.
+    """
+    if not bool((torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).all()):
+        raise RunError("the bound engine proved no interval of the logits, so there is no chord to export")
+    slopes = [single_below(slope) for slope in chord_slopes(lower, upper).tolist()]
+    largest = float(upper.max())
+    products = torch.tensor(slopes, dtype=torch.float64) * upper.cpu()
+    allowed = math.exp(min(-gamma - largest, _LARGEST_EXPONENT))
+    spent = float(torch.exp(upper - largest).sum())
+    threshold = allowed - spent + float(products.sum())
+    threshold -= _ROUNDING * (1 + allowed * (1 + abs(gamma) + abs(largest)) + spent + float(products.abs().sum()))
+    return Specification(tuple(slopes), single_below(threshold), ">=")
+
+
+def specification(bounded: Bounded, image: Tensor, eps: float, gamma: float, kind: str) -> Specification:
+    """What decides the l_inf ball of radius eps around one image.
+
+    Args:
+        bounded: The network inside its bound engine; asked for intervals of the logits on the OOD side.
+        image: x, shape (C, H, W).
+        eps: Radius.
+        gamma: Threshold.
+        kind: "id" (to be accepted), "ood" or "noise" (to be rejected).
+
+    Raises:
+        RunError: If the engine proves no intervals.
+    """
+    with torch.no_grad():
+        logits = bounded.network(image.unsqueeze(0))[0]
+    if kind == "id":
+        return id_specification(logits, gamma)
+    ball = Ball(image.unsqueeze(0), image.new_tensor([eps]), "linf")
+    rows = torch.eye(len(logits)).to(logits).unsqueeze(0)
+    lower, upper = (bound[0] for bound in bounded.relax(ball).rows(rows))
+    margin = _ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
+    return ood_specification(lower - margin, upper + margin, gamma)
+
+
+def box(image: Tensor, eps: float) -> tuple[list[float], list[float]]:
+    """Ends of the l_inf ball intersected with the pixel box, moved outward to float32 values inside [0, 1].
+
+    Args:
+        image: x, any shape, float64.
+        eps: Radius.
+
+    Returns:
+        Lower and upper ends, a flat list each, in the order in which ONNX flattens an image.
+    """
+    pixels = image.flatten().tolist()
+    lower = [max(0.0, single_below(math.nextafter(pixel - eps, -math.inf))) for pixel in pixels]
+    upper = [min(1.0, single_above(math.nextafter(pixel + eps, math.inf))) for pixel in pixels]
+    return lower, upper
+
+
+def vnnlib(instance: Instance, output: int, outputs: int, image: Tensor, eps: float, gamma: float, method: str) -> str:
+    """The text of one property.
+
+    Args:
+        instance: The ball.
+        output: Which output of the network is its linear function.
+        outputs: How many there are.
+        image: x.
+        eps: Radius.
+        gamma: Threshold.
+        method: How our engine bounded the logits.
+    """
+    spec = instance.specification
+    right = f"S {'<' if instance.kind == 'id' else '>'} gamma = {gamma!r}"
+    lines = [
+        f"; {instance.set} {instance.index} ({instance.kind}), l_inf ball of radius {eps!r} within the pixel box [0, 1]",
+        f"; unsat: {right} on the whole ball. sat proves nothing; evaluate S at the counterexample.",
+        "; The certificate rests on: the verifier and its arithmetic; model.onnx being the network followed by the rows;",
+    ]
+    if instance.kind == "id":
+        lines.append("; the Gibbs inequality logsumexp f >= p . f + H(p).")
+    else:
+        lines.append(
+            f"; exp(z) lying below its chord between the bounds of each logit on this ball, by grood-cert ({method})."
+        )
+    lines += [f"(declare-const X_{i} Real)" for i in range(image.numel())]
+    lines += [f"(declare-const Y_{i} Real)" for i in range(outputs)]
+    for i, (low, high) in enumerate(zip(*box(image, eps), strict=True)):
+        lines += [f"(assert (>= X_{i} {decimal(low)}))", f"(assert (<= X_{i} {decimal(high)}))"]
+    lines.append(f"(assert ({spec.relation} Y_{output} {decimal(spec.threshold)}))")
+    return "\n".join(lines) + "\n"
+
+
+def undecided(rows: Rows, eps: float, limit: int = 0) -> list[int]:
+    """Positions of the rows that are right at x, not certified at eps, and not refuted there by an attack.
+
+    Args:
+        rows: Result of a certification.
+        eps: Radius.
+        limit: Most positions, in the order of the rows; 0 for all.
+
+    Raises:
+        InputError: If the rows are not of l_inf balls, or nothing is left undecided.
+    """
+    if rows.norm != "linf":
+        raise InputError(f"the rows are of {rows.norm} balls; VNNLIB holds boxes only, certify with --norm linf")
+    if not 0 < eps <= 1:
+        raise InputError(f"eps {eps!r}: expected a number above 0 and at most 1 (pixels lie in [0, 1])")
+    open_ = (rows["status"] != "misdecided") & (rows["radius_certified"] < eps) & (eps < rows["radius_attack"])
+    positions = [int(position) for position in np.flatnonzero(open_)]
+    if not positions:
+        raise InputError(f"no sample is undecided at eps {eps!r}: all are certified, refuted or misdecided")
+    return positions[:limit] if limit else positions
+
+
+def _onnx() -> Any:
+    try:
+        return importlib.import_module("onnx")
+    except ImportError:
+        raise RunError(f"writing ONNX needs the package onnx; install it with: {INSTALL_COMMAND}") from None
+
+
+def _with_rows(network: nn.Module, rows: Sequence[Sequence[float]]) -> nn.Module:
+    """The network followed by the rows, in float32."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.equal(tensor.float().to(tensor), tensor):
+            raise InputError(f"{name} holds values that float32 cannot hold; a verifier would see another network")
+    head = nn.Linear(len(rows[0]), len(rows))  # with a bias of zero, so that it becomes one Gemm
+    with torch.no_grad():
+        head.bias.zero_()
+        head.weight.copy_(torch.tensor(rows, dtype=torch.float64))
+    return nn.Sequential(copy.deepcopy(network).cpu().float(), head).eval()
+
+
+def write_onnx(network: nn.Module, rows: Sequence[Sequence[float]], images: Tensor, path: Path) -> None:
+    """Write the network followed by the rows as ONNX, and check the file against it.
+
+    The older of torch's exporters is used: it needs no package but onnx, and told to preserve the mode it leaves
+    BatchNorm as it is, where folding it would round the weights.
+
+    Args:
+        network: f in eval mode.
+        rows: One row c of K float32 values for each output.
+        images: Inputs on which the file, run by onnx itself, must agree with the network, shape (B, C, H, W).
+        path: Where to write.
+
+    Raises:
+        InputError: If a parameter of the network is no float32 value.
+        RunError: If onnx is missing, torch cannot export the network, or the file disagrees with it.
+    """
+    onnx = _onnx()
+    evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
+    module = _with_rows(network, rows)
+    inputs = images.cpu().float()
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this exporter is the older one
+        try:
+            torch.onnx.export(
+                module,
+                (inputs[:1],),
+                str(temporary),
+                dynamo=False,
+                opset_version=13,
+                input_names=["X"],
+                output_names=["Y"],
+                training=torch.onnx.TrainingMode.PRESERVE,
+                do_constant_folding=False,
+            )
+            onnx.checker.check_model(str(temporary))
+            session = evaluator(str(temporary))
+            got = np.concatenate([session.run(None, {"X": image[None]})[0] for image in inputs.numpy()])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise RunError(f"the network could not be exported ({type(error).__name__}: {reason})") from error
+        with torch.no_grad():
+            wanted = module.double()(inputs.double()).numpy()
+        scale = 1 + np.abs(wanted).max()
+        if not np.abs(got - wanted).max() <= 1e-4 * scale:
+            raise RunError("the exported network disagrees with the model; nothing was written")
+
+
+def export(
+    detector: Detector,
+    model: Path,
+    rows: Rows,
+    sets: Sequence[ImageSet],
+    bounded: Bounded,
+    eps: float,
+    out: Path,
+    *,
+    limit: int = 0,
+    timeout: int = 300,
+    force: bool = False,
+) -> list[Instance]:
+    """Write model.onnx, one property an undecided sample, instances.csv and instances.json.
+
+    Args:
+        detector: The detector.
+        model: The checkpoint it came from; it must be the one the rows are of.
+        rows: Result of its certification on l_inf balls.
+        sets: The image sets of the rows.
+        bounded: The network inside its bound engine.
+        eps: Radius.
+        out: Folder; made if absent.
+        limit: Most instances, 0 for all.
+        timeout: Seconds for each instance, written to instances.csv.
+        force: Overwrite instances that are already there.
+
+    Returns:
+        The instances, in the order of the outputs of the network.
+
+    Raises:
+        InputError: If the rows are not of this model or of l_inf balls, a set is missing, or nothing is undecided.
+        RunError: If onnx is missing, or the network or a chord cannot be exported.
+    """
+    if rows.manifest["model"].get("sha256") != sha256(model) or rows.gamma != detector.gamma:
+        raise InputError(f"the rows are not of {model}; certify it first")
+    if limit < 0 or timeout < 1:
+        raise InputError(f"expected limit >= 0 and timeout >= 1, got {limit} and {timeout}")
+    runs.check_network(detector.network)
+    positions = undecided(rows, eps, limit)
+    by_name = {images.name: images for images in sets}
+    missing = sorted({str(rows["set"][position]) for position in positions} - by_name.keys())
+    if missing:
+        raise InputError(f"the rows name image sets that are not given: {', '.join(missing)}; add them with --ood")
+    if (out / _MANIFEST).exists() and not force:
+        raise InputError(f"{out / _MANIFEST} exists already; choose another --out, or add --force to overwrite it")
+    check_writable(out)
+    weight = next(detector.network.parameters())
+    instances, images = [], []
+    for position in positions:
+        name, kind, index = str(rows["set"][position]), str(rows["kind"][position]), int(rows["index"][position])
+        image = by_name[name].images[index].to(weight)
+        if abs(float(detector.score(image.unsqueeze(0))) - float(rows["score"][position])) > 1e-6:
+            raise InputError(f"image {index} of {name} scores differently from its row; the data have changed")
+        stem = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_")
+        spec = specification(bounded, image, eps, detector.gamma, kind)
+        instances.append(Instance(f"{stem}-{index}-eps{eps!r}", name, kind, index, spec))
+        images.append(image)
+    if len({instance.name for instance in instances}) < len(instances):
+        raise InputError("two image sets would share the same file names; export them to different folders")
+    write_onnx(detector.network, [i.specification.row for i in instances], torch.stack(images[:2]), out / "model.onnx")
+    for output, (instance, image) in enumerate(zip(instances, images, strict=True)):
+        text = vnnlib(instance, output, len(instances), image, eps, detector.gamma, bounded.method)
+        with replacing(out / f"{instance.name}.vnnlib") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    with replacing(out / "instances.csv") as temporary:
+        lines = (f"model.onnx,{instance.name}.vnnlib,{timeout}\n" for instance in instances)
+        temporary.write_text("".join(lines), encoding="utf-8")
+    manifest = {
+        "model": dict(rows.manifest["model"]),
+        "gamma": detector.gamma,
+        "norm": "linf",
+        "eps": eps,
+        "method": bounded.method,
+        "versions": versions(),
+        "instances": [asdict(instance) for instance in instances],
+    }
+    write_json(out / _MANIFEST, manifest)
+    return instances
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier said of one property.
+
+    Attributes:
+        verdict: One of `VERDICTS`.
+        counterexample: The inputs X_0, X_1, ..., if it gave any.
+    """
+
+    verdict: str
+    counterexample: tuple[float, ...] | None = None
+
+
+def _word(text: str) -> str | None:
+    word = text.strip().strip('"').lower()
+    word = _SYNONYMS.get(word, word)
+    return word if word in VERDICTS else None
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _counterexample(text: str) -> tuple[float, ...] | None:
+    """The inputs of a counterexample in the competition's form, ((X_0 0.1) (X_1 0.2) ... (Y_0 3.0))."""
+    found = {int(i): float(value) for i, value in re.findall(rf"\(\s*X_(\d+)\s+({_NUMBER})\s*\)", text)}
+    complete = found and sorted(found) == list(range(len(found)))
+    return tuple(found[i] for i in range(len(found))) if complete else None
+
+
+def read_verdicts(path: Path) -> dict[str, Verdict]:
+    """Verdicts by the name of the property, without suffix.
+
+    * A CSV as the competition's scripts write it, one line an instance, in which a cell ends in `.vnnlib` and a later
+      one is a verdict; counterexamples lie beside it as NAME.counterexample, also with .gz.
+    * A folder of files NAME.txt, whose first word is the verdict, counterexample below: what alpha-beta-CROWN writes to
+      its results file, and Marabou to its summary file.
+
+    Whatever is not a known verdict counts as `unknown`.
+
+    Args:
+        path: The file or the folder.
+
+    Raises:
+        InputError: If it cannot be read, holds no verdicts, or two that contradict each other.
+    """
+    verdicts: dict[str, Verdict] = {}
+
+    def add(name: str, verdict: str, text: str) -> None:
+        if name in verdicts and verdicts[name].verdict != verdict:
+            raise InputError(f"{path}: {name} is both {verdicts[name].verdict} and {verdict}")
+        verdicts[name] = Verdict(verdict, _counterexample(text) if verdict == "sat" else None)
+
+    if path.is_dir():
+        for file in sorted(path.glob("*.txt")):
+            text = _text(file)
+            add(file.stem, _word((text.split() or [""])[0]) or "unknown", text)
+    else:
+        for cells in csv.reader(_text(path).splitlines(), skipinitialspace=True):
+            at = next((i for i, cell in enumerate(cells) if re.search(r"\.vnnlib(\.gz)?$", cell.strip())), None)
+            if at is None:
+                continue
+            name = re.sub(r"\.vnnlib(\.gz)?$", "", Path(cells[at].strip()).name)
+            beside = [path.parent / f"{name}.counterexample{suffix}" for suffix in ("", ".gz")]
+            text = "".join(_text(file) for file in beside if file.is_file())
+            add(name, next(filter(None, map(_word, cells[at + 1 :])), "unknown"), text)
+    if not verdicts:
+        raise InputError(f"{path}: no verdicts; expected a CSV with .vnnlib names, or a folder of NAME.txt files")
+    return verdicts
+
+
+def judge(
+    detector: Detector,
+    exported: Mapping[str, Any],
+    sets: Sequence[ImageSet],
+    verdicts: Mapping[str, Verdict],
+    verifier: str,
+) -> list[dict[str, Any]]:
+    """What the verdicts are worth: one record an instance, with the keys of `COLUMNS`.
+
+    Unsat certifies, in the name of the verifier. Sat refutes only if its counterexample, projected into the ball, has
+    the other decision in float64. Everything else leaves the sample undecided.
+
+    Args:
+        detector: The detector.
+        exported: Content of instances.json.
+        sets: The image sets.
+        verdicts: By name of the property.
+        verifier: Name of the verifier.
+
+    Raises:
+        InputError: If a verdict is of no instance, an image set is missing, or a counterexample has the wrong size.
+    """
+    by_name = {images.name: images for images in sets}
+    stray = verdicts.keys() - {instance["name"] for instance in exported["instances"]}
+    if stray:
+        raise InputError(f"verdicts of properties that were not exported: {', '.join(sorted(stray)[:3])}")
+    weight, records = next(detector.network.parameters()), []
+    for instance in exported["instances"]:
+        found = verdicts.get(instance["name"], Verdict("missing"))
+        record = {name: instance[name] for name in ("set", "kind", "index")} | {"eps": exported["eps"]}
+        record |= {"verdict": found.verdict, "certified_external": int(found.verdict == "unsat")}
+        record |= {"refuted": 0, "score_counterexample": math.nan, "verifier": verifier}
+        if found.counterexample is not None:
+            if instance["set"] not in by_name:
+                raise InputError(f"image set {instance['set']} is not given; add it with --ood")
+            image = by_name[instance["set"]].images[instance["index"]].to(weight).unsqueeze(0)
+            if len(found.counterexample) != image.numel():
+                raise InputError(f"{instance['name']}: a counterexample of {len(found.counterexample)} pixels")
+            ball = Ball(image, image.new_tensor([exported["eps"]]), "linf")
+            point = ball.project(image.new_tensor(found.counterexample).reshape(image.shape))
+            with torch.no_grad():
+                score = float(energy(detector.network(point)))
+            crossed = score > detector.gamma if instance["kind"] == "id" else score <= detector.gamma
+            record |= {"refuted": int(crossed), "score_counterexample": score}
+        records.append(record)
+    return records
+
+
+def write_verdicts(
+    detector: Detector, model: Path, folder: Path, sets: Sequence[ImageSet], results: Path, verifier: str
+) -> list[dict[str, Any]]:
+    """Read a verifier's results for an exported folder and write verdicts.csv and verdicts.json there.
+
+    Raises:
+        InputError: If the folder was not exported from this model, or the results cannot be used.
+    """
+    source = folder / _MANIFEST
+    try:
+        exported = json.loads(source.read_text(encoding="utf-8"))
+        known = exported["model"]["sha256"] == sha256(model) and exported["gamma"] == detector.gamma
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{source}: not written by grood-cert export ({type(error).__name__})") from None
+    if not known:
+        raise InputError(f"{folder} was not exported from {model}")
+    if not verifier.strip():
+        raise InputError("name the verifier, with its version; its certificates are not ours")
+    records = judge(detector, exported, sets, read_verdicts(results), verifier)
+    write_csv(folder / "verdicts.csv", list(COLUMNS), records)
+    origin = {"verifier": verifier, "results": str(results), "versions": versions()}
+    write_json(folder / "verdicts.json", {name: exported[name] for name in ("model", "gamma", "norm", "eps")} | origin)
+    return records

@@ -1,0 +1,1 @@
+"""Networks: the named architectures, and the files of weights they start from."""

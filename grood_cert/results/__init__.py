@@ -1,0 +1,1 @@
+"""Results without torch: tables of rows, other thresholds, curves, summaries and figures."""

@@ -1,0 +1,251 @@
+r"""Curves read off certification rows; pure functions, no verification is run again.
+
+With gamma the threshold, S_lb and S_ub the formal envelopes and "attack" the witnesses found, for one OOD set:
+
+    FPR_cert(eps)   = 1 - mean[S_lb(x; eps) > gamma]          proved: at most this share can be made to pass as ID
+    FPR_attack(eps) = mean[S_attack_min(x; eps) <= gamma]     shown: at least this share can
+
+The true worst-case FPR lies between the two; what lies between is undecided. Rates count what was *proved*, so NaN,
+a timeout or an unknown operation count against the detector. Several OOD sets are averaged without weights; noise sets
+are never part of a mean.
+
+References:
+    Bitterwolf et al., "Certifiably Adversarially Robust Detection of OOD Data" (GOOD), NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from grood_cert.errors import InputError
+from grood_cert.metrics import threshold_at_tpr
+from grood_cert.results.rows import Rows
+
+Perturbed = Literal["ood", "id", "both"]
+PERTURBED: tuple[str, ...] = get_args(Perturbed)
+TPR_PERCENT = 95
+RADII: dict[str, str] = {  # what `radius_summary` takes medians of, in words
+    "radius_gradient_norm_estimate": "gradient-norm estimate",
+    "radius_certified_per_logit": "certified, per logit",
+    "radius_certified": "certified",
+    "radius_lipschitz_fixed_point": "Lipschitz, fixed point",
+    "radius_lipschitz_path": "Lipschitz, path integral",
+    "radius_attack": "attack",
+    "certified_to_attack_per_logit": "ratio per logit / attack",
+    "certified_to_attack": "ratio certified / attack",
+}
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class FprCurve:
+    """FPR at 95 % TPR against eps; `eps[0]` is 0, where both curves are the clean FPR (`fpr95_id`).
+
+    Attributes:
+        eps: Radii, shape (J,).
+        certified: Proved upper bound of the worst-case FPR, mean over sets, shape (J,).
+        attacked: FPR that an attack reached, mean over sets.
+        sets: One record for each OOD set and eps, with exact 95 % binomial intervals.
+    """
+
+    eps: _Floats
+    certified: _Floats
+    attacked: _Floats
+    sets: tuple[dict[str, Any], ...]
+
+
+def ood_sets(rows: Rows) -> dict[str, NDArray[np.bool_]]:
+    """Masks of the OOD sets that count in means.
+
+    Raises:
+        InputError: If there is none, or no ID rows to compare them with.
+    """
+    sets = rows.sets("ood")
+    if not sets:
+        raise InputError("the rows hold no OOD set (noise is reported apart); certify at least one")
+    if not rows.of_kind("id").any():
+        raise InputError("the rows hold no ID samples; certify the ID test set too")
+    return sets
+
+
+def _with_clean(rows: Rows, name: str, mask: NDArray[np.bool_]) -> _Floats:
+    """A grid column preceded by the clean score, shape (n, 1 + len(eps)); eps = 0 is left out of the grid."""
+    grid = rows.grid[name][mask][:, np.array(rows.eps) > 0]
+    return np.concatenate([rows["score"][mask][:, None], grid], axis=1)
+
+
+def grid_with_zero(rows: Rows) -> _Floats:
+    """0 and the positive eps of the grid."""
+    return np.array([0.0, *(value for value in rows.eps if value > 0)])
+
+
+def fpr_curve(rows: Rows, perturbed: Perturbed = "ood") -> FprCurve:
+    r"""FPR at 95 % TPR as eps grows.
+
+    Args:
+        rows: A certification.
+        perturbed: Which side moves. "ood": gamma is the smallest threshold that accepts at least 95 % of the clean ID
+            test scores. "id" and "both": it must accept 95 % of ID at its worst in the ball, that is of S_ub (certified)
+            or of the highest score an attack reached (attacked).
+
+    Raises:
+        InputError: If `perturbed` is unknown, or ID or OOD rows are missing.
+    """
+    if perturbed not in PERTURBED:
+        raise InputError(f"unknown side {perturbed!r}; perturb one of {', '.join(PERTURBED)}")
+    sets = ood_sets(rows)
+    inside = rows.of_kind("id")
+    eps = grid_with_zero(rows)
+    formal_id = np.nan_to_num(_with_clean(rows, "s_ub", inside), nan=np.inf, posinf=np.inf, neginf=np.inf)
+    attack_id = _with_clean(rows, "s_attack_max", inside)
+    if perturbed == "ood":
+        formal_id, attack_id = (np.repeat(values[:, :1], len(eps), axis=1) for values in (formal_id, attack_id))
+    gamma_certified = np.array([threshold_at_tpr(column, TPR_PERCENT) for column in formal_id.T])
+    gamma_attacked = np.array([threshold_at_tpr(column, TPR_PERCENT) for column in attack_id.T])
+    records: list[dict[str, Any]] = []
+    certified, attacked = [], []
+    for name, mask in sets.items():
+        formal, witness = _with_clean(rows, "s_lb", mask), _with_clean(rows, "s_attack_min", mask)
+        if perturbed == "id":
+            formal, witness = (np.repeat(values[:, :1], len(eps), axis=1) for values in (formal, witness))
+        proved = formal > gamma_certified
+        fooled = witness <= gamma_attacked
+        certified.append((~proved).mean(0))
+        attacked.append(fooled.mean(0))
+        for index, value in enumerate(eps):
+            record = {"set": name, "eps": float(value), "samples": int(mask.sum())}
+            for label, count in (
+                ("fpr95_id_certified", len(proved) - int(proved[:, index].sum())),
+                ("fpr95_id_attacked", int(fooled[:, index].sum())),
+            ):
+                interval = binomtest(count, len(proved)).proportion_ci(0.95, method="exact")
+                record |= {label: count / len(proved), f"{label}_low": interval.low, f"{label}_high": interval.high}
+            records.append(record)
+    return FprCurve(eps, np.mean(certified, axis=0), np.mean(attacked, axis=0), tuple(records))
+
+
+@dataclass(frozen=True, eq=False)
+class RadiusCurve:
+    """Share of samples whose decision at the detector's gamma is not known to survive eps.
+
+    Attributes:
+        eps: Radii, shape (J,), from 0.
+        certified: Share with certified radius <= eps, wrong decisions at x included.
+        attacked: Share with attack radius <= eps: these are broken for certain.
+    """
+
+    eps: _Floats
+    certified: _Floats
+    attacked: _Floats
+
+
+def _share_up_to(radii: ArrayLike, eps: _Floats) -> _Floats:
+    ordered = np.sort(np.asarray(radii, dtype=np.float64))
+    return np.searchsorted(ordered, eps, side="right") / len(ordered)
+
+
+def radius_curve(rows: Rows, kind: Literal["id", "ood"], points: int = 400) -> RadiusCurve:
+    """Distribution of radii over ID samples, or its mean over the OOD sets.
+
+    Raises:
+        InputError: If there are no such rows.
+    """
+    sets = ood_sets(rows) if kind == "ood" else rows.sets("id")
+    if not sets:
+        raise InputError("the rows hold no ID samples; certify the ID test set too")
+    attack = rows["radius_attack"]
+    finite = attack[np.isfinite(attack) & ~rows.of_kind("noise")]
+    largest = np.quantile(np.append(finite, rows["radius_certified"].max()), 0.98)
+    eps = np.linspace(0, float(largest) or 1.0, points)
+    return RadiusCurve(
+        eps,
+        np.mean([_share_up_to(rows["radius_certified"][mask], eps) for mask in sets.values()], axis=0),
+        np.mean([_share_up_to(attack[mask], eps) for mask in sets.values()], axis=0),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RobustnessCurve:
+    """Robustness of ID acceptance against clean FPR as gamma sweeps all scores.
+
+    Attributes:
+        eps: Radius of the balls.
+        gamma: Thresholds, ascending.
+        fpr: Share of clean OOD accepted at gamma, mean over sets.
+        tpr: Share of clean ID accepted at gamma: with `fpr`, the ROC curve.
+        certified: Share of ID proved to stay accepted on its whole ball.
+        attacked: Share of ID that no attack got rejected.
+    """
+
+    eps: float
+    gamma: _Floats
+    fpr: _Floats
+    tpr: _Floats
+    certified: _Floats
+    attacked: _Floats
+
+
+def robustness_curve(rows: Rows, eps: float | None = None) -> RobustnessCurve:
+    """Sweep gamma at one eps of the grid.
+
+    Args:
+        rows: A certification.
+        eps: A value of the grid; its middle by default.
+
+    Raises:
+        InputError: If eps is not on the grid, or ID or OOD rows are missing.
+    """
+    sets = ood_sets(rows)
+    positive = [value for value in rows.eps if value > 0] or list(rows.eps)
+    eps = positive[(len(positive) - 1) // 2] if eps is None else eps
+    if eps not in rows.eps:
+        raise InputError(f"eps {eps:g} is not on the grid of the rows; use one of {', '.join(map(repr, rows.eps))}")
+    column = rows.eps.index(eps)
+    inside = rows.of_kind("id")
+    score = rows["score"][inside]
+    upper = rows.grid["s_ub"][inside, column]
+    witness = rows.grid["s_attack_max"][inside, column]
+    values = np.concatenate([rows["score"], upper[np.isfinite(upper)], witness])
+    gamma = np.unique(np.concatenate([values, np.nextafter(values, np.inf)]))
+    return RobustnessCurve(
+        eps=eps,
+        gamma=gamma,
+        fpr=np.mean([_share_up_to(rows["score"][mask], gamma) for mask in sets.values()], axis=0),
+        tpr=_share_up_to(score, gamma),
+        certified=np.searchsorted(np.sort(upper[np.isfinite(upper)]), gamma, side="left") / len(score),
+        attacked=_share_up_to(witness, gamma),
+    )
+
+
+def radius_summary(rows: Rows) -> list[dict[str, Any]]:
+    """One record a set: how many samples were decided how, and medians over those that are right at x.
+
+    Returns:
+        Records with `set`, `kind`, `samples`, `certified`, `undecided`, `misdecided`, the medians of the radii,
+        `certified_to_attack` (median ratio of certified and attack radius; an unfound attack counts with ratio 0) and
+        `certified_to_attack_per_logit`. Medians of no sample are None.
+    """
+    records = []
+    for kind in ("id", "ood", "noise"):
+        for name, mask in rows.sets(kind).items():
+            status = rows["status"][mask]
+            right = mask & (rows["status"] != "misdecided")
+            record: dict[str, Any] = {"set": name, "kind": kind, "samples": int(mask.sum())}
+            record |= {value: int((status == value).sum()) for value in ("certified", "undecided", "misdecided")}
+            for column in (name for name in RADII if name.startswith("radius")):
+                radii = rows[column][right & ~np.isnan(rows[column])]
+                record[column] = float(np.median(radii)) if len(radii) else None
+            for label, column in (
+                ("certified_to_attack", "radius_certified"),
+                ("certified_to_attack_per_logit", "radius_certified_per_logit"),
+            ):
+                known = right & ~np.isnan(rows[column])
+                ratio = rows[column][known] / rows["radius_attack"][known]
+                record[label] = float(np.median(ratio)) if len(ratio) else None
+            records.append(record)
+    return records

@@ -1,0 +1,219 @@
+r"""A certification run: detector and image sets in, one row a sample out; `grood_cert.certification.cascade` does the proving.
+
+The product of a run is a *gamma-free envelope*, S_lb(x; eps_j) and S_ub(x; eps_j) on a grid of eps, beside which stand
+the radii at the detector's gamma. Whatever depends on another gamma is read off it (`grood_cert.results.thresholds`,
+`grood_cert.results.curves`); nothing is verified twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grood_cert import attacks
+from grood_cert.ball import Norm, largest_eps
+from grood_cert.certification.cascade import OUTCOMES, STAGES, Certifier, Settings
+from grood_cert.data import ImageSet
+from grood_cert.detector import Detector
+from grood_cert.results import rows
+from grood_cert.results.rows import GRID_COLUMNS, TEXT_GRID_COLUMNS, Rows, grid_column
+from grood_cert.runs import saving as runs
+from grood_cert.scores import energy
+from grood_cert.system.files import replacing
+from grood_cert.system.memory import batch_for_memory, peak_memory
+
+_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6)  # of the median attack radius
+_PROBED = 16
+
+
+def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed: int = 0) -> tuple[float, ...]:
+    """A grid of eps that fits the detector: shares of the median distance at which a quick attack flips decisions.
+
+    It depends on the detector, a few images of each set and the seed, so every shard of a run finds the same one. Give
+    eps explicitly where models shall be compared at the same radii.
+
+    Args:
+        detector: The detector.
+        sets: Image sets; noise is left out.
+        norm: Norm of the balls.
+        seed: Draws the images and the attack's starting points.
+
+    Returns:
+        Radii in pixel units, ascending, rounded to two digits; a fixed grid if no attack succeeded.
+    """
+    distances = []
+    for number, whole in enumerate(images for images in sets if images.kind != "noise"):
+        images = runs.subset(whole, _PROBED, seed)[0].images.to(next(detector.network.parameters()))
+        with torch.no_grad():
+            accepted = energy(detector.network(images)) <= detector.gamma
+        images = images[accepted == (whole.kind == "id")]
+        if len(images):
+            found = attacks.minimum_norm(
+                detector.network,
+                images,
+                detector.gamma,
+                norm,
+                runs.generator(seed, number),
+                attacks.Effort.preset("fast"),
+            )
+            distances += [value for value in found.radius.tolist() if np.isfinite(value)]
+    if not distances:
+        return runs.DEFAULT_EPS[norm]
+    limit, median = largest_eps(detector.architecture.shape, norm), float(np.median(distances))
+    return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
+
+
+def certify(certifier: Certifier, batch: runs.Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
+    """Certify one batch of a run.
+
+    Args:
+        certifier: Detector and settings.
+        batch: Images and their names; the `kind` says which decision is right.
+        adversarial: Folder in which the nearest points with the other decision are saved, one file a batch.
+
+    Returns:
+        One record a sample, with the columns of `grood_cert.results.rows`.
+
+    Raises:
+        SoundnessError: If an attack contradicts a proof.
+    """
+    images, records, settings = batch.images, batch.names, certifier.settings
+    found = certifier.certify(images.images, images.kind, runs.generator(settings.seed, batch.number))
+    if adversarial:
+        with replacing(adversarial / f"{batch.number:06d}.npz") as temporary, temporary.open("wb") as stream:
+            np.savez(
+                stream,
+                set=np.array(images.name),
+                index=np.array(batch.index),
+                points=found["points"].cpu().numpy(),
+                radius_attack=found["radius_attack"].cpu().numpy(),
+            )
+    columns = {name: value.tolist() for name, value in found.items() if name != "points"}
+    columns["label"] = images.labels.tolist()
+    columns["stage"] = [OUTCOMES[code] for code in columns["stage"]]
+    columns["outcome"] = [[OUTCOMES[code] for code in codes] for codes in columns["outcome"]]
+    for position, record in enumerate(records):
+        for name, values in columns.items():
+            if name in GRID_COLUMNS or name in TEXT_GRID_COLUMNS:
+                record |= {grid_column(name, eps): v for eps, v in zip(settings.eps, values[position], strict=True)}
+            else:
+                record[name] = values[position]
+        proved = record["radius_certified"] > 0
+        record["status"] = "misdecided" if not record.pop("right") else "certified" if proved else "undecided"
+    return records
+
+
+def tally(eps: Sequence[float]) -> Callable[[Mapping[str, Any]], Iterator[str]]:
+    """What became of the balls of a row: "certified", "attacked" or "undecided"; "misdecided" where x itself is wrong.
+
+    Example:
+        >>> list(tally((0.1, 0.2))({"outcome@0.1": "crown", "outcome@0.2": "attack"}))
+        ['certified', 'attacked']
+    """
+    words = dict.fromkeys(STAGES, "certified") | {"attack": "attacked", "misdecision": "misdecided"}
+    return lambda record: (words.get(record[grid_column("outcome", value)], "undecided") for value in eps)
+
+
+def balls_within(certifier: Certifier, images: ImageSet, memory: int) -> int:
+    """How many balls may be bounded at once so that peak memory stays within a bound: a power of 2.
+
+    Bounds of growing numbers of balls are measured. An answer that is not a power of 2 would change with the smallest
+    fluctuation of the machine, and with it the rounding of every row.
+
+    Args:
+        certifier: Detector and settings.
+        images: Images to try with.
+        memory: Bytes: of the process on a CPU, of tensors on a GPU.
+
+    Raises:
+        InputError: If one ball does not fit.
+    """
+    device = next(certifier.network.parameters()).device
+
+    def measure(samples: int) -> int:
+        certifier.probe(images.images[:samples])
+        return peak_memory(device)
+
+    fitting = batch_for_memory(measure, memory, min(certifier.settings.batch_size, len(images)))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def run(
+    detector: Detector,
+    model: Path,
+    sets: Sequence[ImageSet],
+    settings: Settings,
+    out: Path,
+    *,
+    limit: int = 0,
+    shard: runs.Shard = runs.WHOLE,
+    memory: int = 0,
+    save_adversarial: bool = False,
+    force: bool = False,
+    begin: Callable[[int], None] = lambda samples: None,
+    advance: runs.Advance = lambda samples, counts: None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Rows:
+    """Certify a detector and write `rows.csv` and its manifest `rows.json` to a folder.
+
+    A run that was interrupted goes on where it was.
+
+    Args:
+        detector: The detector.
+        model: The checkpoint it came from, named and hashed in the manifest.
+        sets: Image sets.
+        settings: What to certify.
+        out: Folder; made if absent.
+        limit: Most images of each set, 0 for all.
+        shard: Which part of the batches to do.
+        memory: Bytes of peak memory to stay within, 0 for no bound; fewer balls are bounded at once.
+        save_adversarial: Whether to keep the points that attacks found, in `adversarial/`.
+        force: Start afresh, whatever is there.
+        begin: Called once with the number of samples, unless everything is done already.
+        advance: Called after every batch with its size and the `tally` of all balls so far.
+        report: Called with a line about an earlier run that was found.
+
+    Raises:
+        InputError: If settings, sets or folder are unusable.
+        RunError: If the bound engine is missing or cannot convert the network.
+        SoundnessError: If an attack contradicts a proof; the evidence is saved as `counterexample.npz`.
+    """
+    settings.check(detector.architecture.shape)
+    certifier = Certifier(detector, settings)
+    if memory:
+        certifier.together = balls_within(certifier, max(sets, key=len), memory)
+    adversarial = out / "adversarial" if save_adversarial else None
+    path = runs.execute(
+        out / "rows.csv",
+        rows.header(settings.eps),
+        runs.batches(sets, limit, settings.batch_size, settings.seed),
+        lambda batch: certify(certifier, batch, adversarial),
+        runs.manifest(detector, model, sets, limit, settings)
+        | {
+            "stages": list(settings.cascade),
+            "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
+        },
+        lambda: Counter(certifier.failures),
+        shard=shard,
+        force=force,
+        tally=tally(settings.eps),
+        begin=begin,
+        advance=advance,
+        report=report,
+    )
+    return rows.read(path)
+
+
+def balls_decided(found: Rows) -> list[dict[str, Any]]:
+    """What became of the balls of the grid: one record a set, counts by the values of the column `outcome`."""
+    names = [name for name in (*OUTCOMES, "envelope") if (found.outcomes == name).any()]
+    return [
+        {"set": name, "kind": kind, **{outcome: int((found.outcomes[mask] == outcome).sum()) for outcome in names}}
+        for kind in rows.KINDS
+        for name, mask in found.sets(kind).items()
+    ]

@@ -1,0 +1,1 @@
+"""Training a detector: objective, penalty, sampling of outliers, loop, and the run around them."""

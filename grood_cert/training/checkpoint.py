@@ -1,0 +1,150 @@
+"""The state of an unfinished run, `last.pt`, and the weights of its best epoch, `best.pt`.
+
+Every random number of a run follows from its seed and from how far it has got (`grood_cert.training.run`), so that epoch,
+step, network, optimiser and what the epoch has measured so far are all there is to keep: on the CPU, a run that is
+resumed ends with the same bytes as one that was never interrupted. Both files are replaced in one move, never written
+into, and `torch.load(weights_only=True)` opens them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grood_cert import recipe as recipes
+from grood_cert.detector import Architecture
+from grood_cert.errors import InputError, RunError
+from grood_cert.recipe import Recipe
+from grood_cert.system.files import replacing
+
+_STATE = "grood-cert unfinished run"
+_WEIGHTS = "grood-cert weights"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training run has got; its tensors are the run's own and change with its next step.
+
+    Attributes:
+        epoch: The epoch in progress, from 1; one more than there are when all is done but the evaluation.
+        step: Steps of it that are done.
+        network: State of the network.
+        optimizer: State of the optimiser.
+        history: Terms of the objective in those steps, shape (step, terms).
+        seconds: Time spent on those steps.
+    """
+
+    epoch: int
+    step: int
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    history: Tensor
+    seconds: float
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(stream.getbuffer())
+    except InputError as error:
+        raise RunError(f"{error}; the run stops, what it last saved is kept: make room, then add --resume") from error
+
+
+def _read(path: Path, kind: str, absent: str) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, {absent}") from None
+    except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: damaged or not written by grood-cert ({reason})") from error
+    if not isinstance(content, dict) or (content.get("format"), content.get("format_version")) != (kind, _VERSION):
+        raise InputError(f"{path}: not a file of this version of grood-cert ({kind}, format {_VERSION})")
+    return content
+
+
+def _described(architecture: Architecture) -> dict[str, Any]:
+    return {**vars(architecture), "shape": list(architecture.shape)}
+
+
+def save(
+    path: Path, recipe: Recipe, architecture: Architecture, progress: Progress, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the state of a run.
+
+    Args:
+        path: `last.pt`.
+        recipe: Its settings.
+        architecture: Its network; the normalisation in it tells one set of images from another.
+        progress: How far it has got.
+        rows: The records of the epochs that are done.
+
+    Raises:
+        RunError: If the file cannot be written, for want of room for example; the older one is then still there.
+    """
+    state = {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
+    _write(
+        path,
+        {
+            "format": _STATE,
+            "format_version": _VERSION,
+            "recipe": recipe.to_dict(),
+            "architecture": _described(architecture),
+            "progress": state,
+            "rows": [dict(row) for row in rows],
+        },
+    )
+
+
+def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[Progress, list[dict[str, Any]]]:
+    """Read the state of a run that is to go on.
+
+    Args:
+        path: `last.pt`.
+        recipe: The settings asked for; they must be those that the run began with.
+        architecture: The network asked for; likewise.
+
+    Returns:
+        How far the run has got, and the records of the epochs that are done.
+
+    Raises:
+        InputError: If there is no such run, or it began with another recipe or other images.
+    """
+    content = _read(path, _STATE, "so there is nothing to resume; start without --resume")
+    begun = recipes.from_dict(content["recipe"], f"{path}: recipe")
+    difference = recipes.first_difference(begun, recipe)
+    if difference:
+        raise InputError(f"{path}: the run began with {difference}; resume it with its own recipe, or start another")
+    if content["architecture"] != _described(architecture):
+        raise InputError(f"{path}: the run began with other training images; resume it with those")
+    return Progress(**content["progress"]), content["rows"]
+
+
+def save_weights(path: Path, epoch: int, weights: dict[str, Tensor]) -> None:
+    """Write the weights of an epoch.
+
+    Raises:
+        RunError: If the file cannot be written; the older one is then still there.
+    """
+    _write(path, {"format": _WEIGHTS, "format_version": _VERSION, "epoch": epoch, "state_dict": weights})
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights of an epoch.
+
+    Raises:
+        InputError: If they are missing or damaged.
+    """
+    content = _read(path, _WEIGHTS, "and it held the weights of the best epoch so far; begin again with --force")
+    weights: dict[str, Tensor] = content["state_dict"]
+    return weights

@@ -1,0 +1,364 @@
+r"""The training objective: GReg as printed, the authors' own computation of it, baselines, and certified terms.
+
+    L       = CE + lambda_S L_out + lambda_grad L_grad + lambda_certified L_certified
+    L_S     = E_id [1{S >= m_in}  (S - m_in)^2 ]  +  E_aux[1{S <= m_out} (m_out - S)^2]
+    L_grad  = E_id [1{S <= m_in}  ||grad_x S||_2] +  E_aux[1{S >= m_out} ||grad_x S||_2]
+
+L_out is L_S ("energy"), or outlier exposure, the cross-entropy from auxiliary outliers to the uniform distribution
+("oe"), or nothing ("none"). L_grad goes with each of them. The indicators are complementary: L_S pushes samples that
+are not past their margin yet, L_grad flattens the score around those that are. Both read the scores of one forward
+pass, that of the loss, so no sample is in both terms (but for ties) or in neither. No gradient flows through an
+indicator. Expectations are means of per-sample values, each over its own set, so the objective does not depend on the
+batch size.
+
+`reduction = "reference"` computes L_grad as the authors' released code does instead: a second forward pass in train
+mode (BatchNorm's running statistics move twice a step, even at weight 0), the gradient of one scalar of the whole
+batch, and a division of the sum of both means by N = n_id + n_aux: its "lambda = 1" is lambda_grad = 1/128 of the
+formula for batches of 64 + 64, and there are cross terms through the batch statistics. The authors also differentiate
+with respect to the normalised images (`coordinates = "normalised"`), where a slope is smaller by the factor std of its
+channel.
+
+Whose slope it is, and how its norm is differentiated, is in `grood_cert.training.penalty`. With `penalty = "stochastic"`
+a random share of the active samples stands for all of them, n_active / n_drawn times: an unbiased estimate of L_grad
+and of its derivative. The point gradient says nothing about the ball around a sample; with `slope = "interval"` the
+same loss averages a formal bound of the local Lipschitz constant (`grood_cert.lipschitz.regulariser`), at radius 0 it
+is GReg. L_certified, which bounds S itself over a ball, is in `grood_cert.training.certified_loss`.
+
+References:
+    Sharifi et al., "Gradient-Regularized Out-of-Distribution Detection", ECCV 2024 (arXiv 2404.12368);
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020 (L_S);
+    Hendrycks et al., "Deep Anomaly Detection with Outlier Exposure", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grood_cert.ball import Ball
+from grood_cert.errors import InputError
+from grood_cert.lipschitz.regulariser import interval_lipschitz
+from grood_cert.training.certified_loss import certified_loss
+from grood_cert.training.penalty import Method, SampleWise, pixels_per_unit, scores
+
+_CHOICES = {
+    "outlier_loss": ("energy", "oe", "none"),
+    "slope": ("gradient-norm", "interval"),
+    "penalty": ("exact", "fast", "stochastic"),
+    "reduction": ("paper", "reference"),
+    "coordinates": ("pixels", "normalised"),
+    "batch_norm": ("eval", "shared"),
+    "certified": ("none", "ood", "both"),
+    "certified_method": ("ibp", "crown-ibp"),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights, margins and variants of the objective.
+
+    Attributes:
+        lambda_S: Weight of the outlier loss.
+        lambda_grad: Weight of the gradient loss; 0 is the plain baseline, and costs no second-order pass.
+        m_in: Energy that ID samples should lie below.
+        m_out: Energy that auxiliary outliers should lie above, m_in < m_out.
+        outlier_loss: "energy", L_S; "oe", outlier exposure; or "none".
+        slope: What the gradient loss averages: "gradient-norm", ||grad S(x)||_2 at the sample (GReg), or "interval", a
+            formal upper bound of ||grad S||_2 over the l_2 ball of radius `slope_eps` around it.
+        slope_eps: Radius of that ball, pixel units.
+        penalty: How the norm is differentiated: "exact"; "fast", by a finite difference; or "stochastic", exactly for
+            a random share of the active samples.
+        penalty_share: That share, in (0, 1].
+        reduction: "paper", the formula; or "reference", what the authors' released code computes.
+        coordinates: Units of the gradient: "pixels" in [0, 1], or "normalised".
+        batch_norm: Whose slope it is where there is BatchNorm: "eval", that of the network with running statistics; or
+            "shared", with the statistics of the batch held constant, which needs no second forward pass.
+        certified: Samples whose bounds over an l_inf ball are trained: "none", "ood", or "both".
+        certified_method: "ibp" or "crown-ibp".
+        certified_eps: Radius of that ball, pixel units.
+        certified_ramp: Share of the training over which this radius and the weight grow from 0, in [0, 1].
+        lambda_certified: Weight of the certified loss.
+
+    Raises:
+        InputError: If a choice is unknown or two do not go together.
+    """
+
+    lambda_S: float = 0.1  # noqa: N815
+    lambda_grad: float = 0.1
+    m_in: float = -6.0
+    m_out: float = -2.0
+    outlier_loss: str = "energy"
+    slope: str = "gradient-norm"
+    slope_eps: float = 0.0
+    penalty: str = "exact"
+    penalty_share: float = 0.25
+    reduction: str = "paper"
+    coordinates: str = "pixels"
+    batch_norm: str = "eval"
+    certified: str = "none"
+    certified_method: str = "ibp"
+    certified_eps: float = 0.0
+    certified_ramp: float = 0.5
+    lambda_certified: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 < self.penalty_share <= 1:
+            raise InputError(f"penalty_share: expected a share above 0 and at most 1, got {self.penalty_share}")
+        if not 0 <= self.certified_ramp <= 1:
+            raise InputError(f"certified_ramp: expected a share from 0 to 1, got {self.certified_ramp}")
+        if self.slope == "interval" and (self.penalty == "fast" or self.coordinates == "normalised"):
+            raise InputError(
+                'slope = "interval" is differentiated exactly and in pixels; use neither "fast" nor "normalised"'
+            )
+        if self.reduction == "reference" and (self.slope == "interval" or self.penalty != "exact"):
+            raise InputError('reduction = "reference" needs slope = "gradient-norm" and penalty = "exact"')
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which auxiliary outliers of the batch enter which loss.
+
+    Attributes:
+        energy: Those of the outlier loss, shape (n_aux,), bool.
+        gradient: Those of the gradient loss, likewise.
+    """
+
+    energy: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The objective of one batch, term by term.
+
+    Attributes:
+        total: The loss to minimise, a scalar.
+        cross_entropy: CE over the ID batch.
+        energy: The outlier loss: L_S, or that of outlier exposure.
+        gradient: L_grad, 0 where it was not computed; an unbiased estimate of it with the stochastic penalty.
+        certified: The certified loss at the radius reached, 0 where it was not computed.
+        active_energy_id: Share of ID samples with S >= m_in.
+        active_energy_aux: Share of auxiliary samples in the outlier loss with S <= m_out.
+        active_gradient_id: Share of ID samples with S <= m_in.
+        active_gradient_aux: Share of auxiliary samples in the gradient loss with S >= m_out.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    energy: Tensor
+    gradient: Tensor
+    certified: Tensor
+    active_energy_id: Tensor
+    active_energy_aux: Tensor
+    active_gradient_id: Tensor
+    active_gradient_aux: Tensor
+
+
+def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of the chosen values, 0 if there are none."""
+    return torch.where(chosen, values, torch.zeros_like(values)).sum() / chosen.sum().clamp(min=1)
+
+
+def energy_loss(score_id: Tensor, score_aux: Tensor, m_in: float, m_out: float, chosen: Tensor | None = None) -> Tensor:
+    r"""L_S: squared hinges that pull ID below m_in and auxiliary outliers above m_out.
+
+    Args:
+        score_id: S of the ID batch, shape (n_id,).
+        score_aux: S of the auxiliary batch, shape (n_aux,).
+        m_in: Margin of ID.
+        m_out: Margin of the outliers.
+        chosen: Auxiliary samples that the mean is over, shape (n_aux,); all of them by default.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> energy_loss(torch.tensor([-9.0, -6.0]), torch.tensor([-4.0, 0.0]), -8.0, -2.0)
+        tensor(4.)
+    """
+    outside = functional.relu(m_out - score_aux).square()
+    chosen = torch.ones_like(score_aux, dtype=torch.bool) if chosen is None else chosen
+    return functional.relu(score_id - m_in).square().mean() + mean_over(outside, chosen)
+
+
+def outlier_exposure_loss(logits: Tensor, chosen: Tensor) -> Tensor:
+    r"""Cross-entropy from the uniform distribution: mean of LSE(f) - (1/K) sum_k f_k, at least log K.
+
+    Args:
+        logits: f of the auxiliary batch, shape (n_aux, K).
+        chosen: Samples that the mean is over, shape (n_aux,).
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> outlier_exposure_loss(torch.zeros(3, 4), torch.tensor([True, False, True]))
+        tensor(1.3863)
+    """
+    return mean_over(logits.logsumexp(1) - logits.mean(1), chosen)
+
+
+def gradient_shares(
+    score_id: Tensor, score_aux: Tensor, m_in: float, m_out: float, chosen: Tensor | None = None
+) -> Tensor:
+    r"""What each sample's norm counts in L_grad: 1/n of its set if it is past its margin, else 0.
+
+    Args:
+        score_id: S of the ID batch, shape (n_id,).
+        score_aux: S of the auxiliary batch, shape (n_aux,).
+        m_in: Margin of ID.
+        m_out: Margin of the outliers.
+        chosen: Auxiliary samples that the mean is over, shape (n_aux,); all of them by default.
+
+    Returns:
+        Shape (n_id + n_aux,), without a graph.
+
+    Example:
+        >>> gradient_shares(torch.tensor([-9.0, -6.0]), torch.tensor([-4.0, 0.0]), -8.0, -2.0)
+        tensor([0.5000, 0.0000, 0.0000, 0.5000])
+    """
+    chosen = torch.ones_like(score_aux, dtype=torch.bool) if chosen is None else chosen
+    inside = (score_id <= m_in).to(score_id) / len(score_id)
+    outside = ((score_aux >= m_out) & chosen).to(score_aux) / chosen.sum().clamp(min=1)
+    return torch.cat([inside, outside])
+
+
+def _drawn(shares: Tensor, part: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A uniform draw of the active samples, ceil(part n) of n, and their shares times n / drawn."""
+    active = shares.nonzero().squeeze(1)
+    count = math.ceil(part * len(active))
+    if count < len(active):
+        device = "cpu" if generator is None else generator.device
+        order = torch.randperm(len(active), generator=generator, device=device)[:count]
+        shares, active = shares * (len(active) / count), active[order.to(active.device)]
+    return active, shares[active]
+
+
+def _reference_loss(
+    network: nn.Module, images: Tensor, count: int, weights: Weights, chosen: Tensor, scale: Tensor | None
+) -> Tensor:
+    """(1/N) sum_i ||dF/dx_i||, F = E_aux relu(S - m_out) - E_id relu(m_in - S), all in one more pass in train mode."""
+    images = images.detach().requires_grad_(True)
+    score = scores(network(images))
+    inside = functional.relu(weights.m_in - score[:count]).mean()
+    outside = mean_over(functional.relu(score[count:] - weights.m_out), chosen)
+    (gradient,) = torch.autograd.grad(outside - inside, images, create_graph=weights.lambda_grad > 0)
+    gradient = gradient if scale is None else gradient * scale
+    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return norms.mean()
+
+
+def objective(
+    network: nn.Module,
+    images_id: Tensor,
+    labels: Tensor,
+    images_aux: Tensor,
+    weights: Weights,
+    *,
+    roles: Roles | None = None,
+    progress: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Terms:
+    r"""The objective of one batch; ID and auxiliary images share one forward pass.
+
+    Args:
+        network: f, normalisation included, in train mode.
+        images_id: Shape (n_id, C, H, W), pixels in [0, 1].
+        labels: Classes of the ID images, shape (n_id,).
+        images_aux: Shape (n_aux, C, H, W).
+        weights: Weights, margins and variants.
+        roles: Which auxiliary samples enter which loss; by default all enter both.
+        progress: How far the whole training is, from 0 to 1; the certified term grows with it.
+        generator: For the draws of the stochastic penalty.
+
+    Returns:
+        The terms; `total` carries the graph. With the "fast" penalty its value is that of the formula, its derivative a
+        finite difference; with "stochastic" both are unbiased estimates.
+
+    Raises:
+        InputError: If the coordinates are "normalised" and the network has no `Normalize` layer.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> images, outliers = torch.rand(2, 1, 2, 2), torch.rand(5, 1, 2, 2)
+        >>> terms = objective(network, images, torch.tensor([0, 2]), outliers, Weights(0.1, 0.1, -8.0, -2.0))
+        >>> terms.total.shape, bool(terms.total.isfinite())
+        (torch.Size([]), True)
+    """
+    count = len(images_id)
+    if roles is None:
+        everyone = torch.ones(len(images_aux), dtype=torch.bool, device=images_aux.device)
+        roles = Roles(everyone, everyone)
+    m_in, m_out = weights.m_in, weights.m_out
+    images = torch.cat([images_id, images_aux])
+    scale = pixels_per_unit(network) if weights.coordinates == "normalised" else None
+    part = weights.penalty_share if weights.penalty == "stochastic" else 1.0
+    pointwise = weights.lambda_grad > 0 and weights.slope == "gradient-norm" and weights.reduction == "paper"
+    if pointwise:
+        method: Method = "fast" if weights.penalty == "fast" else "exact"
+        function = SampleWise(network, images, method, weights.batch_norm, scale, part)
+        logits, score = function.logits, function.score
+    else:
+        logits = network(images)
+        score = scores(logits)
+    score_id, score_aux = score[:count], score[count:]
+    zero = torch.zeros_like(score[0].detach())
+
+    cross_entropy = functional.cross_entropy(logits[:count], labels)
+    outlier = zero
+    if weights.outlier_loss == "energy":
+        outlier = energy_loss(score_id, score_aux, m_in, m_out, roles.energy)
+    elif weights.outlier_loss == "oe":
+        outlier = outlier_exposure_loss(logits[count:], roles.energy)
+    total = cross_entropy + weights.lambda_S * outlier
+
+    slope = zero
+    if weights.reduction == "reference":
+        slope = _reference_loss(network, images, count, weights, roles.gradient, scale)
+    elif weights.lambda_grad > 0:
+        shares = gradient_shares(score_id.detach(), score_aux.detach(), m_in, m_out, roles.gradient)
+        used, shares = _drawn(shares, part, generator)
+        if len(used):
+            if pointwise:
+                norms = function.norms(used)
+            else:
+                chosen = images.detach()[used]
+                norms = interval_lipschitz(
+                    network, Ball(chosen, chosen.new_full((len(used),), weights.slope_eps), "l2")
+                )
+            slope = (shares * norms).sum()
+    if weights.lambda_grad > 0:
+        total = total + weights.lambda_grad * slope
+
+    certified = zero
+    grown = 1.0 if weights.certified_ramp == 0 else min(1.0, progress / weights.certified_ramp)
+    if weights.certified != "none" and grown > 0:
+        certified = certified_loss(
+            network,
+            images_id if weights.certified == "both" else None,
+            images_aux[roles.energy],
+            grown * weights.certified_eps,
+            m_in,
+            m_out,
+            weights.certified_method,
+        )
+        total = total + grown * weights.lambda_certified * certified
+
+    return Terms(
+        total=total,
+        cross_entropy=cross_entropy.detach(),
+        energy=outlier.detach(),
+        gradient=slope.detach(),
+        certified=certified.detach(),
+        active_energy_id=(score_id >= m_in).float().mean(),
+        active_energy_aux=mean_over((score_aux <= m_out).float(), roles.energy),
+        active_gradient_id=(score_id <= m_in).float().mean(),
+        active_gradient_aux=mean_over((score_aux >= m_out).float(), roles.gradient),
+    )

@@ -1,0 +1,110 @@
+"""The certification benchmark and the figure of costs: small runs of their functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import cost_growth
+from benchmarks import certification as benchmark
+from grood_cert import detector
+from grood_cert.ball import Ball
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.score import score_bounds
+from grood_cert.certification.cascade import OUTCOMES, Settings
+from grood_cert.errors import InputError
+from grood_cert.scores import energy
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return detector.load(model)
+
+
+@pytest.fixture(scope="module")
+def sets(loaded):
+    return benchmark.test_sets(loaded)
+
+
+def test_the_plain_way_bounds_the_score(loaded, sets):
+    images, eps = sets[0].images[:3].double(), 0.03
+    plain = benchmark.PlainScore(loaded.network, images[:1])
+    ball = Ball(images, torch.full((3,), eps, dtype=torch.float64), "linf")
+    ours = score_bounds(BoundedNetwork(loaded.network, loaded.architecture.shape, "crown"), ball)
+    corners = ball.lower + (ball.upper - ball.lower) * torch.randint(0, 2, (200, *images.shape)).double()
+    seen = energy(loaded.network(corners.flatten(0, 1))).reshape(200, 3)
+    for image, low, high, lower, upper in zip(images, seen.amin(0), seen.amax(0), ours.lower, ours.upper, strict=True):
+        plain_lower, plain_upper = plain.bounds(image[None], eps)
+        assert plain_lower <= low and high <= plain_upper
+        assert plain_lower <= lower + 1e-9 and upper <= plain_upper + 1e-9  # ours are never looser
+    exact = benchmark.PlainScore(loaded.network, images[:1]).bounds(images[:1], 0.0)
+    assert exact == pytest.approx([float(loaded.score(images[:1]))] * 2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "sign"), [("id", 1), ("ood", -1)])
+def test_radii_of_a_linear_score(kind, sign):
+    """One logit, S = -w . x: ours is margin / ||w||_1, from below; the plain one bisects the bounds of the library."""
+    layer = torch.nn.Linear(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0, 0.5, 0.5]]))
+        layer.bias.zero_()
+    network = torch.nn.Sequential(torch.nn.Flatten(), layer).requires_grad_(False)
+    images = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
+    gamma, exact = float(energy(network(images[:1]))) + sign * 0.4, 0.1
+    furthest = torch.tensor([exact, torch.inf], dtype=torch.float64)
+    found = benchmark.searched_radii(NativeNetwork(network, (1, 2, 2), "crown"), images, kind, gamma, furthest, 1e-3)
+    assert ((0.999 * exact <= found) & (found < exact)).all()
+    plain = benchmark.PlainScore(network, images[:1])
+    for radius in (exact, float("inf")):
+        found = benchmark.plain_radius(plain, images[:1], kind, gamma, radius)
+        proved = [plain.bounds(images[:1], eps) for eps in (found, found + min(radius, 1) / 2**benchmark.ROUNDS)]
+        assert 0 < found < exact  # the exponential and the logarithm cost something even here
+        assert [upper < gamma if kind == "id" else lower > gamma for lower, upper in proved] == [True, False]
+
+
+def test_throughput(loaded, sets):
+    records = benchmark.throughput(loaded, sets, samples=2, repeats=1, engines=("native",))
+    assert [tuple(record) for record in records] == [benchmark.THROUGHPUT_COLUMNS[1:]] * 6
+    by_way = {record["way"]: record for record in records}
+    plain = by_way["plain, bounds only"]
+    assert (plain["ratio"], plain["not_below_plain"]) == (1, 1)
+    assert by_way["plain, with attack"]["cpu_seconds"] > plain["cpu_seconds"]
+    fine = by_way["native, bounds only, precision 0.001"]
+    assert fine["not_below_but_precision"] == 1 and fine["median_id"] >= 0.999 * plain["median_id"]
+    assert np.isfinite([record["radii_per_second"] for record in records]).all()
+
+
+def test_tightness(loaded, model, sets, tmp_path):
+    settings = Settings((0.01, 0.05), effort="fast", engine="native")
+    medians, stages = benchmark.tightness(loaded, model, sets, settings, tmp_path, samples=4)
+    assert [(record["effort"], record["kind"]) for record in medians] == [("fast", "id"), ("fast", "ood")]
+    for record, stage in zip(medians, stages, strict=True):
+        assert tuple(record) == benchmark.TIGHTNESS_COLUMNS[1:] and tuple(stage) == benchmark.STAGE_COLUMNS[1:]
+        assert 0 <= record["smallest"] <= record["certified_to_attack"] <= 1
+        samples = 4 * sum(images.kind == stage["kind"] for images in sets)
+        assert sum(stage[name] for name in OUTCOMES) == 2 * samples
+
+
+def test_cifar_needs_its_arrays(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_SHARED", tmp_path / "shared/data")
+    with pytest.raises(InputError, match="no image sets in shared/data"):
+        benchmark.trained("CIFAR conv-small", tmp_path)
+
+
+def test_cost_growth(monkeypatch, tmp_path):
+    small = cost_growth.Case(samples=2, width=2)
+    monkeypatch.setattr(
+        cost_growth,
+        "PANELS",
+        {"samples": {2: small}, "eps": {value: replace(small, eps=value) for value in (0.01, 0.1)}},
+    )
+    cost_growth.main(tmp_path / "cost.png", repeats=1)
+    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "cost.csv").read_text().splitlines()
+    assert lines[0] == ",".join(cost_growth.COLUMNS) and len(lines) == 1 + 2 * 3
+    for record in cost_growth.measure(small, 1):  # the search finds the eps that its margin comes from, from below
+        assert 1 - 2 * cost_growth.PRECISION < record["radius_to_eps"] <= 1

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import nn
+
+from grood_cert import attacks
+from grood_cert.ball import NORMS, Ball
+from grood_cert.bounds.alpha_crown import Domains, Objective, Relaxation, emptied, optimise, optimised_bounds, tightened
+from grood_cert.bounds.backward import Rows
+from grood_cert.bounds.graph import trace
+from grood_cert.bounds.hidden import preactivations
+from grood_cert.bounds.score import gibbs_upper
+from grood_cert.errors import InputError
+from grood_cert.networks.architectures import Normalize, resnet_small
+from grood_cert.scores import energy
+
+SHAPE = (1, 4, 4)
+EPS = {"linf": 0.15, "l2": 0.5, "l1": 1.5}
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def leaky():
+    layers = nn.Linear(16, 10), nn.LeakyReLU(0.2), nn.Linear(10, 6), nn.LeakyReLU(0.2), nn.Linear(6, 3)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def conv():
+    convolution = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU())
+    return nn.Sequential(convolution, nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def residual():
+    return resnet_small(Normalize([0.5], [0.5]), SHAPE, 3, width=2)
+
+
+def mixed():
+    layers = nn.Conv2d(1, 2, 3, padding=1), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 6), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(6, 3))
+
+
+def make(build, seed=0, scale=2.0):
+    torch.manual_seed(seed)
+    network = build().double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(scale)
+    return network.requires_grad_(False)
+
+
+def balls(norm, count=4, shape=SHAPE, seed=1):
+    images = torch.rand(count, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return Ball(images, torch.full((count,), EPS[norm], dtype=torch.float64), norm)
+
+
+def points_in(ball, count=400, seed=2):
+    """Random points of every ball and points on its rim, shape (count, B, ...)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(count, *ball.center.shape, dtype=torch.float64, generator=generator) * 2 - 1
+    noise[: count // 2] = noise[: count // 2].sign()
+    return torch.stack([ball.project(ball.center + ball.per_pixel(ball.eps) * step) for step in noise])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("build", [mlp, leaky, conv, residual, mixed])
+def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
+    network = make(build)
+    graph, ball = trace(network, SHAPE), balls(norm)
+    hidden = preactivations(graph, ball)
+    seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), ball.center, ball.center)
+    relaxed = Rows(graph, ball)
+    for number, interval in zip(graph.nonlinear, hidden.inputs, strict=True):
+        relaxed.add(number, *interval)
+    weights = torch.softmax(network(ball.center), -1)
+    plain = gibbs_upper(-relaxed.upper(len(graph.nodes) - 1, -weights.unsqueeze(1))[:, 0], weights)
+    upper, lower = (optimised_bounds(graph, ball, side, hidden, 0) for side in ("upper", "lower"))
+    assert bool((upper <= plain + 1e-9).all())
+    for steps, hidden_steps in ((8, 0), (8, 4)):
+        best_upper = optimised_bounds(graph, ball, "upper", hidden, steps, hidden_steps)
+        best_lower = optimised_bounds(graph, ball, "lower", hidden, steps, hidden_steps)
+        assert bool((best_upper <= upper).all() and (best_lower >= lower).all())
+        assert bool((seen.maximum <= best_upper).all() and (seen.minimum >= best_lower).all())
+    score = torch.stack([energy(network(points)) for points in points_in(ball)])
+    assert bool((score.amax(0) <= best_upper).all() and (score.amin(0) >= best_lower).all())
+    if build is not mixed:
+        assert bool((best_upper < upper - 1e-6).any() and (best_lower > lower + 1e-6).any())
+
+
+def test_upper_bound_reaches_the_exact_maximum_of_a_linear_network():
+    network = make(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), scale=4.0)
+    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    found = optimised_bounds(graph, ball, "upper", preactivations(graph, ball), 150)
+
+    def lse(pixels, shape=SHAPE):
+        pixels = torch.tensor(pixels, requires_grad=True)
+        value = -energy(network(pixels.reshape(1, *shape))).squeeze()
+        value.backward()
+        return float(value.detach()), pixels.grad.numpy()
+
+    for index in range(3):
+        box = list(zip(ball.lower[index].flatten().tolist(), ball.upper[index].flatten().tolist(), strict=True))
+        start = ball.center[index].flatten().numpy()
+        exact = -minimize(lse, start, jac=True, bounds=box, method="L-BFGS-B", options={"ftol": 1e-14}).fun
+        assert exact <= float(found[index]) <= exact + 2e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_logit_is_exact(norm):
+    network = make(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 1)))
+    graph, ball = trace(network, SHAPE), balls(norm)
+    hidden = preactivations(graph, ball)
+    value = network(ball.center).squeeze(1)
+    for side, sign in (("upper", -1), ("lower", 1)):
+        reach = ball.support(sign * network[1].weight.unsqueeze(0).expand(4, -1, -1)).squeeze(1)
+        expected = -(value + sign * reach)
+        torch.testing.assert_close(optimised_bounds(graph, ball, side, hidden, 5), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("build", [mlp, leaky, residual])
+def test_any_admissible_multiplier_bounds_the_domain(build):
+    """A sign the wrong way round would put points of the domain above the bound."""
+    network = make(build, seed=3)
+    graph, ball = trace(network, SHAPE), balls("linf")
+    inputs = list(preactivations(graph, ball).inputs)
+    points = points_in(ball, 1000)
+    generator = torch.Generator().manual_seed(0)
+    values = [graph.values(part) for part in points]
+    signs, inside = [], torch.ones(len(points), 4, dtype=torch.bool)
+    for place, number in enumerate(graph.nonlinear):
+        lower, upper = inputs[place]
+        layer = torch.zeros_like(lower).flatten(1)
+        for sample in range(4):  # fix the most balanced neuron of each layer to the sign it has at a random point
+            balance = torch.minimum(-lower[sample], upper[sample]).flatten()
+            neuron = int(balance.argmax())
+            if float(balance[neuron]) > 0:
+                layer[sample, neuron] = values[7][graph.nodes[number].inputs[0]][sample].flatten()[neuron].sign()
+        signs.append(layer)
+        layer = layer.reshape(lower.shape)
+        at = torch.stack([value[graph.nodes[number].inputs[0]] for value in values])
+        inside &= (at * layer >= 0).flatten(2).all(2)
+        inputs[place] = (
+            torch.where(layer > 0, lower.clamp(min=0), lower),
+            torch.where(layer < 0, upper.clamp(max=0), upper),
+        )
+    assert bool((inside.sum(0) > 5).all())
+    relaxation = Relaxation(graph, ball, inputs, torch.cat(signs, 1))
+    logits = torch.stack([value[-1] for value in values])
+    for _ in range(30):
+        row = torch.randn(4, 1, 3, dtype=torch.float64, generator=generator)
+        share = torch.rand(relaxation.start.shape, dtype=torch.float64, generator=generator)
+        parameters = torch.minimum(relaxation.smallest + share * 3, relaxation.largest)
+        bound = relaxation.upper({len(graph.nodes) - 1: row}, parameters.unsqueeze(1)).squeeze(1)
+        value = (logits * row.squeeze(1)).sum(-1).masked_fill(~inside, -torch.inf)
+        assert bool((value.amax(0) <= bound + 1e-9).all())
+
+
+@pytest.mark.parametrize("side", ["upper", "lower"])
+def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
+    network = make(mlp, seed=1)
+    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    sign = 1 if side == "upper" else -1
+    hidden = preactivations(graph, ball)
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits)
+    points = points_in(ball, 3000)
+    score = sign * torch.stack([energy(network(part)) for part in points])
+    level = float(score.flatten().quantile(0.9))
+    objective = Objective(domains, side)
+    _, values, _ = optimise(objective, 10)
+    places = [0, 1, 2]
+    found, empty = emptied(tightened(domains, places, 4, values[:, :20], objective.condition(values, level)))
+    assert not bool((empty & (score >= level).any(0)).any())
+    narrower = 0
+    for place in range(3):
+        node = len(graph.nodes) - 1 if place == 2 else graph.nodes[graph.nonlinear[place]].inputs[0]
+        at = torch.stack([graph.values(part)[node] for part in points])
+        lower, upper = found.logits if place == 2 else found.inputs[place]
+        beyond = (score >= level).unsqueeze(-1)
+        assert bool(((at >= lower) & (at <= upper) | ~beyond).all())
+        narrower += int((((at < lower) | (at > upper)) & ~beyond).any(0).sum())
+    assert narrower > 3  # the level does cut something off
+
+
+def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
+    network = make(mlp)
+    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    hidden = preactivations(graph, ball)
+    lower, upper = (end.clone() for end in hidden.logits)
+    lower[0, 0] = upper[0, 0] + 1e-3
+    lower[1, 0] = upper[1, 0] + 1e-14
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), (lower, upper))
+    found, empty = emptied(domains)
+    assert empty.tolist() == [True, False, False]
+    assert bool((found.logits[0] <= found.logits[1]).all())
+    lower[2, 0] = torch.nan
+    assert not bool(emptied(replace(domains, logits=(lower, upper)))[1][2])
+
+
+def test_what_is_not_proved_is_nan():
+    network = make(mlp)
+    graph, ball = trace(network, SHAPE), balls("linf")
+    hidden = preactivations(graph, ball).inputs
+    broken = [(lower.clone(), upper.clone()) for lower, upper in hidden]
+    broken[1][0][0, 0] = torch.nan
+    broken[0][0][1, 0] = -torch.inf
+    broken[1][0][2, 0] = broken[1][1][2, 0] + 1
+    for side in ("upper", "lower"):
+        got = optimised_bounds(graph, ball, side, broken, 3)
+        assert got.isnan().tolist() == [True, True, True, False]
+    with torch.no_grad():
+        graph.network[1].weight.fill_(torch.nan)
+    assert bool(optimised_bounds(graph, ball, "upper", preactivations(graph, ball), 3).isnan().all())
+
+
+def test_wrong_arguments_are_refused():
+    graph, ball = trace(make(mlp), SHAPE), balls("linf")
+    hidden = preactivations(graph, ball)
+    with pytest.raises(InputError, match="use upper or lower"):
+        optimised_bounds(graph, ball, "both", hidden)
+    with pytest.raises(InputError, match="2 nonlinear layers, got 1"):
+        optimised_bounds(graph, ball, "upper", hidden.inputs[:1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu():
+    network, ball = make(conv), balls("l2")
+    moved = Ball(ball.center.cuda(), ball.eps.cuda(), ball.norm)
+    for side in ("upper", "lower"):
+        graph, there = trace(network, SHAPE), trace(make(conv).cuda(), SHAPE)
+        expected = optimised_bounds(graph, ball, side, preactivations(graph, ball), 8)
+        got = optimised_bounds(there, moved, side, preactivations(there, moved), 8)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from grood_cert import cli, demo
+from grood_cert.certification import cascade
+from grood_cert.results import rows
+from grood_cert.runs import certify as certification
+
+COMMANDS = ([], ["train"], ["recipe"], ["certify"], ["merge"], ["lipschitz"], ["curve"], ["demo"])
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grood-cert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """A call that must end with exit code 2 and one clear line."""
+
+    def run(*arguments):
+        code, out, err = call(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("grood-cert: error: ") and err.count("\n") == 1 and "Traceback" not in err
+        return err
+
+    return run
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "root")
+def test_help_is_quick(command):
+    """0.4 s is what a person waits for; the best of three, since the machine may be busy."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "grood_cert", *command, "--help"], capture_output=True, text=True, check=False
+        )
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0 and "Usage:" in done.stdout
+    assert best < (1.2 if os.getloadavg()[0] > 2 else 0.4)
+
+
+def test_help_does_not_import_torch():
+    code = """
+import sys
+from grood_cert.cli import main
+sys.argv = ["grood-cert", "certify", "--help"]
+try:
+    main()
+except SystemExit:
+    print([name for name in ("torch", "numpy", "matplotlib", "scipy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_version(call):
+    assert call("--version")[:2] == (0, "0.1.0\n")
+
+
+# The whole way
+
+
+def test_from_recipe_to_figure(call, tmp_path):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text('name = "tiny"\n[optimizer]\nepochs = 2\n[data]\nood = ["digits:8,9", "uniform-noise"]\n')
+    code, out, err = call("train", recipe, "--out", tmp_path / "run", "--set", "objective.lambda_grad=0.2")
+    assert code == 0 and "fpr95_id" in out and "epoch   2" in err
+    content = torch.load(tmp_path / "run/model.pt", weights_only=True)
+    assert content["recipe"]["objective"]["lambda_grad"] == 0.2 and content["recipe"]["name"] == "tiny"
+    code, out, err = call("certify", tmp_path / "run/model.pt", "--eps", "0.01", "--eps", "0.05", "--limit", "4")
+    assert code == 0 and "certified" in out and "attack" in out
+    result = rows.read(tmp_path / "run/rows.csv")
+    assert (len(result), result.eps, result.norm) == (12, (0.01, 0.05), "linf")
+    code, out, _ = call("curve", tmp_path / "run/rows.csv", "--out", tmp_path / "figure.svg", "--perturb", "both")
+    assert code == 0 and (tmp_path / "figure.svg").exists() and (tmp_path / "figure.csv").exists()
+    assert "tiny" in (tmp_path / "figure.csv").read_text()
+
+
+def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
+    options = ("--eps", "0.01", "--limit", "3", "--samples", "16", "--clever-batches", "0", "--ood", "digits:8,9")
+    code, out, _ = call("lipschitz", model, *options, "--memory", "1M", "--out", tmp_path / "a")
+    assert code == 0 and "best bound (proved)" in out and "ascended maximum (estimate)" in out
+    code, out, _ = call("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "l.pdf")
+    assert code == 0 and (tmp_path / "l.pdf").read_bytes()[:4] == b"%PDF" and (tmp_path / "l.csv").exists()
+    assert "give files of one kind" in refused(
+        "curve", tmp_path / "a/lipschitz.csv", rows_file, "--out", tmp_path / "mixed.png"
+    )
+    assert "expected a size such as 64M" in refused("lipschitz", model, "--memory", "lots", "--out", tmp_path / "b")
+    assert "memory must be 65536 or more" in refused("lipschitz", model, "--memory", "1", "--out", tmp_path / "b")
+    assert "eps -1.0" in refused("lipschitz", model, "--eps", "-1", "--out", tmp_path / "b")
+    assert "exists already" in refused("lipschitz", model, "--out", tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+
+
+def test_demo(tmp_path, small_recipe):
+    stages = []
+    result = demo.run(tmp_path, limit=3, recipe=small_recipe, begin=lambda name, total: stages.append(name))
+    assert stages == ["train energy", "certify energy", "train greg", "certify greg"]
+    assert all(path.exists() for path in result.files)
+    energy, greg = result.summary
+    assert set(energy) == {"model", *demo.QUANTITIES}
+    assert greg["gradient_norm_id"] != energy["gradient_norm_id"]
+    for record in result.summary:
+        for eps in demo.SHOWN_EPS:
+            assert record[f"fpr95_id_attacked@{eps}"] <= record[f"fpr95_id_certified@{eps}"]
+        assert record["radius_certified_per_logit_id"] <= record["radius_certified_id"] <= record["radius_attack_id"]
+
+
+# Wrong input
+
+
+def test_checkpoints_that_are_none(refused, model, tmp_path):
+    assert "no such checkpoint" in refused("certify", tmp_path / "none.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert "not a grood-cert checkpoint" in refused("certify", tmp_path / "pickle.pt")
+    (tmp_path / "short.pt").write_bytes(model.read_bytes()[:-300])
+    assert "not a grood-cert checkpoint" in refused("certify", tmp_path / "short.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "not a grood-cert checkpoint" in refused("certify", tmp_path / "other.pt")
+    assert not list(tmp_path.glob("rows*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eps", "-0.1"], "eps -0.1: expected a number from 0 to 1"),
+        (["--eps", "nan"], "eps nan: expected a number"),
+        (["--eps", "0.2", "--eps", "0.1"], "ascending and without repetition"),
+        (["--eps", "0.1", "--eps", "0.1"], "ascending and without repetition"),
+        (["--eps", "lots"], "'--eps'"),
+        (["--norm", "l7"], "unknown norm 'l7'; use one of linf, l2, l1"),
+        (["--method", "crown"], "unknown method 'crown'; use bounds or smoothing"),
+        (["--stages", "crown,magic"], "unknown stage 'magic'; use some of ibp, crown-ibp, crown, lipschitz"),
+        (["--effort", "heroic"], "unknown effort 'heroic'; use one of fast, default, max"),
+        (["--engine", "steam"], "unknown engine 'steam'; use one of auto_lirpa, native"),
+        (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
+        (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
+        (["--gamma", "nan"], "gamma must be a finite number"),
+        (["--time-limit", "-1"], "time limit must be 0"),
+        (["--method", "smoothing", "--norm", "linf"], "smoothing certifies l2 balls, not linf"),
+        (["--method", "smoothing", "--sigma", "0"], "sigma"),
+        (["--method", "smoothing", "--gamma", "0"], "smoothing calibrates gamma on the smoothed score"),
+        (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
+        (["--ood", "digits:5-9"], "share class 5"),
+        (["--ood", "cifar10"], "data set 'cifar10' is not in"),
+        (["--ood", "wrong-size.npy"], "images of 16x16, the model expects 8x8"),
+        (["--ood", "empty.npy"], "is empty"),
+        (["--ood", "minst"], "did you mean 'mnist'"),
+        (["--limit", "-1"], "limit must be 0 (all) or more"),
+        (["--device", "quantum"], "device 'quantum' cannot be used"),
+        (["--bogus", "1"], "--bogus"),
+    ],
+)
+def test_wrong_options_of_certify(refused, model, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("wrong-size.npy", np.zeros((3, 16, 16), np.uint8))
+    np.save("empty.npy", np.zeros((0, 8, 8), np.uint8))
+    assert message in refused("certify", model, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_cannot_be_written(refused, model, rows_file, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot write to" in refused("certify", model, "--out", tmp_path / "file/deep", "--limit", "1")
+    assert "cannot write" in refused("curve", rows_file, "--out", tmp_path / "file/figure.png")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "r"\n')
+    assert "cannot write to" in refused("train", recipe, "--out", tmp_path / "file/deep")
+
+
+def test_nothing_is_overwritten_unasked(refused, model, rows_file, tmp_path):
+    shutil.copy(rows_file, tmp_path / "rows.csv")
+    before = (tmp_path / "rows.csv").read_bytes()
+    assert "exists already" in refused("certify", model, "--out", tmp_path)
+    assert (tmp_path / "rows.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{rows}", "--out", "figure.gif"], "figures are written as .png, .pdf, .svg"),
+        (["{rows}", "--out", "figure"], "figures are written as"),
+        (["{rows}", "--out", "figure.png", "--at", "0.5"], "eps 0.5 is not on the grid of the rows; use one of 0.01"),
+        (["{rows}", "--out", "figure.png", "--perturb", "none"], "unknown side 'none'; perturb one of ood, id, both"),
+        (["{rows}", "{rows}", "--out", "figure.png", "--label", "a"], "1 labels for 2 rows files"),
+        (["none.csv", "--out", "figure.png"], "none.csv: no such file"),
+        (["--out", "figure.png"], "Missing argument"),
+    ],
+)
+def test_wrong_options_of_curve(refused, rows_file, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("curve", *(argument.format(rows=rows_file) for argument in arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("[objective]\nlamda_grad = 1\n", [], "did you mean objective.lambda_grad"),
+        ('[objective]\nlambda_grad = "much"\n', [], "objective.lambda_grad: expected a number"),
+        ("[objective]\nlambda_grad = -1\n", [], "objective.lambda_grad: expected"),
+        ("name = ", [], "not a readable TOML file"),
+        ("", ["--set", "objective"], "expected KEY=VALUE"),
+        ("", ["--set", "optimizer.epoch=3"], "did you mean optimizer.epochs"),
+    ],
+)
+def test_wrong_recipes(refused, tmp_path, content, options, message):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(content)
+    assert message in refused("train", recipe, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_soundness_violation_has_an_exit_code_of_its_own(call, model, tmp_path, monkeypatch):
+    from grood_cert.ball import Ball
+    from grood_cert.bounds.score import score_bounds
+
+    monkeypatch.setattr(
+        cascade,
+        "score_bounds",
+        lambda bounded, ball, method: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
+    )
+    code, out, err = call("certify", model, "--eps", "0.1", "--limit", "4", "--stages", "crown", "--out", tmp_path)
+    assert code == 3 and out == "" and "SOUNDNESS VIOLATION" in err and "counterexample.npz" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["counterexample.npz"]
+
+
+def test_a_missing_engine_says_how_to_get_it(call, model, tmp_path, monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name.lower() == "auto-lirpa":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for function in vars(auto_lirpa).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    code, out, err = call("certify", model, "--out", tmp_path)
+    assert (code, out) == (1, "") and "pip install --no-deps auto-LiRPA==0.3" in err and err.count("\n") == 1
+
+
+def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certification, "run", interrupted)
+    code, out, err = call("certify", model, "--out", tmp_path)
+    assert (code, out, err) == (
+        130,
+        "",
+        "grood-cert: error: interrupted; the same command goes on (train: with --resume)\n",
+    )

@@ -1,0 +1,279 @@
+"""The run around the Lipschitz numerics: rows, chain check, figure, objective and radii in certification."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from grood_cert import detector
+from grood_cert.ball import Ball
+from grood_cert.certification import cascade
+from grood_cert.certification.cascade import Certifier, Settings
+from grood_cert.errors import InputError, SoundnessError
+from grood_cert.lipschitz import analyser as analysis
+from grood_cert.lipschitz.bound import METHODS
+from grood_cert.results import figures, rows
+from grood_cert.runs import certify as certification
+from grood_cert.runs import saving as runs
+from grood_cert.scores import gradient_norm_estimate
+from grood_cert.training import objective
+from grood_cert.training import run as training
+
+SETTINGS = analysis.Settings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return detector.load(model)
+
+
+@pytest.fixture(scope="module")
+def sets(loaded):
+    experiment = training.experiment_of(loaded.recipe)
+    return [experiment.test, experiment.ood[0]]
+
+
+@pytest.fixture(scope="module")
+def result_file(loaded, model, sets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lipschitz")
+    analysis.run(loaded, model, sets, SETTINGS, folder, limit=5)
+    return folder / "lipschitz.csv"
+
+
+@pytest.fixture(scope="module")
+def result(result_file):
+    return analysis.read(result_file)
+
+
+def column(result, name, **where):
+    chosen = [row for row in result.records if all(row[key] == value for key, value in where.items())]
+    return np.array([row[name] for row in chosen])
+
+
+def test_one_row_for_each_sample_and_eps(result):
+    assert len(result.records) == 2 * 5 * 3
+    assert result.kinds() == ["id", "ood"]
+    assert all(set(row) == set(analysis.COLUMNS) for row in result.records)
+    assert result.manifest["norm"] == "linf" and result.manifest["recipe"]["objective"]["lambda_grad"] == 0.1
+
+
+def test_estimates_lie_below_bounds_and_bounds_grow_with_eps(result):
+    lower = np.max([column(result, name) for name in analysis._LOWER], axis=0)
+    for name in ("bound", *(f"bound_{method.replace('-', '_')}" for method in METHODS)):
+        assert (lower <= column(result, name) * (1 + 1e-9)).all()
+    for index in range(5):
+        along = [column(result, "bound", kind="id", eps=eps)[index] for eps in SETTINGS.eps]
+        assert along == sorted(along)
+    ratio = column(result, "bound", eps=0.01) / column(result, "ascended_estimate", eps=0.01)
+    assert np.median(ratio) < 1.3
+
+
+def test_at_eps_zero_the_bound_is_the_gradient_norm(result, loaded, sets):
+    names = column(result, "index", kind="id", eps=0.0).astype(int)
+    expected = gradient_norm_estimate(loaded.network, sets[0].images[names].double(), "linf").numpy()
+    np.testing.assert_allclose(column(result, "bound", kind="id", eps=0.0), expected, rtol=1e-9)
+    np.testing.assert_allclose(column(result, "gradient_norm_estimate", kind="id", eps=0.04), expected, rtol=1e-9)
+
+
+def test_the_bound_limits_what_a_certified_network_can_do(result, loaded, sets):
+    """Secants to points an attack of the certifier finds, drawn anew, stay below the bound."""
+    from grood_cert import attacks
+
+    names = column(result, "index", kind="id", eps=0.04).astype(int)
+    images = sets[0].images[names].double()
+    ball = Ball(images, torch.full((5,), 0.04).double(), "linf")
+    seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(9), images, images)
+    rise = (seen.maximum - loaded.score(images)) / ball.distance(seen.argmax)
+    bound = torch.tensor(column(result, "bound", kind="id", eps=0.04))
+    head = torch.tensor(column(result, "bound_fixed_head", kind="id", eps=0.04))
+    assert bool((rise <= bound).all()) and bool((rise <= head).all())
+
+
+def test_a_bound_below_an_estimate_stops_the_run(loaded, model, sets, tmp_path, monkeypatch):
+    real = analysis.local_lipschitz
+
+    def halved(*arguments, **options):
+        found = real(*arguments, **options)
+        return replace(found, methods={**found.methods, "interval": found.methods["interval"] / 5})
+
+    monkeypatch.setattr(analysis, "local_lipschitz", halved)
+    with pytest.raises(SoundnessError, match="exceed bound_interval at eps") as caught:
+        analysis.run(loaded, model, sets, SETTINGS, tmp_path, limit=2)
+    with np.load(caught.value.counterexample) as archive:
+        evidence = dict(archive)
+    assert (evidence["ascended_estimate"] > evidence["bound_interval"]).any()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["counterexample.npz"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": (-0.1,)}, "eps -0.1: expected a number from 0"),
+        ({"eps": (0.2, 0.1)}, "ascending"),
+        ({"samples": 0}, "samples must be 1 or more, got 0"),
+        ({"clever_batches": -1}, "clever batches must be 0 or more"),
+        ({"memory": 10}, "memory must be 65536 or more"),
+        ({"norm": "l7"}, "unknown norm"),
+    ],
+)
+def test_settings_are_checked(loaded, changes, message):
+    with pytest.raises(InputError, match=message):
+        analysis.Analyser(loaded, replace(SETTINGS, **changes))
+
+
+def test_a_network_in_train_mode_or_with_dropout_is_refused(loaded):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 6)).double()
+    with pytest.raises(InputError, match="is in train mode; call network"):
+        analysis.Analyser(replace(loaded, network=network), SETTINGS)
+    strange = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 6)).double().eval()
+    with pytest.raises(InputError, match="LayerNorm"):
+        analysis.Analyser(replace(loaded, network=strange), SETTINGS)
+
+
+def test_a_ball_outside_the_pixel_box_is_refused():
+    with pytest.raises(InputError, match=r"pixels in \[0, 1\]"):
+        Ball(torch.full((1, 1, 2, 2), 1.2), torch.tensor([0.1]), "linf")
+
+
+@pytest.mark.parametrize("damage", [lambda t: t.replace("bound_hull", "x"), lambda t: t[: len(t) // 2], lambda t: ""])
+def test_damaged_analyses_are_refused(result_file, tmp_path, damage):
+    (tmp_path / "lipschitz.json").write_text(result_file.with_suffix(".json").read_text())
+    (tmp_path / "lipschitz.csv").write_text(damage(result_file.read_text()))
+    with pytest.raises(InputError, match=r"not the rows of a Lipschitz analysis|holds no rows"):
+        analysis.read(tmp_path / "lipschitz.csv")
+    with pytest.raises(InputError, match="no such file; write it with: grood-cert lipschitz"):
+        analysis.read(tmp_path / "other.csv")
+
+
+def test_figure_and_table(result, tmp_path):
+    models = {"one": result, "two": result}
+    drawing = figures.lipschitz_figure(models)
+    drawn = [line.get_ydata() for line in drawing.axes[1].lines if line.get_linestyle() == "-"]
+    expected = [np.median(column(result, "bound", kind="ood", eps=eps)) for eps in SETTINGS.eps]
+    assert [list(values) for values in drawn] == [expected, expected]
+    figures.save(drawing, tmp_path / "x.png")
+    figures.write_lipschitz_table(models, tmp_path / "x.csv")
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
+
+
+# The objective
+
+
+def test_interval_slope_at_radius_zero_is_greg():
+    """One formula by two ways: double backward, and one interval pass through the transposed network."""
+    torch.manual_seed(0)
+    from grood_cert.networks import architectures
+
+    network = architectures.build("conv-small", (1, 8, 8), 4, [0.3], [0.3], width=3).double()
+    images, outliers = torch.rand(6, 1, 8, 8).double(), torch.rand(9, 1, 8, 8).double()
+    labels = torch.arange(6) % 4
+    found = []
+    for slope in ("gradient-norm", "interval"):
+        weights = objective.Weights(0.1, 0.5, -1.0, -2.0, slope=slope, slope_eps=0.0)
+        network.zero_grad()
+        terms = objective.objective(network, images, labels, outliers, weights)
+        terms.total.backward()
+        found.append((terms.gradient, [parameter.grad.clone() for parameter in network.parameters()]))
+    (point, point_gradients), (interval, interval_gradients) = found
+    torch.testing.assert_close(interval, point, rtol=1e-9, atol=0)
+    for one, other in zip(point_gradients, interval_gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
+
+
+def test_interval_slope_grows_with_its_radius():
+    from grood_cert.networks import architectures
+
+    torch.manual_seed(0)
+    network = architectures.build("mlp", (1, 8, 8), 4, [0.3], [0.3], width=16)
+    images, outliers = torch.rand(6, 1, 8, 8), torch.rand(6, 1, 8, 8)
+    slopes = [
+        float(
+            objective.objective(
+                network,
+                images,
+                torch.zeros(6).long(),
+                outliers,
+                objective.Weights(0.1, 1.0, 9.0, -9.0, slope="interval", slope_eps=eps),
+            ).gradient
+        )
+        for eps in (0.0, 0.05, 0.2)
+    ]
+    assert slopes[0] < slopes[1] < slopes[2]
+
+
+# Radii in certification
+
+LIPSCHITZ = Settings(eps=(0.01,), stages=("crown", "lipschitz"), effort="fast")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, norm):
+    settings = Settings(eps=(0.02,), norm=norm, stages=("crown", "lipschitz"))
+    certification.run(loaded, model, sets, settings, tmp_path, limit=6)
+    found = rows.read(tmp_path / "rows.csv")
+    right = found["status"] != "misdecided"
+    for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):
+        assert (found[name][right] > 0).all() and (found[name] <= found["radius_attack"]).all()
+        assert (found[name][~right] == 0).all()
+    assert np.median(found["radius_lipschitz_path"][right] / found["radius_lipschitz_fixed_point"][right]) > 0.95
+    assert found.manifest["failures"] == {}
+
+
+def test_lipschitz_radii_are_empty_unless_asked_for(rows_file):
+    found = rows.read(rows_file)
+    assert np.isnan(found["radius_lipschitz_path"]).all() and "lipschitz" not in found.manifest["stages"]
+
+
+def test_a_lipschitz_radius_beyond_the_attack_is_caught(loaded, sets, monkeypatch):
+    real = cascade.local_lipschitz
+
+    def tiny(*arguments, **options):
+        found = real(*arguments, **options)
+        return replace(found, auto=found.auto / 10, fixed_head=None)
+
+    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
+    certifier = Certifier(loaded, LIPSCHITZ)
+    with pytest.raises(SoundnessError):
+        certifier.certify(sets[0].images[:4], "id", runs.generator(0, 0))
+
+
+def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monkeypatch):
+    real = cascade.local_lipschitz
+
+    def tiny(*arguments, **options):
+        found = real(*arguments, **options)
+        return replace(found, auto=torch.full_like(found.auto, 1e-9), fixed_head=None)
+
+    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
+    for broken in ("fixed_point_radius", "path_radius"):
+        with monkeypatch.context() as patch:  # the other form is switched off: each must betray itself
+            other = {"fixed_point_radius": "path_radius", "path_radius": "fixed_point_radius"}[broken]
+            patch.setattr(cascade, other, lambda *arguments: torch.zeros(1).double())
+            certifier = Certifier(loaded, LIPSCHITZ)
+            with pytest.raises(SoundnessError):
+                certifier.certify(sets[0].images[:1], "id", runs.generator(0, 0))
+
+
+def test_a_margin_of_rounding_noise_proves_nothing():
+    """f = -a x twice, gamma 3 ulp above S: the margin is an artefact of rounding, and the exact radius is smaller."""
+    from torch import nn
+
+    from grood_cert.detector import Architecture, Detector
+    from grood_cert.recipe import Recipe
+    from grood_cert.scores import energy
+
+    layer = nn.Linear(1, 2)
+    with torch.no_grad():
+        layer.weight.fill_(-1e-12)
+        layer.bias.zero_()
+    network = nn.Sequential(nn.Flatten(), layer).double().eval().requires_grad_(False)
+    image = torch.full((1, 1, 1, 1), 0.9).double()
+    gamma = float(energy(network(image))) + 3.33e-16
+    architecture = Architecture("mlp", (1, 1, 1), 2, (0.0,), (1.0,), {})
+    loaded = Detector(network, gamma, architecture, ("0", "1"), Recipe(), {}, {}, {})
+    found = Certifier(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
+    assert found["radius_lipschitz_fixed_point"].tolist() == found["radius_lipschitz_path"].tolist() == [0.0]

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from grood_cert import detector
+from grood_cert.ball import Ball
+from grood_cert.bounds import auto_lirpa
+from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.score import score_bounds
+from grood_cert.certification import cascade
+from grood_cert.certification.cascade import Settings
+from grood_cert.data import ImageSet
+from grood_cert.errors import InputError, SoundnessError
+from grood_cert.results import rows
+from grood_cert.runs import certify as certification
+from grood_cert.runs import saving as runs
+from grood_cert.training import run as training
+
+# Real runs
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return detector.load(model)
+
+
+@pytest.fixture(scope="module")
+def result(rows_file):
+    return rows.read(rows_file)
+
+
+def images_of(loaded, result, mask):
+    experiment = training.experiment_of(loaded.recipe)
+    sets = {images.name: images for images in (experiment.test, *experiment.ood)}
+    picked = zip(result["set"][mask].tolist(), result["index"][mask].tolist(), strict=True)
+    return torch.stack([sets[name].images[index] for name, index in picked]).double()
+
+
+def test_rows_tell_the_truth_about_their_samples(loaded, result):
+    everything = np.ones(len(result), bool)
+    images = images_of(loaded, result, everything)
+    np.testing.assert_allclose(loaded.score(images).numpy(), result["score"], rtol=1e-12)
+    assert (result["prediction"] == loaded.network(images).argmax(1).numpy()).all()
+    assert (result["accepted"] == (result["score"] <= loaded.gamma)).all()
+    right = (result["accepted"] == 1) == result.of_kind("id")
+    assert ((result["status"] == "misdecided") == ~right).all()
+    assert (result["radius_certified"][~right] == 0).all() and (result["radius_attack"][~right] == 0).all()
+    assert ((result["status"] == "certified") == (result["radius_certified"] > 0)).all()
+    assert (result["status"] == "certified").sum() > len(result) / 2
+
+
+def test_each_radius_is_proved_again_by_a_fresh_engine(loaded, result):
+    for kind in ("id", "ood"):
+        mask = result.of_kind(kind) & (result["status"] == "certified")
+        eps = torch.tensor(result["radius_certified"][mask])
+        ball = Ball(images_of(loaded, result, mask), eps, "linf")
+        bounds = score_bounds(BoundedNetwork(loaded.network, (1, 8, 8), "crown"), ball)
+        proved = bounds.upper < loaded.gamma if kind == "id" else bounds.lower > loaded.gamma
+        assert bool(proved.all())
+
+
+def test_the_chain_and_the_envelopes(result):
+    assert (result["radius_certified"] <= result["radius_attack"]).all()
+    assert (result["radius_certified_per_logit"] <= result["radius_certified"]).all()
+    score, grid = result["score"][:, None], result.grid
+    assert (grid["s_lb"] <= grid["s_attack_min"]).all() and (grid["s_attack_max"] <= grid["s_ub"]).all()
+    assert (grid["s_attack_min"] <= score).all() and (score <= grid["s_attack_max"]).all()
+    assert (np.diff(grid["s_ub"], axis=1) >= 0).all() and (np.diff(grid["s_lb"], axis=1) <= 0).all()
+    assert (np.diff(grid["s_attack_max"], axis=1) >= 0).all() and (np.diff(grid["s_attack_min"], axis=1) <= 0).all()
+
+
+def test_radii_agree_with_the_grid(result):
+    inside = result.of_kind("id") & (result["status"] != "misdecided")
+    for column, eps in enumerate(result.eps):
+        proved = result.grid["s_ub"][inside, column] < result.gamma
+        assert (result["radius_certified"][inside][proved] >= eps).all()
+        broken = result["radius_attack"][inside] <= eps
+        assert (result.grid["s_attack_max"][inside, column][broken] > result.gamma).all()
+
+
+def test_the_manifest_says_what_was_done(result, model, loaded):
+    manifest = result.manifest
+    assert manifest["model"]["sha256"] and manifest["gamma"] == loaded.gamma
+    assert (manifest["norm"], manifest["engine"], manifest["dtype"]) == ("linf", "auto_lirpa", "float64")
+    assert manifest["stages"] == ["ibp", "crown"]
+    assert manifest["versions"]["auto_LiRPA"] == auto_lirpa.version()
+    assert {entry["set"] for entry in manifest["data"]} == set(result["set"])
+    assert manifest["failures"] == {} and manifest["seconds"] > 0 and manifest["limit"] == 12
+
+
+def test_subset_is_seeded_and_names_its_positions():
+    images = ImageSet("x", "id", torch.rand(20, 1, 2, 2), torch.arange(20), tuple(map(str, range(20))))
+    chosen, index = runs.subset(images, 5, seed=3)
+    assert len(chosen) == 5 and torch.equal(chosen.labels, index) and torch.equal(index, index.sort().values)
+    assert torch.equal(runs.subset(images, 5, seed=3)[1], index)
+    assert len(runs.subset(images, 0, seed=3)[0]) == len(runs.subset(images, 99, seed=3)[0]) == 20
+
+
+# What must not pass
+
+
+def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path, model):
+    """A bound engine that shrinks the ball to a tenth: the attack finds points outside, and the run stops."""
+
+    def shrunk(bounded, ball, method=None):
+        return score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method)
+
+    monkeypatch.setattr(cascade, "score_bounds", shrunk)
+    images = training.experiment_of(loaded.recipe).test
+    with pytest.raises(SoundnessError, match="outside their proved bounds") as caught:
+        certification.run(loaded, model, [images], Settings(eps=(0.1,), stages=("ibp", "crown")), tmp_path, limit=4)
+    with np.load(caught.value.counterexample) as archive:
+        evidence = dict(archive)
+    bounds, attacked = evidence["s_upper"], evidence["s_attack_maximum"]
+    points = torch.from_numpy(evidence["counterexample"])
+    assert ((attacked > bounds) | (evidence["s_attack_minimum"] < evidence["s_lower"])).all()
+    assert np.abs(evidence["counterexample"] - evidence["image"]).max() <= 0.1 + 1e-12
+    assert len(loaded.score(points)) == len(bounds)
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):
+    (tmp_path / "rows.csv").write_text("precious")
+    images = training.experiment_of(loaded.recipe).test
+    with pytest.raises(InputError, match="exists already; choose another --out, or add --force"):
+        certification.run(loaded, model, [images], Settings(eps=(0.1,), stages=("ibp", "crown")), tmp_path)
+    assert (tmp_path / "rows.csv").read_text() == "precious"
+
+
+# The file format
+
+
+def test_rows_read_back_what_was_written(rows_file, result):
+    with rows_file.open() as stream:
+        header = next(csv.reader(stream))
+    assert header == rows.header(result.eps)
+    assert set(rows.COLUMNS) <= set(header)
+    assert json.loads(rows.manifest_path(rows_file).read_text())["eps"] == list(result.eps)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("radius_attack", "radius"), "missing 'radius_attack'"),
+        (lambda text: text.splitlines()[0] + "\n", "holds no rows"),
+        (lambda text: "", "holds no rows"),
+        (
+            lambda text: re.sub(r",certified,(\w+),[^,]*", r",certified,\1,nan", text),
+            "values of radius_certified that are not finite",
+        ),
+        (lambda text: text.replace(",certified,", ",maybe,"), "not the rows of a certification"),
+        (lambda text: text[: len(text) // 2], "not the rows of a certification"),
+        (lambda text: text.replace("digits:0-5,id,", "digits:0-5,who,"), "not the rows of a certification"),
+    ],
+)
+def test_damaged_rows_are_refused(rows_file, tmp_path, damage, message):
+    (tmp_path / "rows.json").write_text(rows_file.with_suffix(".json").read_text())
+    path = tmp_path / "rows.csv"
+    path.write_text(damage(rows_file.read_text()))
+    with pytest.raises(InputError, match=message):
+        rows.read(path)
+
+
+def test_missing_or_foreign_manifest(rows_file, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(rows_file.read_text())
+    with pytest.raises(InputError, match=r"rows\.json: no such file"):
+        rows.read(path)
+    for text in ("nonsense", "[]", '{"eps": [0.1]}', '{"eps": [0.01, 0.03, 0.1]}'):
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(InputError, match="not the rows of a certification"):
+            rows.read(path)

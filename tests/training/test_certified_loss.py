@@ -1,0 +1,237 @@
+"""Bounds of S that training can lower: sound, L_S at radius 0, and trained outliers end up certified."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from grood_cert.ball import Ball
+from grood_cert.errors import InputError
+from grood_cert.networks import architectures
+from grood_cert.scores import energy
+from grood_cert.training.certified_loss import certified_loss, energy_interval
+from grood_cert.training.objective import Roles, Weights, energy_loss, objective
+
+METHODS = ("ibp", "crown-ibp")
+
+
+def pooled() -> nn.Sequential:
+    return nn.Sequential(
+        architectures.Normalize([0.4], [0.3]),
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(0.1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 6, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = pooled() if name == "pooled" else architectures.build(name, (1, 8, 8), 5, [0.4], [0.3], width=8)
+    network = network.double()
+    network(2 * torch.rand(16, 1, 8, 8, dtype=torch.float64))  # running statistics of their own
+    return network
+
+
+def images_of(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def ball_of(images: torch.Tensor, eps: float) -> Ball:
+    return Ball(images, torch.full((len(images),), eps, dtype=images.dtype), "linf")
+
+
+def extremes(network: nn.Module, ball: Ball) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest score found: random points and corners of the ball, and sign-gradient ascent both ways."""
+    generator = torch.Generator().manual_seed(0)
+    center = ball.center
+    lowest = highest = energy(network(center)).detach()
+    for turn in range(20):
+        noise = 2 * torch.rand(center.shape, dtype=torch.float64, generator=generator) - 1
+        noise = noise.sign() if turn % 2 else noise
+        score = energy(network(ball.project(center + noise * ball.per_pixel(ball.eps)))).detach()
+        lowest, highest = torch.minimum(lowest, score), torch.maximum(highest, score)
+    for sign in (1, -1):
+        points = center
+        for _ in range(10):
+            points = points.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(energy(network(points)).sum(), points)
+            points = ball.project(points + sign * 0.3 * gradient.sign() * ball.per_pixel(ball.eps))
+            score = energy(network(points)).detach()
+            lowest, highest = torch.minimum(lowest, score), torch.maximum(highest, score)
+    return lowest, highest
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv-small", "resnet-small", "pooled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_bounds_hold_against_attack_and_are_exact_at_radius_zero(name, method):
+    network, images = build(name), images_of(8)
+    bounds = {eps: energy_interval(network, ball_of(images, eps), method) for eps in (0.0, 0.01, 0.1)}
+    network.eval()
+    score = energy(network(images))
+    torch.testing.assert_close(bounds[0.0][0], score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bounds[0.0][1], score, rtol=1e-9, atol=1e-9)
+    for eps in (0.01, 0.1):
+        lowest, highest = extremes(network, ball_of(images, eps))
+        assert bool((bounds[eps][0] <= lowest).all()) and bool((highest <= bounds[eps][1]).all())
+
+
+@pytest.mark.parametrize("name", ["conv-small", "resnet-small"])
+def test_a_linear_row_never_loosens_the_interval(name):
+    network, ball = build(name), ball_of(images_of(8), 0.02)
+    lower, upper = energy_interval(network, ball, "ibp")
+    tighter_lower, tighter_upper = energy_interval(network, ball, "crown-ibp")
+    assert bool((tighter_lower >= lower).all()) and bool((tighter_upper <= upper).all())
+    assert bool((tighter_lower > lower).any()) and bool((tighter_upper < upper).any())
+
+
+def test_a_linear_network_in_closed_form():
+    """One logit: S = -(w . x + b), worst case eps ||w||_1 while the box is out of reach."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
+    images = 0.2 + 0.6 * images_of(5)
+    score, reach = energy(network(images)), 0.1 * network[1].weight.abs().sum()
+    for method in METHODS:
+        lower, upper = energy_interval(network, ball_of(images, 0.1), method)
+        torch.testing.assert_close(lower, score - reach, rtol=1e-9, atol=0)
+        torch.testing.assert_close(upper, score + reach, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_radius_zero_it_is_the_energy_loss_of_the_eval_mode_network(method):
+    network, inside, outside = build("resnet-small"), images_of(6), images_of(9, 1)
+    both = certified_loss(network, inside, outside, 0.0, -1.9, -1.5, method)
+    alone = certified_loss(network, None, outside, 0.0, -1.9, -1.5, method)
+    network.eval()
+    score_id, score_aux = energy(network(inside)), energy(network(outside))
+    torch.testing.assert_close(both, energy_loss(score_id, score_aux, -1.9, -1.5), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        alone, energy_loss(torch.full_like(score_id, -9.0), score_aux, -1.9, -1.5), rtol=1e-7, atol=0
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_derivative_agrees_with_finite_differences(method):
+    network, inside, outside = build("conv-small"), images_of(3), images_of(4, 1)
+    parameters = list(network.parameters())
+    loss = certified_loss(network, inside, outside, 0.02, -2.5, -1.0, method)
+    gradients = torch.autograd.grad(loss, parameters)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        directions = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += sign * 1e-7 * direction
+                values.append(float(certified_loss(network, inside, outside, 0.02, -2.5, -1.0, method)))
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += 1e-7 * direction
+        got = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+        assert got == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-4)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.4, 1.0])
+@pytest.mark.parametrize("certified", ["ood", "both"])
+def test_radius_and_weight_grow_over_the_ramp(progress, certified):
+    network, inside, outside = build("resnet-small"), images_of(6), images_of(9, 1)
+    labels, chosen = torch.arange(6) % 5, torch.arange(9) < 5
+    plain = Weights(lambda_grad=0.0, m_in=-2.5, m_out=-1.0)
+    weights = replace(plain, certified=certified, certified_eps=0.04, certified_ramp=0.4, lambda_certified=0.3)
+    roles = Roles(chosen, torch.ones(9, dtype=torch.bool))
+    twin = copy.deepcopy(network)
+    terms = objective(network, inside, labels, outside, weights, roles=roles, progress=progress)
+    expected = objective(twin, inside, labels, outside, plain, roles=roles).total
+    grown = min(1.0, progress / 0.4)
+    if grown > 0:
+        id_images = inside if certified == "both" else None
+        loss = certified_loss(twin, id_images, outside[chosen], grown * 0.04, -2.5, -1.0, "ibp")
+        torch.testing.assert_close(terms.certified, loss.detach(), rtol=1e-12, atol=0)
+        expected = expected + grown * 0.3 * loss
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=0)
+    for key, value in twin.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), f"{key}: bounds must not move running statistics"
+
+
+def test_a_layer_that_cannot_be_bounded_is_named():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ELU(), nn.Linear(4, 2)).double()
+    with pytest.raises(InputError, match="layer 2: ELU cannot be bounded"):
+        energy_interval(network, ball_of(images_of(2), 0.1), "ibp")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """0 to 5 are ID, 6 and 7 outliers; every other one is for training."""
+    data = load_digits()
+    images, labels = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
+    inside, outside = (labels < 6).nonzero().squeeze(1), ((labels == 6) | (labels == 7)).nonzero().squeeze(1)
+    return images, labels, (inside[::2], inside[1::2]), (outside[::2], outside[1::2])
+
+
+def trained(digits, weights: Weights, name: str, warmup: int = 0, steps: int = 150) -> tuple[float, float, float]:
+    """Accuracy, and the shares of held-out outliers that stay above, and ID below, the middle of the margins.
+
+    After `warmup` steps without the certified term BatchNorm layers are kept in eval mode.
+    """
+    torch.set_num_threads(1)
+    images, labels, (train, test), (train_aux, test_aux) = digits
+    torch.manual_seed(0)
+    network = architectures.build(name, (1, 8, 8), 6, [0.3], [0.37])
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(-warmup, steps):
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train(step < 0)
+        first, second = train[torch.randperm(len(train))[:64]], train_aux[torch.randperm(len(train_aux))[:64]]
+        progress = max(0.0, step / steps)
+        terms = objective(network, images[first], labels[first], images[second], weights, progress=progress)
+        assert bool(terms.total.isfinite())
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    network = network.double().eval()
+    accuracy = float((network(images[test].double()).argmax(1) == labels[test]).double().mean())
+    middle = (weights.m_in + weights.m_out) / 2
+    found = {}
+    for key, chosen in (("id", test), ("aux", test_aux)):
+        ball = ball_of(images[chosen[:60]].double(), 0.03)
+        with torch.no_grad():
+            found[key] = energy_interval(network, ball, "crown-ibp")
+        lowest, highest = extremes(network, ball)
+        assert bool((found[key][0] <= lowest).all()) and bool((highest <= found[key][1]).all()), "sound after training"
+    outside, inside = found["aux"][0] > middle, found["id"][1] < middle
+    return accuracy, float(outside.double().mean()), float(inside.double().mean())
+
+
+CERTIFIED = Weights(lambda_grad=0.0, certified="ood", certified_eps=0.03, lambda_certified=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_certifies_outliers_on_a_network_without_batch_norm(digits, method):
+    accuracy, outside, _ = trained(digits, replace(CERTIFIED, certified_method=method), "conv-small")
+    assert accuracy > 0.95 and outside > 0.85
+
+
+def test_without_the_term_little_is_certified(digits):
+    accuracy, outside, _ = trained(digits, replace(CERTIFIED, certified="none"), "conv-small")
+    assert accuracy > 0.95 and outside < 0.3
+
+
+def test_training_certifies_both_sides(digits):
+    accuracy, outside, inside = trained(digits, replace(CERTIFIED, certified="both"), "conv-small")
+    assert accuracy > 0.95 and outside > 0.85 and inside > 0.7
+
+
+def test_training_certifies_outliers_with_batch_norm_held_in_eval_mode(digits):
+    accuracy, outside, _ = trained(digits, CERTIFIED, "resnet-small", warmup=60, steps=100)
+    assert accuracy > 0.9 and outside > 0.5

@@ -1,0 +1,308 @@
+"""Norms to train on: whose slope they are, and that every way of differentiating them gives the same derivative."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional
+
+from grood_cert.networks import architectures
+from grood_cert.training.objective import Weights, objective
+from grood_cert.training.penalty import BatchStatistics, SampleWise
+
+ALL_ACTIVE = Weights(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
+
+
+def normed_network(activation: nn.Module, pool: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(6, affine=False)
+    layers = [nn.Conv2d(2, 4, 3, padding=1), first, activation, pool, nn.Conv2d(4, 6, 3), second, activation]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3)).double()
+    network(torch.rand(2, 2, 8, 8, dtype=torch.float64))
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1.0, -0.5, 2.0, 0.3]))
+        first.bias.normal_()
+    return network
+
+
+def smooth() -> nn.Sequential:
+    return normed_network(nn.Tanh(), nn.AvgPool2d(2))
+
+
+def kinked() -> nn.Sequential:
+    return normed_network(nn.LeakyReLU(0.2), nn.MaxPool2d(3, 2, 1))
+
+
+def images_of(count: int = 10) -> torch.Tensor:
+    return torch.rand(count, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def flat_gradient(loss: torch.Tensor, network: nn.Module) -> torch.Tensor:
+    parts = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None]).double()
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(functional.cosine_similarity(first, second, dim=0))
+
+
+def with_batch_statistics(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The network in eval mode, its running statistics those of this batch: mean, and variance divided by n."""
+    fixed = copy.deepcopy(network)
+
+    def read(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1)
+        layer.running_mean, layer.running_var = values.mean(1), values.var(1, correction=0)
+        layer.eval()
+
+    for layer in fixed.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.training:
+            layer.register_forward_pre_hook(read)
+    with torch.no_grad():
+        fixed(images)
+    for layer in fixed.modules():
+        layer._forward_pre_hooks.clear()
+    return fixed.eval()
+
+
+def slope(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    image = image[None].clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(-network(image).logsumexp(1).sum(), image)
+    return gradient.norm()
+
+
+@pytest.mark.parametrize("build", [smooth, kinked])
+@pytest.mark.parametrize("used", [range(10), [7, 0, 3], [5]])
+@pytest.mark.parametrize("method", ["exact", "fast"])
+@pytest.mark.parametrize("frozen", [[], [1], [5]])
+def test_shared_statistics_are_constants_of_each_sample_s_slope(build, used, method, frozen):
+    """As if every sample went alone through the network with these statistics in its buffers: no sample leaks.
+
+    A layer that its owner keeps in eval mode reads its own buffers.
+    """
+    network, images, used = build(), images_of(), torch.tensor(list(used))
+    for number in frozen:
+        network[number].eval()
+    fixed = with_batch_statistics(network, images)
+    norms = SampleWise(network, images, method, "shared").norms(used)
+    expected = torch.stack([slope(fixed, image) for image in images[used]])
+    torch.testing.assert_close(norms.detach(), expected, rtol=1e-9, atol=0)
+
+
+def test_the_pass_under_shared_statistics_is_the_ordinary_one():
+    network, images = kinked(), images_of()
+    twin = copy.deepcopy(network)
+    function, logits = SampleWise(network, images, "exact", "shared"), twin(images)
+    torch.testing.assert_close(function.logits, logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        flat_gradient(function.logits.square().sum(), network),
+        flat_gradient(logits.square().sum(), twin),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-12, atol=0)
+
+
+def test_statistics_pass_their_own_gradient_on():
+    """Mean and 1 / std are outputs too: gradcheck of all three, with respect to values, weight and bias."""
+    mode = BatchStatistics()
+    generator = torch.Generator().manual_seed(0)
+    values, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((3, 2, 2, 2), (2,), (2,))
+    )
+
+    def all_outputs(values, weight, bias):
+        with mode:
+            result = functional.batch_norm(values, None, None, weight, bias, True)
+        return (result, *mode._found.pop())
+
+    assert torch.autograd.gradcheck(all_outputs, (values, weight, bias))
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
+@pytest.mark.parametrize("penalty", ["exact", "fast"])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_total_has_the_derivative_of_its_value(batch_norm, penalty, share):
+    """Finite differences over the parameters, through the batch statistics too; on the loss's pass and on its own."""
+    network, images = smooth(), images_of()
+    with torch.no_grad():
+        scores = -with_batch_statistics(network, images)(images).logsumexp(1)
+    threshold = 100.0 if share == 1 else float(scores[:5].sort().values[1:3].mean())
+    weights = replace(ALL_ACTIVE, batch_norm=batch_norm, penalty=penalty, m_in=threshold, m_out=2 * threshold + 200)
+    state, labels = copy.deepcopy(network.state_dict()), torch.tensor([0, 1, 2, 0, 1])
+
+    def total() -> torch.Tensor:
+        for key, value in state.items():  # the buffers, not the parameters
+            if "running" in key:
+                network.state_dict()[key].copy_(value)
+        terms = objective(network, images[:5], labels, images[5:], weights)
+        assert terms.gradient > 0
+        return terms.total
+
+    if batch_norm == "eval":  # running statistics are buffers: constants of the derivative, so hold them still
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.0
+    gradient = flat_gradient(total(), network)
+    parameters = list(network.parameters())
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        directions = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
+        values = []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += sign * 1e-5 * direction
+            values.append(float(total().detach()))
+        expected = (values[0] - values[1]) / 2e-5
+        got = float(gradient @ torch.cat([direction.flatten() for direction in directions]))
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "active", "passes"),
+    [("shared", 6, [10]), ("shared", 1, [10, 1]), ("eval", 10, [10, 10]), ("eval", 3, [10, 3])],
+)
+def test_only_active_samples_take_a_second_pass_and_only_where_it_pays(batch_norm, active, passes):
+    network, images = smooth(), images_of()
+    seen = []
+    network.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    SampleWise(network, images, "exact", batch_norm).norms(torch.arange(active))
+    assert seen == passes
+    assert all(layer.training for layer in network.modules())
+    assert network[1].num_batches_tracked == 2, "one for this step, one for the lazy layer"
+
+
+def trained(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """Some steps of energy training on digits, in float32: 0 to 5 are ID, 6 and 7 outliers."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    inside, outside = (labels < 6).nonzero().squeeze(1), ((labels == 6) | (labels == 7)).nonzero().squeeze(1)
+    torch.manual_seed(0)
+    network = architectures.build(name, (1, 8, 8), 6, [0.3], [0.37])
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(80):
+        first, second = inside[torch.randperm(len(inside))[:48]], outside[torch.randperm(len(outside))[:48]]
+        terms = objective(network, images[first], labels[first], images[second], Weights(lambda_grad=0.0))
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    return network, torch.cat([images[inside[:24]], images[outside[:24]]])
+
+
+@pytest.fixture(scope="module")
+def conv_small():
+    torch.set_num_threads(1)
+    return trained("conv-small")
+
+
+@pytest.fixture(scope="module")
+def resnet_small():
+    torch.set_num_threads(1)
+    return trained("resnet-small")
+
+
+def parameter_gradients(network, images, batch_norm, methods, autocast=False):
+    """Of the mean norm; running statistics stay where they are."""
+    found = []
+    for method in methods:
+        twin = copy.deepcopy(network)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            function = SampleWise(twin, images, method, batch_norm)
+            found.append(flat_gradient(function.norms(torch.arange(0, len(images), 2)).mean(), twin))
+    return found
+
+
+@pytest.mark.parametrize("fixture", ["conv_small", "resnet_small"])
+@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
+def test_fast_agrees_with_exact_on_a_trained_network_in_float32(fixture, batch_norm, request):
+    network, images = request.getfixturevalue(fixture)
+    exact, fast = parameter_gradients(network, images, batch_norm, ["exact", "fast"])
+    assert cosine(exact, fast) > 0.999
+    assert float(fast.norm() / exact.norm()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("fixture", ["conv_small", "resnet_small"])
+def test_fast_works_in_bfloat16(fixture, request):
+    network, images = request.getfixturevalue(fixture)
+    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    (fast,) = parameter_gradients(network, images, "eval", ["fast"], autocast=True)
+    assert cosine(exact, fast) > 0.97
+
+
+def test_without_kept_signs_a_difference_quotient_is_no_derivative(conv_small):
+    """Why the kinks are kept: the plain quotient jumps where a ReLU changes sign, by about 1 / h each."""
+    network, images = conv_small
+    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    used = images[::2]
+    norms = SampleWise(network, used, "exact").norms(torch.arange(len(used))).detach()
+    points = used.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(-network(points).logsumexp(1).sum(), points)
+    moved = used + 1e-2 * gradient / norms.square().reshape(-1, 1, 1, 1)
+    quotient = (network(used).logsumexp(1) - network(moved).logsumexp(1)) / (1e-2 / norms)
+    assert cosine(exact, flat_gradient(quotient.mean(), network)) < 0.9
+
+
+def test_fast_needs_no_second_order_graph(conv_small):
+    """torch.compile refuses to differentiate twice; the fast penalty does not ask it to."""
+    network, images = conv_small
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager")
+    labels = torch.zeros(24, dtype=torch.long)
+    weights = replace(ALL_ACTIVE, penalty="fast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, about itself
+        terms = objective(compiled, images[:24], labels, images[24:], weights)
+        gradient = flat_gradient(terms.total, compiled)
+        with pytest.raises(RuntimeError, match="double backward"):
+            objective(compiled, images[:24], labels, images[24:], replace(weights, penalty="exact")).total.backward()
+    plain = objective(network, images[:24], labels, images[24:], weights)
+    torch.testing.assert_close(terms.total, plain.total, rtol=1e-5, atol=0)
+    assert cosine(gradient, flat_gradient(plain.total, network)) > 0.9999
+
+
+def test_the_stochastic_penalty_is_unbiased():
+    """Mean of many draws, value and derivative, against the whole; z-scores below 5 (one in 10^6 beyond)."""
+    network, images = smooth().eval(), images_of()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    generator = torch.Generator().manual_seed(0)
+
+    def terms(weights: Weights) -> torch.Tensor:
+        result = objective(network, images[:5], labels, images[5:], weights, generator=generator)
+        return torch.cat([result.gradient[None], flat_gradient(result.total - result.cross_entropy, network)])
+
+    whole = terms(ALL_ACTIVE)
+    draws = torch.stack([terms(replace(ALL_ACTIVE, penalty="stochastic")) for _ in range(400)])
+    error = draws.std(0) / 400**0.5
+    assert error[0] > 0, "draws must differ"
+    assert bool(((draws.mean(0) - whole).abs() <= 5 * error + 1e-12).all())
+
+
+def test_a_share_of_one_is_everything():
+    network, images = smooth().eval(), images_of()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    whole = objective(network, images[:5], labels, images[5:], ALL_ACTIVE)
+    again = objective(
+        network, images[:5], labels, images[5:], replace(ALL_ACTIVE, penalty="stochastic", penalty_share=1.0)
+    )
+    assert torch.equal(whole.total, again.total)
+
+
+@pytest.mark.parametrize("penalty", ["exact", "fast", "stochastic"])
+@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
+def test_a_flat_network_has_finite_gradients(penalty, batch_norm):
+    network, images = smooth(), images_of()
+    with torch.no_grad():
+        network[-1].weight.zero_()
+    weights = replace(ALL_ACTIVE, penalty=penalty, batch_norm=batch_norm)
+    terms = objective(network, images[:5], torch.tensor([0, 1, 2, 0, 1]), images[5:], weights)
+    assert terms.gradient == 0
+    assert flat_gradient(terms.total, network).isfinite().all()
