@@ -115,6 +115,11 @@ class Detector:
     metrics: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.architecture.shape
+
     def score(self, images: Tensor) -> Tensor:
         """S(x) in float64, shape (N,)."""
         return energy(logits(self.network, images))

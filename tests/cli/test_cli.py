@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grood_cert import cli, demo
+from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import cascade
 from grood_cert.results import rows
 from grood_cert.runs import certify as certification
