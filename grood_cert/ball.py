@@ -8,6 +8,7 @@ proof and its adversary always speak of the same points.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from grood_cert.errors import InputError
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
+
+DEFAULT_EPS: dict[str, tuple[float, ...]] = {
+    "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
+    "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
+    "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
+}
 
 _ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
 _DUAL_ORDER = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
@@ -53,6 +60,25 @@ def largest_eps(shape: Sequence[int], norm: Norm) -> float:
         [1.0, 2.0, 4.0]
     """
     return math.pow(math.prod(shape), 1 / _ORDER[norm])
+
+
+def check_eps(eps: Sequence[float], norm: Norm, shape: Sequence[int]) -> None:
+    """Refuse an eps grid or norm that makes no sense for images of this shape.
+
+    Raises:
+        InputError: Naming what is wrong.
+    """
+    if norm not in NORMS:
+        raise InputError(f"unknown norm {norm!r}; use one of {', '.join(NORMS)}")
+    limit = largest_eps(shape, norm)
+    for value in eps:
+        if not (math.isfinite(value) and 0 <= value <= limit):
+            raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")
+    if not eps:
+        raise InputError("no eps given; add for example --eps 0.01 --eps 0.02")
+    for before, after in itertools.pairwise(eps):
+        if not before < after:
+            raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
 
 
 @dataclass(frozen=True)

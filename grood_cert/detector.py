@@ -53,6 +53,19 @@ def check_device(device: str) -> None:
         raise InputError(f"device {device!r} cannot be used here; use cpu ({reason[:120]})") from error
 
 
+def check_network(network: nn.Module) -> None:
+    """Refuse a network that is not the one that proofs are about: eval mode, float64.
+
+    Raises:
+        InputError: If a module is in train mode or a parameter is not float64.
+    """
+    if any(module.training for module in network.modules()):
+        raise InputError("the network is in train mode; call network.eval() first")
+    wrong = {str(value.dtype) for value in network.parameters() if value.dtype != torch.float64}
+    if wrong:
+        raise InputError(f"proofs need a float64 network, got {', '.join(sorted(wrong))}; call network.double() first")
+
+
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """f(x) for many images, in batches, on the network's device and in its floating-point type.
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from grood_cert import attacks
-from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
+from grood_cert.ball import Ball, Norm, check_eps, dual_norm, largest_eps
 from grood_cert.bounds.alpha_crown import Side, optimised_bounds
 from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
 from grood_cert.bounds.branching import Branched, branch_and_bound
@@ -41,12 +41,11 @@ from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import Preactivations
 from grood_cert.bounds.score import Bounded, ScoreBounds, score_bounds
-from grood_cert.detector import Detector
+from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
-from grood_cert.runs import saving as runs
 from grood_cert.scores import energy, energy_gradient
 from grood_cert.system.memory import split_on_memory_error
 
@@ -133,7 +132,9 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        runs.check_balls(self.eps, self.norm, self.batch_size, shape)
+        check_eps(self.eps, self.norm, shape)
+        if self.batch_size < 1:
+            raise InputError(f"batch size must be 1 or more, got {self.batch_size}")
         if self.effort not in EFFORTS:
             raise InputError(f"unknown effort {self.effort!r}; use one of {', '.join(EFFORTS)}")
         for stage in self.stages:
@@ -343,7 +344,7 @@ class Certifier:
     def __init__(self, detector: Detector, settings: Settings) -> None:
         shape = detector.architecture.shape
         settings.check(shape)
-        runs.check_network(detector.network)
+        check_network(detector.network)
         self.settings = settings
         self.gamma = detector.gamma
         self.network = detector.network

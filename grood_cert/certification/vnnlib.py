@@ -48,10 +48,9 @@ from torch import Tensor, nn
 from grood_cert.ball import Ball
 from grood_cert.bounds.score import Bounded, chord_slopes
 from grood_cert.data import ImageSet
-from grood_cert.detector import Detector, versions
+from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.rows import Rows
-from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
 from grood_cert.system.files import check_writable, replacing, sha256, write_csv, write_json
 
@@ -385,7 +384,7 @@ def export(
         raise InputError(f"the rows are not of {model}; certify it first")
     if limit < 0 or timeout < 1:
         raise InputError(f"expected limit >= 0 and timeout >= 1, got {limit} and {timeout}")
-    runs.check_network(detector.network)
+    check_network(detector.network)
     positions = undecided(rows, eps, limit)
     by_name = {images.name: images for images in sets}
     missing = sorted({str(rows["set"][position]) for position in positions} - by_name.keys())

@@ -80,12 +80,11 @@ def certify(
     from dataclasses import replace
 
     from grood_cert import detector
-    from grood_cert.ball import NORMS, Norm
+    from grood_cert.ball import DEFAULT_EPS, NORMS, Norm
     from grood_cert.certification import smoothing
     from grood_cert.certification.cascade import Engine, Settings, Stage
     from grood_cert.errors import InputError
     from grood_cert.runs import certify as certification
-    from grood_cert.runs import saving as runs
 
     if method not in ("bounds", "smoothing"):
         raise InputError(f"unknown method {method!r}; use bounds or smoothing (--stages chooses among bounds)")
@@ -102,7 +101,7 @@ def certify(
     if method == "smoothing":
         if gamma is not None:
             raise InputError("smoothing calibrates gamma on the smoothed score; leave --gamma out")
-        smoothed = smoothing.Settings(
+        smoothed = smoothing.SmoothingSettings(
             sigma=sigma,
             eps=tuple(eps or smoothing.default_eps(sigma)),
             n=n,
@@ -122,7 +121,7 @@ def certify(
     ball: Norm = cast(Norm, norm or "linf")
     chosen = cast(tuple[Stage, ...], tuple(name.strip() for name in stages.split(",") if name.strip()))
     settings = Settings(
-        eps=tuple(eps or runs.DEFAULT_EPS[ball]),
+        eps=tuple(eps or DEFAULT_EPS[ball]),
         norm=ball,
         effort=effort,
         stages=chosen,
@@ -202,11 +201,11 @@ def _smooth(
     part: runs.Shard,
     force: bool,
 ) -> None:
-    from grood_cert.certification import smoothing
     from grood_cert.results import smoothed_rows
+    from grood_cert.runs import smooth
 
     with output.Bar() as bar:
-        rows = smoothing.run(
+        rows = smooth.run(
             loaded,
             model,
             experiment.calibration,

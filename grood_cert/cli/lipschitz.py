@@ -33,14 +33,13 @@ def lipschitz(
     from typing import cast
 
     from grood_cert import detector
-    from grood_cert.ball import Norm
+    from grood_cert.ball import DEFAULT_EPS, Norm
     from grood_cert.bounds.auto_lirpa import Method
     from grood_cert.lipschitz import analyser as analysis
-    from grood_cert.runs import saving as runs
 
     loaded = detector.load(model, options.device_name(device))
     settings = analysis.Settings(
-        eps=tuple(eps or runs.DEFAULT_EPS.get(norm, ())),
+        eps=tuple(eps or DEFAULT_EPS.get(norm, ())),
         norm=cast(Norm, norm),
         method=cast(Method, method),
         samples=samples,

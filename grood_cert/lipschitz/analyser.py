@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from grood_cert import attacks
-from grood_cert.ball import Ball, Norm
+from grood_cert.ball import Ball, Norm, check_eps
 from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import DEFAULT_MEMORY
 from grood_cert.data import ImageSet
-from grood_cert.detector import Detector
+from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
 from grood_cert.lipschitz.clever import clever_estimate
@@ -114,7 +114,9 @@ class Settings:
         Raises:
             InputError: Naming what is wrong.
         """
-        runs.check_balls(self.eps, self.norm, self.batch_size, shape)
+        check_eps(self.eps, self.norm, shape)
+        if self.batch_size < 1:
+            raise InputError(f"batch size must be 1 or more, got {self.batch_size}")
         if self.method not in ("ibp", "crown-ibp", "crown"):
             raise InputError(f"unknown method {self.method!r}; use ibp, crown-ibp or crown")
         for name, least in (("samples", 1), ("clever_batches", 0), ("ascents", 1), ("memory", 2**16)):
@@ -137,7 +139,7 @@ class Analyser:
     def __init__(self, detector: Detector, settings: Settings) -> None:
         shape = detector.architecture.shape
         settings.check(shape)
-        runs.check_network(detector.network)
+        check_network(detector.network)
         self.settings = settings
         self.graph = trace(detector.network, shape)
         self._bounded = BoundedNetwork(detector.network, shape, settings.method)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from grood_cert import attacks
-from grood_cert.ball import Norm, largest_eps
+from grood_cert.ball import DEFAULT_EPS, Norm, largest_eps
 from grood_cert.certification.cascade import OUTCOMES, STAGES, Certifier, Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
@@ -63,7 +63,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
             )
             distances += [value for value in found.radius.tolist() if np.isfinite(value)]
     if not distances:
-        return runs.DEFAULT_EPS[norm]
+        return DEFAULT_EPS[norm]
     limit, median = largest_eps(detector.architecture.shape, norm), float(np.median(distances))
     return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
 

@@ -17,8 +17,6 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import itertools
-import math
 import os
 import platform
 import re
@@ -31,9 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
-from grood_cert.ball import NORMS, Norm, largest_eps
 from grood_cert.bounds import auto_lirpa
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
@@ -52,46 +49,6 @@ from grood_cert.system.files import (
 )
 from grood_cert.system.memory import peak_memory
 from grood_cert.system.processes import leave
-
-DEFAULT_EPS: dict[str, tuple[float, ...]] = {
-    "linf": (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15),
-    "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
-    "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
-}
-
-
-def check_balls(eps: Sequence[float], norm: Norm, batch_size: int, shape: tuple[int, int, int]) -> None:
-    """Refuse an eps grid, norm or batch size that makes no sense for images of this shape.
-
-    Raises:
-        InputError: Naming what is wrong.
-    """
-    if norm not in NORMS:
-        raise InputError(f"unknown norm {norm!r}; use one of {', '.join(NORMS)}")
-    limit = largest_eps(shape, norm)
-    for value in eps:
-        if not (math.isfinite(value) and 0 <= value <= limit):
-            raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")
-    if not eps:
-        raise InputError("no eps given; add for example --eps 0.01 --eps 0.02")
-    for before, after in itertools.pairwise(eps):
-        if not before < after:
-            raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
-    if batch_size < 1:
-        raise InputError(f"batch size must be 1 or more, got {batch_size}")
-
-
-def check_network(network: nn.Module) -> None:
-    """Refuse a network that is not the one that proofs are about: eval mode, float64.
-
-    Raises:
-        InputError: If a module is in train mode or a parameter is not float64.
-    """
-    if any(module.training for module in network.modules()):
-        raise InputError("the network is in train mode; call network.eval() first")
-    wrong = {str(value.dtype) for value in network.parameters() if value.dtype != torch.float64}
-    if wrong:
-        raise InputError(f"proofs need a float64 network, got {', '.join(sorted(wrong))}; call network.double() first")
 
 
 def generator(seed: int, batch: int) -> torch.Generator:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import csv
 import functools
-import json
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -10,16 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta, binom, binomtest, foldnorm, kstest, norm
+from scipy.stats import binom, binomtest, foldnorm, kstest, norm
 from torch import nn
 
 from benchmarks import smoothing as benchmark
-from grood_cert import detector, metrics
+from grood_cert import detector
 from grood_cert.certification import smoothing
 from grood_cert.certification.smoothing import (
-    Settings,
     Smoother,
-    certify,
+    SmoothingSettings,
     default_eps,
     draws_beyond,
     median_estimate,
@@ -29,12 +26,12 @@ from grood_cert.certification.smoothing import (
     smoothed_scores,
 )
 from grood_cert.detector import Architecture, Detector
-from grood_cert.errors import InputError, RunError
+from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.recipe import Recipe
-from grood_cert.results import rows, smoothed_rows
 from grood_cert.runs import saving as runs
-from grood_cert.scores import energy, energy_gradient
+from grood_cert.runs import smooth
+from grood_cert.scores import energy
 from grood_cert.training import run as training
 
 SIGMA = 0.5
@@ -312,17 +309,17 @@ def test_noise_is_added_to_pixels_and_not_clipped():
 def test_draws_depend_on_neither_batches_nor_company(model):
     loaded = detector.load(model)
     images = training.experiment_of(loaded.recipe).test
-    settings = Settings(sigma=0.2, eps=(0.1,), n=150, dtype="float64")
+    settings = SmoothingSettings(sigma=0.2, eps=(0.1,), n=150, dtype="float64")
     whole, narrow = (
         Smoother(loaded, settings),
-        Smoother(loaded, Settings(0.2, (0.1,), 150, dtype="float64", memory=2**17)),
+        Smoother(loaded, SmoothingSettings(0.2, (0.1,), 150, dtype="float64", memory=2**17)),
     )
     assert narrow.batch < whole.batch == 150
     records, apart = (
         {
             record["index"]: record
             for batch in runs.batches(sets, limit, size, 0)
-            for record in certify(whole, -5.0, batch)
+            for record in smooth.certify(whole, -5.0, batch)
         }
         for sets, limit, size in (([images], 4, 3), ([images.select(range(150))], 0, 8))
     )
@@ -336,7 +333,9 @@ def test_draws_depend_on_neither_batches_nor_company(model):
         whole.draws(one, "test", images.name, 4),
         whole.draws(one, "test", "other", 3),
         whole.draws(one, "calibration", images.name, 3),
-        Smoother(loaded, Settings(0.2, (0.1,), 150, dtype="float64", seed=1)).draws(one, "test", images.name, 3),
+        Smoother(loaded, SmoothingSettings(0.2, (0.1,), 150, dtype="float64", seed=1)).draws(
+            one, "test", images.name, 3
+        ),
     )
     assert all(abs(np.corrcoef(draws, other)[0, 1]) < 0.4 for other in others)  # 150 pairs: 5 standard deviations
 
@@ -346,7 +345,7 @@ def test_the_network_that_is_smoothed_computes_in_the_type_asked_for(model, dtyp
     loaded = detector.load(model)
     image = training.experiment_of(loaded.recipe).test.images[0]
     exact, other = (
-        Smoother(loaded, Settings(0.1, (0.05,), 50, dtype=name)).draws(image, "test", "digits", 0)
+        Smoother(loaded, SmoothingSettings(0.1, (0.05,), 50, dtype=name)).draws(image, "test", "digits", 0)
         for name in ("float64", dtype)
     )
     assert 0 < np.abs(exact - other).max() < tolerance * (1 + np.abs(exact).max())
@@ -361,7 +360,7 @@ def test_memory_counts_all_layers():
 
 def test_a_deep_residual_network():
     network = architectures.build("resnet18", (3, 32, 32), 10, [0.5] * 3, [0.25] * 3, width=4)
-    smoother = Smoother(detector_of(network, (3, 32, 32)), Settings(0.25, default_eps(0.25), n=20, alpha=0.01))
+    smoother = Smoother(detector_of(network, (3, 32, 32)), SmoothingSettings(0.25, default_eps(0.25), n=20, alpha=0.01))
     record = smoother.certify(smoother.draws(torch.full((3, 32, 32), 0.5), "test", "grey", 0), 100.0, "id")
     assert record["status"] == "certified"
     assert record["radius_smoothed"] == pytest.approx(0.25 * norm.ppf(0.005**0.05), rel=1e-9)
@@ -390,11 +389,11 @@ def test_a_deep_residual_network():
 )
 def test_settings_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        Settings(**{"sigma": 0.25, "eps": (0.1,), **change}).check((1, 8, 8))
+        SmoothingSettings(**{"sigma": 0.25, "eps": (0.1,), **change}).check((1, 8, 8))
 
 
 def test_the_fewest_draws_certify_something():
-    Settings(0.25, (0.1,), n=11, alpha=0.001).check((1, 8, 8))
+    SmoothingSettings(0.25, (0.1,), n=11, alpha=0.001).check((1, 8, 8))
     assert smoothed_radius(11, 11, 1.0, 0.001) > 0 == smoothed_radius(10, 10, 1.0, 0.001)
 
 
@@ -411,191 +410,6 @@ def test_functions_refuse_too():
     ):
         with pytest.raises(InputError):
             call()
-
-
-def test_a_network_that_scores_nan_gets_no_gamma(model, tmp_path):
-    loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
-    with torch.no_grad():
-        next(loaded.network.parameters()).fill_(math.inf)
-    settings = Settings(0.25, (0.1,), n=20)
-    with pytest.raises(RunError, match="scores NaN under noise"):
-        smoothing.run(loaded, model, experiment.calibration, [experiment.test], settings, tmp_path)
-
-
-# The run
-
-
-@pytest.fixture(scope="module")
-def smoothed(model, tmp_path_factory):
-    loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
-    folder = tmp_path_factory.mktemp("smoothed")
-    settings = Settings(sigma=0.3, eps=default_eps(0.3), n=200, alpha=0.01, calibration_limit=60)
-    stages, steps = [], []
-    result = smoothing.run(
-        loaded,
-        model,
-        experiment.calibration,
-        [experiment.test, *experiment.ood],
-        settings,
-        folder,
-        limit=12,
-        begin=lambda stage, samples: stages.append((stage, samples)),
-        advance=steps.append,
-    )
-    return SimpleNamespace(
-        detector=loaded,
-        model=model,
-        experiment=experiment,
-        folder=folder,
-        settings=settings,
-        rows=result,
-        stages=stages,
-        steps=steps,
-    )
-
-
-def test_files_of_a_run(smoothed):
-    result, settings = smoothed.rows, smoothed.settings
-    assert smoothed.stages == [("calibrating", 60), ("certifying", len(result))] and sum(smoothed.steps) == 60 + len(
-        result
-    )
-    again = smoothed_rows.read(smoothed.folder / "smoothing.csv")
-    for name in smoothed_rows.COLUMNS:
-        np.testing.assert_array_equal(again[name], result[name])
-    for name in smoothed_rows.GRID_COLUMNS:
-        np.testing.assert_array_equal(again.grid[name], result.grid[name])
-    manifest = json.loads((smoothed.folder / "smoothing.json").read_text())
-    expected = {"sigma": 0.3, "n": 200, "alpha": 0.01, "dtype": "float32", "norm": "l2", "method": "smoothing"}
-    assert expected.items() <= manifest.items() and manifest["gamma_base"] == smoothed.detector.gamma
-    assert (result["sigma"] == 0.3).all() and (result["n"] == 200).all() and (result["alpha"] == settings.alpha).all()
-    with (smoothed.folder / "smoothing-calibration.csv").open(newline="") as stream:
-        medians = [float(record["median_estimate"]) for record in csv.DictReader(stream)]
-    assert len(medians) == 60
-    assert manifest["gamma"] == sorted(medians)[-(-95 * 61 // 100) - 1] == result.gamma  # split-conformal
-    exact = smoothed.detector.score(smoothed.experiment.test.images[result["index"][result["kind"] == "id"]])
-    np.testing.assert_allclose(result["score"][result["kind"] == "id"], exact, rtol=1e-12)
-
-
-def test_no_name_is_shared_with_deterministic_results():
-    identity = {"set", "kind", "index", "label", "score", "status"}
-    formal = {*rows.COLUMNS, *rows.GRID_COLUMNS}
-    assert formal & {*smoothed_rows.COLUMNS, *smoothed_rows.GRID_COLUMNS} == identity
-
-
-def test_decisions_radii_and_bounds_of_a_run_agree(smoothed):
-    result = smoothed.rows
-    below, above, n = result["draws_below"], result["draws_above"], 200
-    accepted, rejected = (beta.ppf(0.005, hits, n - hits + 1) > 0.5 for hits in (below, above))
-    assert (result["decision"] == np.where(accepted, "accepted", np.where(rejected, "rejected", "abstained"))).all()
-    right = np.where(result["kind"] == "id", accepted, rejected)
-    assert ((result["status"] == "certified") == right).all() and ((result["radius_smoothed"] > 0) == right).all()
-    assert ((result["status"] == "abstained") == ~(accepted | rejected)).all()
-    assert {"certified", "abstained"} <= set(result["status"]) and set(result["decision"]) == {*smoothed_rows.DECISIONS}
-    lower, upper = result.grid["s_lb_smoothed"], result.grid["s_ub_smoothed"]
-    proved = np.where((result["kind"] == "id")[:, None], upper < result.gamma, lower > result.gamma)
-    eps = np.array(result.eps)
-    assert proved.any()
-    assert (result["radius_smoothed"][:, None] >= np.where(proved, eps, 0)).all()
-    assert ((lower <= result["median_estimate"][:, None]) & (result["median_estimate"][:, None] <= upper)).all()
-
-
-def test_no_attack_inside_a_certified_radius_succeeds(smoothed):
-    """Steps along the gradient of S towards gamma, judged by 1000 fresh draws: the decision of the detector stands."""
-    result, network = smoothed.rows, smoothed.detector.network
-    sets = {images.name: images for images in (smoothed.experiment.test, *smoothed.experiment.ood)}
-    for row in np.flatnonzero(result["status"] == "certified"):
-        image = sets[result["set"][row]].images[result["index"][row]].double()
-        inside = result["kind"][row] == "id"
-        noise = 0.3 * torch.randn(64, *image.shape, generator=generator(1), dtype=torch.float64)
-        direction = energy_gradient(network, image + noise)[1].mean(0) * (1 if inside else -1)
-        moved = image + 0.95 * result["radius_smoothed"][row] * direction / direction.norm()
-        draws = smoothed_scores(network, moved, 0.3, 1000, generator(2), 1000).numpy()
-        share = np.mean(draws < result.gamma if inside else draws > result.gamma)
-        assert share > 0.5 - 3 * math.sqrt(0.25 / 1000)
-
-
-def test_what_is_read_off_the_rows(smoothed):
-    result = smoothed.rows
-    inside = result["kind"] == "id"
-    counted = smoothed_rows.summary(result)
-    assert [record["set"] for record in counted] == list(dict.fromkeys(result["set"]))
-    for record in counted:
-        assert record["certified"] + record["abstained"] + record["misdecided"] == record["samples"] == 12
-    found = smoothed_rows.detection(result)
-    for record in found:
-        outside = result["set"] == record["set"]
-        for column, label in (("score", "base"), ("median_estimate", "smoothed_estimate")):
-            assert record[f"auroc_{label}"] == metrics.auroc(result[column][inside], result[column][outside])
-            assert record[f"fpr95_id_{label}"] == metrics.fpr95_id(result[column][inside], result[column][outside])
-    eps, certified = smoothed_rows.fpr95_curve(result)
-    ood = [r["fpr95_id_smoothed_estimate"] for r in found if r["kind"] == "ood"]
-    assert eps.tolist() == [0.0, *result.eps] and certified[0] == pytest.approx(np.mean(ood), abs=1e-15)
-    assert (np.diff(certified) >= 0).all()
-    failed = smoothed_rows.not_certified(result, inside, np.array([0.0, 0.1, 9.0]))
-    assert (
-        failed[0] == np.mean(result["status"][inside] != "certified")
-        and failed[2] == 1
-        and (np.diff(failed) >= 0).all()
-    )
-
-
-def test_an_interrupted_run_and_shards_give_the_same_rows(smoothed, tmp_path):
-    class Interrupted(Exception):
-        pass
-
-    def stop(samples):
-        steps.append(samples)
-        if len(steps) == 9:
-            raise Interrupted
-
-    experiment, settings, stages, steps = smoothed.experiment, smoothed.settings, [], []
-    work = smoothed.detector, smoothed.model, experiment.calibration, [experiment.test, *experiment.ood], settings
-    with pytest.raises(Interrupted):  # in the second stage: the first has 8 batches
-        smoothing.run(*work, tmp_path, limit=12, advance=stop)
-    assert not smoothed_rows.read(tmp_path / "smoothing.csv").complete
-    smoothing.run(*work, tmp_path, limit=12, begin=lambda stage, samples: stages.append(stage))
-    assert stages == ["certifying"]
-    expected = (smoothed.folder / "smoothing.csv").read_bytes()
-    assert (tmp_path / "smoothing.csv").read_bytes() == expected
-    for index in (1, 0):
-        smoothing.run(*work, tmp_path, limit=12, shard=runs.Shard(index, 2))
-    shards = [tmp_path / f"smoothing-{number}-of-2.csv" for number in (1, 2)]
-    runs.merge(shards, tmp_path / "merged.csv")
-    assert (tmp_path / "merged.csv").read_bytes() == expected
-
-
-def test_unusable_runs_are_refused_before_any_work(smoothed, tmp_path):
-    work = smoothed.detector, smoothed.model, smoothed.experiment.calibration, [smoothed.experiment.test]
-    with pytest.raises(InputError, match="exists already"):
-        smoothing.run(*work, Settings(0.3, (0.1,)), smoothed.folder)
-    with pytest.raises(InputError, match="at least 19"):
-        smoothing.run(*work, Settings(0.2, (0.1,), calibration_limit=18), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("damage", ["status", "radius", "column", "manifest", "empty"])
-def test_foreign_rows_are_refused(smoothed, tmp_path, damage):
-    path = tmp_path / "smoothing.csv"
-    text = (smoothed.folder / "smoothing.csv").read_text()
-    manifest = (smoothed.folder / "smoothing.json").read_text()
-    if damage == "status":
-        text = text.replace(",certified,", ",undecided,")
-    elif damage == "radius":
-        line = next(line for line in text.splitlines() if ",certified," in line)
-        radius = line.split(",")[smoothed_rows.header(()).index("radius_smoothed")]
-        text = text.replace(radius, "inf")
-    elif damage == "column":
-        text = text.replace("draws_below", "something")
-    elif damage == "manifest":
-        manifest = manifest.replace("gamma_base", "something")
-    else:
-        text = text.splitlines()[0] + "\n"
-    path.write_text(text)
-    (tmp_path / "smoothing.json").write_text(manifest)
-    with pytest.raises(InputError, match=r"smoothing\.csv"):
-        smoothed_rows.read(path)
 
 
 def test_benchmark():
