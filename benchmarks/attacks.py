@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from grood_cert import attacks, detector
 from grood_cert.ball import NORMS, Ball, Norm, dual_norm, largest_eps
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.scores import energy, energy_gradient
 from grood_cert.system.files import write_csv
-from grood_cert.training import run as training
 
 COLUMNS = ("set", "norm", "effort", "median_radius", "ratio", "ms_per_sample")
 ROUNDS, STEPS, SEGMENT = 14, 30, 30
@@ -89,7 +89,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each set, norm and effort, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     records = []
     for images in (experiment.test, *experiment.ood):
         accepted = loaded.score(images.images) <= loaded.gamma

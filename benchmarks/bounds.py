@@ -22,8 +22,8 @@ from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.auto_lirpa import METHODS, BoundedNetwork, Method
 from grood_cert.bounds.score import score_bounds
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.system.files import write_csv
-from grood_cert.training import run as training
 
 COLUMNS = ("norm", "eps", "method", "upper_per_logit", "upper_joint", "lower_per_logit", "lower_joint", "ms_per_sample")
 EPS: dict[Norm, tuple[float, ...]] = {"linf": (0.01, 0.03, 0.06), "l2": (0.1, 0.2)}
@@ -37,7 +37,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each norm, eps and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    images = training.experiment_of(loaded.recipe).test.images[:samples].double()
+    images = experiment_of(loaded.recipe).test.images[:samples].double()
     score = loaded.score(images)
     networks = {method: BoundedNetwork(loaded.network, loaded.architecture.shape, method) for method in methods}
     records = []

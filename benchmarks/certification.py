@@ -49,7 +49,7 @@ from grood_cert.certification.cascade import (
     search_radius,
 )
 from grood_cert.cli import run_script
-from grood_cert.data import ImageSet
+from grood_cert.data import ImageSet, experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
 from grood_cert.results import rows
@@ -126,7 +126,7 @@ def trained(name: str, folder: Path) -> Detector:
 
 def test_sets(loaded: Detector) -> list[ImageSet]:
     """The ID test set and the OOD sets; noise is left out."""
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     return [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
 
 

@@ -25,9 +25,9 @@ from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.auto_lirpa import BoundedNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.networks import architectures
 from grood_cert.system.files import write_csv
-from grood_cert.training import run as training
 
 COLUMNS = ("network", "norm", "eps", "batch", "auto_lirpa_ms", "native_ms", "ratio", "difference")
 EPS: dict[Norm, float] = {"linf": 0.01, "l2": 0.1, "l1": 0.3}
@@ -85,7 +85,7 @@ def cases(models: Sequence[Path], batch: int) -> Iterator[tuple[str, nn.Module, 
     """Name, network and images of each checkpoint, or of `NETWORKS` if there is none."""
     for path in models:
         loaded = detector.load(path)
-        yield str(path), loaded.network, training.experiment_of(loaded.recipe).test.images[:batch].double()
+        yield str(path), loaded.network, experiment_of(loaded.recipe).test.images[:batch].double()
     for name, (kind, shape) in {} if models else NETWORKS.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

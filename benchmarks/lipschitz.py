@@ -24,6 +24,7 @@ from grood_cert.bounds.auto_lirpa import BoundedNetwork
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import logit_rows
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import RunError
 from grood_cert.lipschitz import analyser as analysis
@@ -87,7 +88,7 @@ def measure(
         data=replace(recipe.data, ood=("digits:8,9",)),
     )
     loaded = trained(chosen, folder)
-    experiment = training.experiment_of(chosen)
+    experiment = experiment_of(chosen)
     sets = [experiment.test, *experiment.ood]
     records = []
     for norm, values in EPS.items():

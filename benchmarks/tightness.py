@@ -25,8 +25,8 @@ from grood_cert.bounds.branching import branch_and_bound
 from grood_cert.bounds.graph import Graph, trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.system.files import write_csv
-from grood_cert.training import run as training
 
 COLUMNS = ("kind", "method", "samples", "median", "smallest", "largest", "seconds_per_sample")
 NODES = (32, 1000)
@@ -66,7 +66,7 @@ def proved_share(proves: Proves, images: Tensor, radius: Tensor, low: Tensor) ->
 def measure(model: Path, samples: int = 20, nodes: tuple[int, ...] = NODES) -> list[dict[str, Any]]:
     """One record for each kind and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     graph = trace(loaded.network, loaded.architecture.shape)
     share = -(-samples // len(experiment.ood))
     kinds: dict[str, tuple[Side, Tensor]] = {

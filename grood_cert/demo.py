@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grood_cert.certification.cascade import Settings
+from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.metrics import mean_over_sets
 from grood_cert.recipe import Recipe
@@ -120,7 +121,7 @@ def run(
             begin=lambda steps, name=name: begin(f"train {name}", steps),  # type: ignore[misc]
             advance=lambda: advance(1),
         )
-        experiment = training.experiment_of(chosen)
+        experiment = experiment_of(chosen)
         certifications[name] = certification.run(
             detector,
             folder / "model.pt",

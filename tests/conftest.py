@@ -38,11 +38,11 @@ def rows_file(model, tmp_path_factory) -> Path:
     """Rows of that detector, a few samples of each set."""
     from grood_cert import detector
     from grood_cert.certification.cascade import Settings
+    from grood_cert.data import experiment_of
     from grood_cert.runs import certify as certification
-    from grood_cert.training import run as training
 
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     folder = tmp_path_factory.mktemp("rows")
     settings = Settings(eps=(0.01, 0.03, 0.1), stages=("ibp", "crown"), per_logit=True)
     certification.run(loaded, model, [experiment.test, *experiment.ood], settings, folder, limit=12)

@@ -13,10 +13,10 @@ from benchmarks import attacks as attacks_benchmark
 from grood_cert import attacks, detector
 from grood_cert.attacks import Effort
 from grood_cert.ball import Ball
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.scores import energy, energy_gradient
-from grood_cert.training import run as training
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
@@ -197,7 +197,7 @@ def network():
 def trained(model):
     """A trained detector, ID test images it accepts and OOD images it rejects."""
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     images = torch.cat([experiment.test.images[:16], *(ood.images[:8] for ood in experiment.ood)]).double()
     return loaded, images
 

@@ -17,6 +17,7 @@ import typer
 from grood_cert import detector, recipe
 from grood_cert.ball import Norm
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.training import run as training
 
@@ -42,7 +43,7 @@ def main(
             else training.run(chosen, folder, resume=(folder / "last.pt").exists())
         )
         if not (folder / "lipschitz.csv").exists():
-            experiment = training.experiment_of(chosen)
+            experiment = experiment_of(chosen)
             sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
             analysis.run(trained, model, sets, settings, folder, limit=limit)
         typer.echo(f"{folder}: accuracy {trained.metrics['accuracy']:.4f}")

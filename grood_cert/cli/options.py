@@ -61,9 +61,9 @@ def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, d
     """The images of the detector's recipe, perhaps with other OOD sets in place of the recipe's."""
     import dataclasses
 
-    from grood_cert.training import run as training
+    from grood_cert.data import experiment_of
 
     recipe = loaded.recipe
     if ood:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
-    return training.experiment_of(recipe, data_dir, download)
+    return experiment_of(recipe, data_dir, download)

@@ -15,7 +15,7 @@ Every set comes out as float32 (N, C, H, W) with pixels in [0, 1]. Small sets ar
 are read as they are indexed, from the mapped file or the pictures (`StoredImages`).
 """
 
-from grood_cert.data.experiment import Experiment, load_experiment
+from grood_cert.data.experiment import Experiment, experiment_of, load_experiment
 from grood_cert.data.images import ImageSet, StoredImages
 from grood_cert.data.sources import load_set
 from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, parse_spec
@@ -28,6 +28,7 @@ __all__ = [
     "Experiment",
     "ImageSet",
     "StoredImages",
+    "experiment_of",
     "load_experiment",
     "load_set",
     "parse_spec",

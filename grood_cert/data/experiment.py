@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from grood_cert.data.images import ImageSet
 from grood_cert.data.sources import check_seed, load_set
 from grood_cert.data.spec import SOURCES, has_official_split, name_of, parse_spec
 from grood_cert.errors import InputError
+from grood_cert.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,11 @@ def load_experiment(
     rng = np.random.default_rng([seed, 2])
     outliers_train, outliers_heldout = _cut(outliers, {"held-out": heldout_share}, train_limit, rng)
     return Experiment(train, calibration, test, outliers_train, outliers_heldout, tuple(ood_sets), removed)
+
+
+def experiment_of(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -> Experiment:
+    """Load the images a recipe asks for; see `load_experiment`."""
+    return load_experiment(**asdict(recipe.data), data_dir=data_dir, download=download)
 
 
 def _cut(pool: ImageSet, shares: dict[str, float], limit: int, rng: np.random.Generator) -> list[ImageSet]:

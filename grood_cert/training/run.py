@@ -33,7 +33,7 @@ from torch._functorch import config as functorch
 from grood_cert import detector as detectors
 from grood_cert import metrics
 from grood_cert.ball import Ball
-from grood_cert.data import Experiment, ImageSet, load_experiment
+from grood_cert.data import Experiment, ImageSet, experiment_of
 from grood_cert.detector import Architecture, Detector
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.regulariser import interval_lipschitz
@@ -567,15 +567,6 @@ def evaluate(network: nn.Module, experiment: Experiment, temperature: float = 1.
         "gradient_norm_ood": metrics.mean_over_sets(real) if real else None,
         "ood": sets,
     }
-
-
-def experiment_of(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -> Experiment:
-    """Load the images a recipe asks for.
-
-    Raises:
-        InputError: If a set is missing, empty, of the wrong size, or overlaps another.
-    """
-    return load_experiment(**dataclasses.asdict(recipe.data), data_dir=data_dir, download=download)
 
 
 def accuracy_floor(recipe: Recipe, classes: int) -> float:

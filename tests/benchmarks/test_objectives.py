@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import objectives as benchmark
 from grood_cert import detector
-from grood_cert.data import load_set
+from grood_cert.data import experiment_of, load_set
 from grood_cert.errors import InputError
 from grood_cert.recipe import find, load
 from grood_cert.training import run as training
@@ -104,7 +104,7 @@ def test_the_verdict(slope, accuracy, words, capsys):
 def test_the_arrays_are_the_shared_images(tmp_path):
     setup = benchmark.arrays(benchmark.ARRAYS, tmp_path)
     chosen = load(find(setup.recipe), setup.settings)
-    experiment = training.experiment_of(chosen)
+    experiment = experiment_of(chosen)
     assert len(experiment.train) == 3000 and len(experiment.test) == 800 and len(experiment.auxiliary) == 1619
     assert [Path(images.name).stem for images in experiment.ood] == ["tin32_ood", "cifar100_test", "dtd32_a"]
     assert load_set(chosen.data.id).images.shape == (8000, 3, 32, 32)

@@ -14,12 +14,12 @@ from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification import cascade
 from grood_cert.certification.cascade import OUTCOMES, Certifier, Envelope, Settings, search_radius
+from grood_cert.data import experiment_of
 from grood_cert.detector import Architecture, Detector
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.recipe import Recipe
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
-from grood_cert.training import run as training
 
 LINEAR = ("ibp", "crown")
 
@@ -31,7 +31,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def images(loaded):
-    return training.experiment_of(loaded.recipe).test.images
+    return experiment_of(loaded.recipe).test.images
 
 
 def certify(loaded, settings, images, kind="id"):

@@ -25,6 +25,7 @@ from grood_cert.certification.smoothing import (
     smoothed_radius,
     smoothed_scores,
 )
+from grood_cert.data import experiment_of
 from grood_cert.detector import Architecture, Detector
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
@@ -32,7 +33,6 @@ from grood_cert.recipe import Recipe
 from grood_cert.runs import saving as runs
 from grood_cert.runs import smooth
 from grood_cert.scores import energy
-from grood_cert.training import run as training
 
 SIGMA = 0.5
 
@@ -308,7 +308,7 @@ def test_noise_is_added_to_pixels_and_not_clipped():
 
 def test_draws_depend_on_neither_batches_nor_company(model):
     loaded = detector.load(model)
-    images = training.experiment_of(loaded.recipe).test
+    images = experiment_of(loaded.recipe).test
     settings = SmoothingSettings(sigma=0.2, eps=(0.1,), n=150, dtype="float64")
     whole, narrow = (
         Smoother(loaded, settings),
@@ -343,7 +343,7 @@ def test_draws_depend_on_neither_batches_nor_company(model):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.5)])
 def test_the_network_that_is_smoothed_computes_in_the_type_asked_for(model, dtype, tolerance):
     loaded = detector.load(model)
-    image = training.experiment_of(loaded.recipe).test.images[0]
+    image = experiment_of(loaded.recipe).test.images[0]
     exact, other = (
         Smoother(loaded, SmoothingSettings(0.1, (0.05,), 50, dtype=name)).draws(image, "test", "digits", 0)
         for name in ("float64", dtype)

@@ -16,10 +16,10 @@ from grood_cert import detector
 from grood_cert.bounds.auto_lirpa import BoundedNetwork
 from grood_cert.certification import vnnlib as export
 from grood_cert.certification.vnnlib import Instance, Specification, Verdict
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.results import rows
 from grood_cert.scores import energy
-from grood_cert.training import run as training
 
 
 class Property:
@@ -148,7 +148,7 @@ def test_single_precision_neighbours():
 def undecided(model, rows_file):
     """A detector, its sets, and an eps at which something is left open."""
     loaded, read = detector.load(model), rows.read(rows_file)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     gap = read["radius_attack"] - np.maximum(read["radius_certified"], 1e-3)
     at = int(np.argmax(np.where(read["status"] == "misdecided", -1, gap)))
     eps = float((max(read["radius_certified"][at], 1e-3) + read["radius_attack"][at]) / 2)

@@ -12,6 +12,7 @@ from grood_cert import detector
 from grood_cert.ball import Ball
 from grood_cert.certification import cascade
 from grood_cert.certification.cascade import Certifier, Settings
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.bound import METHODS
@@ -20,7 +21,6 @@ from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 from grood_cert.scores import gradient_norm_estimate
 from grood_cert.training import objective
-from grood_cert.training import run as training
 
 SETTINGS = analysis.Settings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
 
@@ -32,7 +32,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def sets(loaded):
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     return [experiment.test, experiment.ood[0]]
 
 

@@ -11,11 +11,11 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import Settings
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.results import rows
 from grood_cert.results.thresholds import at_gamma
 from grood_cert.runs import certify as certification
-from grood_cert.training import run as training
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_every_radius_at_another_gamma_is_proved_by_a_fresh_engine(found, model,
     loaded = detector.load(model)
     gamma = found.gamma + shift
     moved = at_gamma(found, gamma)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     sets = {images.name: images for images in (experiment.test, *experiment.ood)}
     for kind in ("id", "ood"):
         mask = moved.of_kind(kind) & (moved["status"] == "certified")
@@ -63,7 +63,7 @@ def test_the_look_up_never_beats_a_run_at_that_gamma(found, model, tmp_path):
     """A certification made at the other gamma knows at least as much: its search goes between the values of the grid."""
     loaded = detector.load(model)
     gamma = found.gamma + 0.5
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     settings = Settings(eps=found.eps, stages=("ibp", "crown"))
     sets = [experiment.test, *experiment.ood[:1]]
     certification.run(replace(loaded, gamma=gamma), model, sets, settings, tmp_path, limit=12)

@@ -20,7 +20,7 @@ import torch
 from grood_cert import detector
 from grood_cert.certification.cascade import Settings
 from grood_cert.cli.merge import merge
-from grood_cert.data import ImageSet
+from grood_cert.data import ImageSet, experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.results import rows
@@ -28,7 +28,6 @@ from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 from grood_cert.runs.saving import Progress, Shard
 from grood_cert.system import files
-from grood_cert.training import run as training
 
 COLUMNS = ["set", "kind", "index", "value"]
 
@@ -402,7 +401,7 @@ def test_the_shard_of_the_environment(monkeypatch):
 
 def test_shards_of_a_lipschitz_analysis(model, tmp_path):
     loaded = detector.load(model)
-    sets = [training.experiment_of(loaded.recipe).test]
+    sets = [experiment_of(loaded.recipe).test]
     settings = analysis.Settings(eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2)
     whole = analysis.run(loaded, model, sets, settings, tmp_path, limit=3)
     parts = [tmp_path / f"lipschitz-{index}-of-2.csv" for index in (1, 2)]
@@ -421,13 +420,16 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from grood_cert import certification, detector, runs, training
-from grood_cert.cascade import Settings
+from grood_cert import detector
+from grood_cert.certification.cascade import Settings
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
+from grood_cert.runs import certify as certification
+from grood_cert.runs import saving as runs
 
 def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     sets = [experiment.test, experiment.ood[0]]
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     shard, real = runs.shard_of_environment(), certification.certify
@@ -465,7 +467,7 @@ def start(command, *arguments, **environment):
 def certify(model, out, limit):
     """The same run as that of the script, in this process."""
     loaded = detector.load(model)
-    experiment = training.experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.recipe)
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     return certification.run(loaded, model, [experiment.test, experiment.ood[0]], settings, out, limit=limit)
 

@@ -13,6 +13,7 @@ import torch
 
 from grood_cert import detector
 from grood_cert.cli import options
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe, from_dict, load
 from grood_cert.system import processes
@@ -46,8 +47,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from grood_cert import cli, detector, distributed, training
+from grood_cert import cli, detector
 from grood_cert.recipe import load
+from grood_cert.system import processes
+from grood_cert.training import run as training
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -174,16 +177,16 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("processes", "sections", "message"),
+    ("count", "sections", "message"),
     [
         (64, {}, "a batch of 40 ID images cannot be cut into 64 parts (processes: 64, optimizer.accumulate = 1)"),
         (2, {"objective": {"reduction": "reference"}}, 'reduction = "reference" divides by the size of the batch'),
         (4, {"sampling": {"method": "energy", "pool": 79}}, "a pool of 19 candidates is too small: a step of 10 ID"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(monkeypatch, processes, sections, message):
-    monkeypatch.setattr(processes, "count", lambda: processes)
+def test_what_cannot_be_shared_is_refused(monkeypatch, count, sections, message):
+    monkeypatch.setattr(processes, "count", lambda: count)
     recipe = recipe_of(**sections)
     with pytest.raises(InputError) as caught:
-        training._check_batches(recipe, training.experiment_of(recipe))
+        training._check_batches(recipe, experiment_of(recipe))
     assert message in str(caught.value)

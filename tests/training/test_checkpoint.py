@@ -38,7 +38,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from grood_cert import training
+from grood_cert.training import run as training
 from grood_cert.recipe import load
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from torch import nn
 
 from grood_cert import detector as detectors
 from grood_cert import metrics
-from grood_cert.data import Experiment, ImageSet, StoredImages
+from grood_cert.data import Experiment, ImageSet, StoredImages, experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import OptimizerSection, Recipe, from_dict
 from grood_cert.scores import energy
@@ -92,7 +92,7 @@ def test_a_run_leaves_a_checkpoint_and_a_log(finished):
 def test_gamma_and_metrics_follow_from_the_splits(finished):
     """Recomputed from the checkpoint and the images alone."""
     recipe, out, _, _, _ = finished
-    loaded, data = detectors.load(out / "model.pt"), training.experiment_of(recipe)
+    loaded, data = detectors.load(out / "model.pt"), experiment_of(recipe)
     scores = energy(loaded.network(data.calibration.images.double())).numpy()
     rank = -(-95 * (len(scores) + 1) // 100)
     assert loaded.gamma == np.sort(scores)[rank - 1]
@@ -567,7 +567,7 @@ def test_pretrained_weights_are_the_start_and_must_fit(tmp_path):
 def test_other_scores_are_reported_at_the_temperature_of_the_recipe(tmp_path):
     recipe = small(evaluation={"temperature": 10.0})
     detector = training.run(recipe, tmp_path)
-    data = training.experiment_of(recipe)
+    data = experiment_of(recipe)
     inside = detector.network(data.test.images.double())
     for item in data.ood:
         outside = detector.network(item.images.double())
@@ -627,7 +627,7 @@ def test_the_best_epoch_is_calibrated_on_images_that_did_not_choose_it(tmp_path)
     epochs: list[training.Epoch] = []
     states: dict[int, dict[str, torch.Tensor]] = {}
     detector = training.run(recipe, tmp_path, report=epochs.append)
-    data = training.experiment_of(recipe)
+    data = experiment_of(recipe)
     chosen = training.best_epoch([dataclasses.asdict(epoch) for epoch in epochs], 0.25)
     torch.manual_seed(recipe.seed)
     replica = training.architecture_of(recipe, data).build()
