@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import grood_cert
+from grood_cert.cli import options
 from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
@@ -20,12 +21,12 @@ from grood_cert.cli.export import export, verdicts
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.recipe import recipe
+from grood_cert.cli.smooth import smooth
+from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
 
 app = typer.Typer(
     name="grood-cert",
-    no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Train out-of-distribution detectors with gradient-regularised energy and prove how robust their score is.",
@@ -41,16 +42,18 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version
+    options.help_without_command(context)
 
 
-for _command in (train, certify, merge, export, verdicts, lipschitz, curve, demo):
+for _command in (train, certify, smooth, lipschitz, threshold, curve, merge, export, verdicts, demo):
     app.command()(_command)
 app.add_typer(recipe, name="recipe")
 

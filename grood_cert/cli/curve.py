@@ -16,8 +16,13 @@ def curve(
     label: Annotated[
         list[str] | None, typer.Option(help="Name of each model, in order. [default: the recipe's]")
     ] = None,
-    perturb: Annotated[str, typer.Option(help="Which side moves in the FPR95 curve: ood, id or both.")] = "ood",
-    at: Annotated[float | None, typer.Option(help="eps of the gamma sweep; must be on the grid.")] = None,
+    perturb: Annotated[
+        str | None,
+        typer.Option(help="Certifications: which side moves in the FPR95 curve: ood, id or both. [default: ood]"),
+    ] = None,
+    at: Annotated[
+        float | None, typer.Option(help="Certifications: eps of the gamma sweep, on the grid. [default: its middle]")
+    ] = None,
 ) -> None:
     """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
     from typing import cast
@@ -34,6 +39,8 @@ def curve(
     if len(kinds) > 1:
         raise InputError(f"{' and '.join(sorted(kinds))} make different figures; give files of one kind")
     (kind,) = kinds
+    if kind != "rows" and not (perturb is None and at is None):
+        raise InputError(f"--perturb and --at are for certifications, not for {kind}; leave them out")
     if kind == "lipschitz":
         analyses = results.labelled([analysis.read(path) for path in rows], rows, label or [])
         figures.save(figures.lipschitz_figure(analyses), out)
@@ -44,7 +51,7 @@ def curve(
         figures.write_smoothing_table(smoothed, table)
     else:
         certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
-        side = cast(Perturbed, perturb)
+        side = cast(Perturbed, perturb or "ood")
         figures.save(figures.robustness_figure(certifications, side, at), out)
         figures.write_table(certifications, side, table)
     typer.echo(f"wrote {out} and {table}")

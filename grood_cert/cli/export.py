@@ -9,11 +9,9 @@ import typer
 
 from grood_cert.cli import options
 
-Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
-
 
 def export(
-    model: Model,
+    model: options.Model,
     rows: Annotated[Path, typer.Option(help="rows.csv of its certification on linf balls.")],
     eps: Annotated[float, typer.Option(help="Radius in pixel units.")],
     out: Annotated[Path, typer.Option(help="Folder of model.onnx, the properties and instances.csv.")],
@@ -53,7 +51,7 @@ def export(
 
 
 def verdicts(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder that grood-cert export wrote.")],
     results: Annotated[Path, typer.Option(help="CSV of verdicts, or folder of NAME.txt files.")],
     verifier: Annotated[str, typer.Option(help="Name and version of the verifier.")],

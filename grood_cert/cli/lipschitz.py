@@ -11,7 +11,7 @@ from grood_cert.cli import options, output
 
 
 def lipschitz(
-    model: Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")],
+    model: options.Model,
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     method: Annotated[str, typer.Option(help="Pre-activation bounds: ibp, crown-ibp or crown.")] = "crown",
@@ -33,14 +33,15 @@ def lipschitz(
     from typing import cast
 
     from grood_cert import detector
-    from grood_cert.ball import DEFAULT_EPS, Norm
+    from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.auto_lirpa import Method
     from grood_cert.lipschitz import analyser as analysis
 
     loaded = detector.load(model, options.device_name(device))
+    ball = options.norm_named(norm)
     settings = analysis.Settings(
-        eps=tuple(eps or DEFAULT_EPS.get(norm, ())),
-        norm=cast(Norm, norm),
+        eps=options.eps_grid(eps) or DEFAULT_EPS[ball],
+        norm=ball,
         method=cast(Method, method),
         samples=samples,
         clever_batches=clever_batches,
@@ -48,7 +49,7 @@ def lipschitz(
         batch_size=batch_size,
         seed=seed,
     )
-    settings.check(loaded.architecture.shape)
+    settings.check(loaded.shape)
     images = options.experiment(loaded, ood, data_dir, download)
     folder = out or model.parent
     part = options.shard_of(shard)
@@ -69,6 +70,6 @@ def lipschitz(
     if not part.leads:
         return
     for kind in result.kinds():
-        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {norm} ball, per pixel unit"
+        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {ball} ball, per pixel unit"
         output.print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
     typer.echo(f"wrote {part.result(folder / 'lipschitz.csv')} and its manifest")

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
+    from grood_cert.ball import Norm as Norm_
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
     from grood_cert.runs import saving as runs
 
+Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
+_NORMS = ("linf", "l2", "l1")  # ball.NORMS, which would import torch
 Eps = Annotated[
-    list[float] | None, typer.Option(help="Radius in pixel units, ascending (repeatable). [default: a grid of 8]")
+    list[str] | None,
+    typer.Option(
+        metavar="EPS",
+        help="Radius in pixel units: 0.01, 8/255 or 0.01,0.02, ascending (repeatable). [default: a grid of 8]",
+    ),
 ]
-Norm = Annotated[str, typer.Option(help="Norm of the ball: linf, l2 or l1.")]
+Norm = Annotated[
+    str, typer.Option(metavar="NORM", help="Norm of the ball: linf, l2 or l1.", autocompletion=lambda: list(_NORMS))
+]
 Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
 Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
 BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
@@ -24,6 +33,52 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchv
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
+
+
+def help_without_command(context: typer.Context) -> None:
+    """Print the help of a group of commands that is called without one."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def eps_grid(texts: list[str] | None) -> tuple[float, ...]:
+    """The radii that --eps names: numbers or fractions, one or several with commas between; empty if it was not given.
+
+    Raises:
+        InputError: If one is neither.
+
+    Example:
+        >>> eps_grid(["0.25,1/2", "1"])
+        (0.25, 0.5, 1.0)
+    """
+    from grood_cert.errors import InputError
+
+    def number(text: str) -> float:
+        above, slash, below = text.partition("/")
+        try:
+            return float(above) / float(below) if slash else float(above)
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"--eps {text.strip()!r}: expected a number such as 0.03 or 8/255") from None
+
+    return tuple(number(part) for text in texts or () for part in text.split(","))
+
+
+def norm_named(text: str) -> Norm_:
+    """The norm that --norm means: linf, L2, inf, l_1, 2, ...
+
+    Raises:
+        InputError: If it is none of the three.
+
+    Example:
+        >>> [norm_named(text) for text in ("Linf", "inf", "2", "l_1")]
+        ['linf', 'linf', 'l2', 'l1']
+    """
+    from grood_cert.errors import InputError
+
+    name = "l" + text.strip().lower().removeprefix("l").removeprefix("_").replace("infinity", "inf")
+    if name not in _NORMS:
+        raise InputError(f"unknown norm {text!r}; use one of {', '.join(_NORMS)}")
+    return cast("Norm_", name)
 
 
 def device_name(name: str) -> str:

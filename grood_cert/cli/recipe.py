@@ -9,7 +9,8 @@ import typer
 
 from grood_cert.cli import options
 
-recipe = typer.Typer(no_args_is_help=True, help="Recipes that come with grood-cert: list, show, copy.")
+recipe = typer.Typer(help="Recipes that come with grood-cert: list, show, copy.")
+recipe.callback(invoke_without_command=True)(options.help_without_command)
 
 _Name = Annotated[str, typer.Argument(help="A name that `grood-cert recipe list` shows, or a recipe file.")]
 

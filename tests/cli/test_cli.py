@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from grood_cert.certification import cascade
 from grood_cert.results import rows
 from grood_cert.runs import certify as certification
 
-COMMANDS = ([], ["train"], ["recipe"], ["certify"], ["merge"], ["lipschitz"], ["curve"], ["demo"])
+COMMANDS = (
+    [],
+    *([name] for name in ["train", "recipe", "certify", "smooth", "lipschitz", "threshold", "curve", "merge", "demo"]),
+)
 
 
 @pytest.fixture
@@ -152,9 +156,11 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--eps", "nan"], "eps nan: expected a number"),
         (["--eps", "0.2", "--eps", "0.1"], "ascending and without repetition"),
         (["--eps", "0.1", "--eps", "0.1"], "ascending and without repetition"),
-        (["--eps", "lots"], "'--eps'"),
+        (["--eps", "lots"], "--eps 'lots': expected a number such as 0.03 or 8/255"),
         (["--norm", "l7"], "unknown norm 'l7'; use one of linf, l2, l1"),
-        (["--method", "crown"], "unknown method 'crown'; use bounds or smoothing"),
+        (["--eps", "1/0"], "--eps '1/0': expected a number such as 0.03 or 8/255"),
+        (["--eps", "0.01,,0.02"], "--eps '': expected a number"),
+        (["--norm", "l"], "unknown norm 'l'"),
         (["--stages", "crown,magic"], "unknown stage 'magic'; use some of ibp, crown-ibp, crown, lipschitz"),
         (["--effort", "heroic"], "unknown effort 'heroic'; use one of fast, default, max"),
         (["--engine", "steam"], "unknown engine 'steam'; use one of auto_lirpa, native"),
@@ -162,9 +168,6 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
         (["--gamma", "nan"], "gamma must be a finite number"),
         (["--time-limit", "-1"], "time limit must be 0"),
-        (["--method", "smoothing", "--norm", "linf"], "smoothing certifies l2 balls, not linf"),
-        (["--method", "smoothing", "--sigma", "0"], "sigma"),
-        (["--method", "smoothing", "--gamma", "0"], "smoothing calibrates gamma on the smoothed score"),
         (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
         (["--ood", "digits:5-9"], "share class 5"),
         (["--ood", "cifar10"], "data set 'cifar10' is not in"),
@@ -182,6 +185,114 @@ def test_wrong_options_of_certify(refused, model, tmp_path, monkeypatch, options
     np.save("empty.npy", np.zeros((0, 8, 8), np.uint8))
     assert message in refused("certify", model, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+SMOOTHING_ONLY = {"--sigma": "0.3", "--n": "100", "--alpha": "0.1", "--dtype": "float32", "--calibration-limit": "9"}
+BOUNDS_ONLY = {
+    "--norm": "l2",
+    "--stages": "ibp",
+    "--effort": "fast",
+    "--engine": "native",
+    "--gamma": "0",
+    "--precision": "0.1",
+    "--time-limit": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *(("certify", *pair) for pair in SMOOTHING_ONLY.items()),
+        *(("smooth", *pair) for pair in BOUNDS_ONLY.items()),
+        ("certify", "--method", "smoothing"),
+        ("lipschitz", "--effort", "fast"),
+        ("threshold", "--eps", "0.1"),
+    ],
+)
+def test_no_command_takes_an_option_that_it_does_not_use(refused, model, tmp_path, command, option, value):
+    assert option in refused(command, model, option, value)
+
+
+def test_smoothing_refuses_nonsense(refused, model, tmp_path):
+    assert "sigma must be a positive number" in refused("smooth", model, "--sigma", "0", "--out", tmp_path / "out")
+    assert "certify nothing at alpha" in refused("smooth", model, "--n", "3", "--out", tmp_path / "out")
+    assert "expected a size such as 64M" in refused("smooth", model, "--memory", "lots", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_smooth_and_its_curve(call, model, tmp_path):
+    options = ("--n", "60", "--alpha", "0.1", "--limit", "3", "--ood", "digits:8,9", "--calibration-limit", "40")
+    code, out, _ = call("smooth", model, *options, "--eps", "0.05,1/10", "--out", tmp_path)
+    assert code == 0 and "each row holds with probability 0.9" in out
+    assert "s_lb_smoothed@0.1" in (tmp_path / "smoothing.csv").read_text().splitlines()[0]
+    assert call("curve", tmp_path / "smoothing.csv", "--out", tmp_path / "figure.png")[0] == 0
+
+
+def test_one_eps_and_norm_said_in_many_ways(call, model, tmp_path):
+    written = []
+    for eps, norm in (("0.03125,1/16", "L2"), ("1/32,0.0625", "2"), ("0.03125, 0.0625", "l_2")):
+        code, _, _ = call(
+            "certify", model, "--eps", eps, "--norm", norm, "--limit", "1", "--effort", "fast", "--out", tmp_path,
+            "--force", "--ood", "digits:8,9", "--no-figure"
+        )  # fmt: skip
+        assert code == 0
+        written.append((tmp_path / "rows.csv").read_bytes())
+    assert written[0] == written[1] == written[2] and not (tmp_path / "curves.png").exists()
+
+
+def test_certify_draws_what_it_is_for(call, model, tmp_path):
+    options = ("--eps", "0.02", "--limit", "4", "--effort", "fast", "--ood")
+    code, out, _ = call("certify", model, *options, "digits:8,9", "--out", tmp_path / "a")
+    assert code == 0 and f"drew {tmp_path}/a/curves.png" in out and (tmp_path / "a/curves.png").exists()
+    code, out, err = call("certify", model, *options, "uniform-noise", "--out", tmp_path / "b")
+    assert code == 0 and "no figure: the rows hold no OOD set" in err and not (tmp_path / "b/curves.png").exists()
+
+
+def test_another_threshold_is_looked_up(call, refused, rows_file, tmp_path):
+    mine = tmp_path / "rows.csv"
+    shutil.copy(rows_file, mine)
+    shutil.copy(rows_file.with_suffix(".json"), mine.with_suffix(".json"))
+    before = mine.read_bytes()
+    code, out, _ = call("threshold", mine, "--gamma", "-4.5")
+    assert code == 0 and "nothing was verified again" in out
+    looked_up = rows.read(tmp_path / "rows-gamma-4.5.csv")
+    assert looked_up.gamma == -4.5 and len(looked_up) == len(rows.read(mine))
+    assert "exists already" in refused("threshold", mine, "--gamma", "-4.5")
+    assert "is what is read" in refused("threshold", mine, "--gamma", "-4.5", "--out", mine, "--force")
+    assert "gamma must be a finite number" in refused("threshold", mine, "--gamma", "nan")
+    assert mine.read_bytes() == before
+
+
+def test_curve_refuses_options_of_other_results(call, refused, model, tmp_path):
+    options = ("--eps", "0.01", "--limit", "2", "--samples", "8", "--clever-batches", "0", "--ood", "digits:8,9")
+    assert call("lipschitz", model, *options, "--out", tmp_path)[0] == 0
+    for option in (("--perturb", "id"), ("--at", "0.01")):
+        message = refused("curve", tmp_path / "lipschitz.csv", "--out", tmp_path / "figure.png", *option)
+        assert "are for certifications" in message
+    assert not (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.parametrize(("command", "names"), [((), ("certify", "smooth")), (("recipe",), ("list", "copy"))])
+def test_without_a_command_there_is_help(call, command, names):
+    code, out, err = call(*command)
+    assert (code, err) == (0, "") and out.count("\n") > 8 and all(f"\n  {name}" in out for name in names)
+
+
+def test_shell_completion_works(tmp_path):
+    def complete(*words):
+        environment = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("grood-cert"))],
+            env=os.environ | environment | {"_GROOD_CERT_COMPLETE": "complete_bash"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.split()
+
+    assert complete("grood-cert", "thr") == ["threshold"]
+    assert complete("grood-cert", "lipschitz", "model.pt", "--norm", "l") == ["linf", "l2", "l1"]
+    assert "--no-figure" in complete("grood-cert", "certify", "model.pt", "--no")
 
 
 def test_a_folder_that_cannot_be_written(refused, model, rows_file, tmp_path):
