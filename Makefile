@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint env clean
+# What computes; `make processors` runs it as older processors would: without vector instructions, without AVX-512.
+NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
+	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
+
+.PHONY: demo test processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+processors: env
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -234,6 +234,18 @@ def _check_bounds(network: nn.Module, experiment: Experiment, weights: Weights) 
             interval_lipschitz(network, Ball(image, image.new_full((1,), weights.slope_eps), "l2"))
 
 
+def _check_layout(recipe: Recipe, device: torch.device) -> None:
+    """Channels last pays on a GPU; on a CPU, torch 2.11 corrupts memory in the backward pass of a strided 1x1 convolution.
+
+    Raises:
+        InputError: If the device is a CPU and the recipe asks for channels last.
+    """
+    if recipe.compute.channels_last and device.type == "cpu":
+        raise InputError(
+            "compute.channels_last = true is for a GPU; use --device cuda, or --set compute.channels_last=false"
+        )
+
+
 def _check_batches(recipe: Recipe, experiment: Experiment) -> int:
     """Number of parts a batch is computed in.
 
@@ -272,6 +284,7 @@ class _Steps:
     """The steps of a run: what happens to a network for one batch."""
 
     def __init__(self, network: nn.Module, experiment: Experiment, recipe: Recipe, device: torch.device) -> None:
+        _check_layout(recipe, device)
         self.cuts = _check_batches(recipe, experiment)
         self.network, self.experiment, self.recipe, self.device = network, experiment, recipe, device
         self.weights, self.uses_outliers = _weights(recipe), _uses_outliers(recipe)
@@ -656,6 +669,7 @@ def run(
     if first:
         _prepare(out, force, resume)
     detectors.check_device(device)
+    _check_layout(recipe, torch.device(device))
     with processes.first_goes_ahead():
         experiment = experiment_of(recipe, data_dir, download and first)
     check_images(experiment)

@@ -494,7 +494,7 @@ def test_a_killed_certification_goes_on(undisturbed, script, model, tmp_path, nu
     with pytest.raises(InputError, match=r"another process is writing .*rows.csv"), files.locked(path):
         pass
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=1800)
     assert process.returncode == code
     assert errors == (
         ""
@@ -515,7 +515,7 @@ def test_processes_together(undisturbed, script, model, tmp_path):
         port = str(free.getsockname()[1])
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [start([script], model, tmp_path, LIMIT, "--dies", 3, RANK=str(rank), **together) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=1800)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, -signal.SIGKILL]
     assert "error: another process of this run has stopped" in errors[0]
     saved = {index: manifest(tmp_path / f"rows-{index}-of-2.csv") for index in (1, 2)}
@@ -523,7 +523,7 @@ def test_processes_together(undisturbed, script, model, tmp_path):
     assert not (tmp_path / "rows.csv").exists()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     process = start(torchrun, model, tmp_path, LIMIT)
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=1800)
     assert process.returncode == 0, error
     assert output.count("10 True") == 2
     assert (tmp_path / "rows.csv").read_bytes() == undisturbed.read_bytes()

@@ -191,12 +191,12 @@ def test_appending_to_no_file_is_refused(tmp_path):
 # Locks
 
 HOLDER = """
-import sys, time
+import signal, sys
 from pathlib import Path
-from grood_cert.files import locked
+from grood_cert.system.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 

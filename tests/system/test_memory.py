@@ -1,13 +1,19 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from grood_cert.ball import Ball
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import InputError
+from grood_cert.networks import architectures
 from grood_cert.system.memory import batch_for_memory, is_memory_error, split_on_memory_error
 
 
@@ -134,36 +140,58 @@ def test_one_sample_that_does_not_fit_is_refused():
         batch_for_memory(lambda samples: 3 * 2**20, 2**20, 8)
 
 
-SCRIPT = """
-import json, torch
-torch.set_num_threads(1)
-from grood_cert import networks
-from grood_cert.ball import Ball
-from grood_cert.lirpa import BoundedNetwork
-from grood_cert.memory import batch_for_memory, peak_memory
-from grood_cert.score_bounds import score_bounds
+class TensorMemory(TorchDispatchMode):
+    """Most bytes that tensors made under it held at once: no matter of malloc, or of the machine's load."""
 
-torch.manual_seed(0)
-shape = (3, 16, 16)
-network = networks.build("conv-small", shape, 10, [0.5] * 3, [0.3] * 3).double().eval()
-bounded = BoundedNetwork(network, shape, "crown")
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak, self.storages = 0, 0, weakref.WeakSet()
 
-def measure(samples):
-    images = torch.rand(samples, *shape, dtype=torch.float64)
-    score_bounds(bounded, Ball(images, torch.full((samples,), 0.01, dtype=torch.float64), "linf"))
-    return peak_memory()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages.add(storage)
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
+        return result
 
-start = measure(1)
-budget = start + 200 * 2**20
-samples = 1 << (batch_for_memory(measure, budget, 4096).bit_length() - 1)  # as a certification rounds it
-probing = peak_memory()
-print(json.dumps([start, budget, samples, probing, measure(samples)]))
-"""
+    def count(self, change):
+        self.held += change
+        self.peak = max(self.peak, self.held)
 
 
 def test_the_budget_is_met_on_conv_small():
     """The batch chosen from measurements of small ones takes what it may, within 20 %, and measuring takes less."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    start, budget, samples, probing, used = json.loads(done.stdout.splitlines()[-1])
-    assert samples >= 4 and start < probing < budget
-    assert 0.8 < used / budget < 1.2
+    shape = (3, 16, 16)
+    network = architectures.build("conv-small", shape, 10, [0.5] * 3, [0.3] * 3).double().eval()
+    bounded, measured = NativeNetwork(network, shape, "crown"), []
+
+    def measure(samples):
+        ball = Ball(torch.rand(samples, *shape, dtype=torch.float64), torch.full((samples,), 0.01).double(), "linf")
+        with TensorMemory() as memory:
+            score_bounds(bounded, ball)
+        measured.append(memory.peak)
+        return memory.peak
+
+    start = measure(1)
+    budget = start + 10 * 2**20
+    samples = batch_for_memory(measure, budget, 4096)
+    assert samples >= 4 and start < max(measured) < budget
+    assert 0.8 < measure(samples) / budget < 1.2
+
+
+def test_the_peak_of_a_process_is_what_it_has_touched():
+    script = """
+import torch
+from grood_cert.system.memory import peak_memory
+for _ in range(2):
+    held = torch.ones(2**28, dtype=torch.uint8), _ and held
+    print(peak_memory())
+del held
+print(peak_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    one, two, after = map(int, done.stdout.split())
+    assert one >= 2**28 and abs(two - one - 2**28) < 2**23 and abs(after - two) < 2**23

@@ -98,7 +98,7 @@ def two(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
         text=True,
         check=False,
         env=environment,
-        timeout=240,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return folder, done

@@ -688,16 +688,24 @@ def test_picked_outliers_reach_the_objective_with_their_roles(monkeypatch):
         assert all(any(torch.equal(image, other) for other in data.auxiliary.images) for image in images_aux)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="channels last is for a GPU")
+
+
 @pytest.mark.parametrize(
-    "compute", [{"precision": "bf16"}, {"channels_last": True}, {"precision": "bf16", "channels_last": True}]
+    ("compute", "device"),
+    [
+        ({"precision": "bf16"}, "cpu"),
+        pytest.param({"channels_last": True}, "cuda", marks=needs_gpu),
+        pytest.param({"precision": "bf16", "channels_last": True}, "cuda", marks=needs_gpu),
+    ],
 )
-def test_other_arithmetic_trains_the_same_network_nearly(compute):
+def test_other_arithmetic_trains_the_same_network_nearly(compute, device):
     """Against float32 in the usual layout: the loss agrees as far as bfloat16's 8 bits carry."""
     data = experiment(shape=(3, 8, 8))
     sections = {"network": {"name": "resnet-small", "width": 2}, "objective": {"penalty": "fast"}}
     usual, other = small(**sections), small(**sections, compute=compute)
     (first, *_), (second, *_) = (
-        list(training.fit(network_of(recipe, data), data, recipe)) for recipe in (usual, other)
+        list(training.fit(network_of(recipe, data), data, recipe, device)) for recipe in (usual, other)
     )
     assert second.loss == pytest.approx(first.loss, rel=0.02)
     assert second.gradient_norm_id == pytest.approx(first.gradient_norm_id, rel=0.2)
@@ -746,9 +754,21 @@ def test_images_that_are_read_as_they_are_used_train_the_same_network():
     assert all(torch.equal(*pair) for pair in zip(*(network.parameters() for network in networks), strict=True))
 
 
+def test_channels_last_is_refused_on_a_cpu(tmp_path):
+    """Before anything is written; torch would corrupt memory."""
+    recipe, data = small(compute={"channels_last": True}), experiment()
+    message = r"compute\.channels_last = true is for a GPU; use --device cuda, or --set compute\.channels_last=false"
+    with pytest.raises(InputError, match=message):
+        training.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=message):
+        next(training.fit(network_of(recipe, data), data, recipe))
+
+
+@needs_gpu
 def test_a_model_trained_with_channels_last_is_stored_as_usual(tmp_path):
     recipe = small(network={"name": "conv-small", "width": 2}, compute={"channels_last": True}, optimizer={"epochs": 1})
-    training.run(recipe, tmp_path)
+    training.run(recipe, tmp_path, device="cuda")
     content = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(value.is_contiguous() for value in content["state_dict"].values())
 
