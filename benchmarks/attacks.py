@@ -89,7 +89,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each set, norm and effort, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     records = []
     for images in (experiment.test, *experiment.ood):
         accepted = loaded.score(images.images) <= loaded.gamma

@@ -37,9 +37,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each norm, eps and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    images = experiment_of(loaded.recipe).test.images[:samples].double()
+    images = experiment_of(loaded.origin.recipe).test.images[:samples].double()
     score = loaded.score(images)
-    networks = {method: BoundedNetwork(loaded.network, loaded.architecture.shape, method) for method in methods}
+    networks = {method: BoundedNetwork(loaded.network, loaded.shape, method) for method in methods}
     records = []
     for norm, values in EPS.items():
         for eps in values:

@@ -126,7 +126,7 @@ def trained(name: str, folder: Path) -> Detector:
 
 def test_sets(loaded: Detector) -> list[ImageSet]:
     """The ID test set and the OOD sets; noise is left out."""
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     return [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
 
 
@@ -239,7 +239,7 @@ def throughput(
         repeats: Turns.
         engines: Engines of our ways.
     """
-    shape, gamma, network = loaded.architecture.shape, loaded.gamma, loaded.network
+    shape, gamma, network = loaded.shape, loaded.gamma, loaded.network
     images = _right(loaded, sets, samples)
     plain = PlainScore(network, images["id"][:1])
     effort = EFFORTS["fast"].attack

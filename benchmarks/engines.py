@@ -85,7 +85,7 @@ def cases(models: Sequence[Path], batch: int) -> Iterator[tuple[str, nn.Module, 
     """Name, network and images of each checkpoint, or of `NETWORKS` if there is none."""
     for path in models:
         loaded = detector.load(path)
-        yield str(path), loaded.network, experiment_of(loaded.recipe).test.images[:batch].double()
+        yield str(path), loaded.network, experiment_of(loaded.origin.recipe).test.images[:batch].double()
     for name, (kind, shape) in {} if models else NETWORKS.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

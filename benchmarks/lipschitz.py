@@ -60,7 +60,7 @@ def trained(recipe: Recipe, folder: Path) -> Detector:
 
 def cost(loaded: Detector, images: torch.Tensor, norm: Norm, eps: float, repeats: int) -> float:
     """Time of Jacobian-CROWN (pre-activation intersection included) over that of auto_LiRPA's CROWN bounds."""
-    shape = loaded.architecture.shape
+    shape = loaded.shape
     bounded, graph = BoundedNetwork(loaded.network, shape, "crown"), trace(loaded.network, shape)
     ball = Ball(images, torch.full((len(images),), eps, dtype=torch.float64), norm)
     rows = logit_rows(graph.classes).expand(len(images), -1, -1)
@@ -98,7 +98,7 @@ def measure(
             for eps in values:
                 rows = [row for row in result.records if row["kind"] == kind and row["eps"] == eps]
                 reference = np.array([row["ascended_estimate"] for row in rows])
-                record = {"network": name, "training": how, "accuracy": loaded.metrics["accuracy"], "kind": kind}
+                record = {"network": name, "training": how, "accuracy": loaded.origin.metrics["accuracy"], "kind": kind}
                 record |= {"norm": norm, "eps": eps, "ascended_estimate": float(np.median(reference))}
                 for method in ("auto", *METHODS):
                     column = "bound" if method == "auto" else f"bound_{method}"

@@ -149,7 +149,7 @@ def trained(setup: Setup, changes: Changes, seed: int, folder: Path) -> Detector
     if not (place / "model.pt").exists():
         return training.run(chosen, place, resume=(place / "last.pt").exists())
     found = detector.load(place / "model.pt")
-    difference = recipe.first_difference(found.recipe, chosen)
+    difference = recipe.first_difference(found.origin.recipe, chosen)
     if difference:
         raise InputError(f"{place}: trained with {difference}; choose another --out")
     return found
@@ -182,7 +182,7 @@ def measure(setup: Setup, changes: Changes, folder: Path, seeds: Sequence[int] =
         By metric ("accuracy", "gradient_norm", "auroc", "fpr95_id") and set ("id", "ood", the name of an OOD set, or
         "mean" of those that are not noise).
     """
-    runs = [_numbers(trained(setup, changes, seed, folder).metrics) for seed in seeds]
+    runs = [_numbers(trained(setup, changes, seed, folder).origin.metrics) for seed in seeds]
     values = {key: np.array([run[key] for run in runs]) for key in runs[0]}
     return {key: (float(column.mean()), float(column.std(ddof=1))) for key, column in values.items()}
 

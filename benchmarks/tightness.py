@@ -66,8 +66,8 @@ def proved_share(proves: Proves, images: Tensor, radius: Tensor, low: Tensor) ->
 def measure(model: Path, samples: int = 20, nodes: tuple[int, ...] = NODES) -> list[dict[str, Any]]:
     """One record for each kind and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
-    graph = trace(loaded.network, loaded.architecture.shape)
+    experiment = experiment_of(loaded.origin.recipe)
+    graph = trace(loaded.network, loaded.shape)
     share = -(-samples // len(experiment.ood))
     kinds: dict[str, tuple[Side, Tensor]] = {
         "id": ("upper", experiment.test.images[:samples]),

@@ -60,9 +60,9 @@ class Demonstration:
 
 def summarise(name: str, detector: Detector, rows: Rows) -> dict[str, Any]:
     """One record on a certified model: `model` and the keys of `QUANTITIES`."""
-    real = [record for record in detector.metrics["ood"].values() if record["kind"] == "ood"]
+    real = [record for record in detector.origin.metrics["ood"].values() if record["kind"] == "ood"]
     record: dict[str, Any] = {"model": name}
-    record |= {key: detector.metrics[key] for key in ("accuracy", "gradient_norm_id", "gradient_norm_ood")}
+    record |= {key: detector.origin.metrics[key] for key in ("accuracy", "gradient_norm_id", "gradient_norm_ood")}
     record |= {key: mean_over_sets([values[key] for values in real]) for key in ("auroc", "fpr95_id")}
     radii = curves.radius_summary(rows)
     for kind in ("id", "ood"):

@@ -1,12 +1,17 @@
-"""A trained detector: network, threshold gamma, and all that is needed to know where they came from.
+"""A detector: network, threshold gamma, and what is known about where they came from.
 
 A checkpoint is one file, `model.pt`, that `torch.load(weights_only=True)` opens: plain containers and tensors.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
+import math
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,9 @@ from torch import Tensor, nn
 import grood_cert
 from grood_cert import recipe
 from grood_cert.errors import InputError
+from grood_cert.metrics import calibrated_threshold
 from grood_cert.networks import architectures
+from grood_cert.networks.checks import check_eval
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
 from grood_cert.system.files import replacing
@@ -57,13 +64,13 @@ def check_network(network: nn.Module) -> None:
     """Refuse a network that is not the one that proofs are about: eval mode, float64.
 
     Raises:
-        InputError: If a module is in train mode or a parameter is not float64.
+        InputError: If a module is in train mode, there are no parameters, or one of them is not float64.
     """
-    if any(module.training for module in network.modules()):
-        raise InputError("the network is in train mode; call network.eval() first")
-    wrong = {str(value.dtype) for value in network.parameters() if value.dtype != torch.float64}
-    if wrong:
-        raise InputError(f"proofs need a float64 network, got {', '.join(sorted(wrong))}; call network.double() first")
+    check_eval(network)
+    kinds = {str(value.dtype) for value in network.parameters()}
+    if kinds != {"torch.float64"}:
+        found = ", ".join(sorted(kinds - {"torch.float64"})) or "one without parameters"
+        raise InputError(f"proofs need a float64 network, got {found}; call network.double() first")
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -105,59 +112,224 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Detector:
-    """An energy detector: accept x as ID iff S(x) <= gamma.
+class Provenance:
+    """Where a trained detector came from.
 
     Attributes:
-        network: f, normalisation included, in eval mode and float64.
-        gamma: Threshold, calibrated on held-out ID data.
-        architecture: How the network is built.
-        class_names: One name a logit.
         recipe: The run that trained it.
         calibration: Number of calibration samples and the level asked for.
         metrics: What the training run measured on its test sets.
         versions: Software the run used.
     """
 
-    network: nn.Module
-    gamma: float
-    architecture: Architecture
-    class_names: tuple[str, ...]
     recipe: Recipe
     calibration: dict[str, int]
     metrics: dict[str, Any]
     versions: dict[str, str]
 
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says about images.
+
+    Attributes:
+        score: S(x), float64, shape (N,).
+        accepted: S(x) <= gamma, shape (N,).
+        label: The largest logit, shape (N,).
+    """
+
+    score: Tensor
+    accepted: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Detector:
+    """An energy detector: accept x as ID iff S(x) <= gamma.
+
+    Attributes:
+        network: f, normalisation included, in eval mode and float64.
+        gamma: Threshold, calibrated on held-out ID data.
+        shape: Channels, height and width of an image.
+        class_names: One name a logit, or none at all.
+        architecture: How the network is built again; None: a network that no checkpoint can hold.
+        provenance: The training run; None: not one of ours.
+
+    Raises:
+        InputError: If the network is in train mode or not float64, does not turn images of this shape into logits, or
+            its parts do not fit one another.
+    """
+
+    network: nn.Module
+    gamma: float
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+    architecture: Architecture | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        check_network(self.network)
+        if math.isnan(self.gamma):
+            raise InputError("gamma is NaN; expected a number")
+        if self.architecture and self.architecture.shape != self.shape:
+            raise InputError(f"the architecture takes images of shape {self.architecture.shape}, not {self.shape}")
+        try:
+            found = tuple(logits(self.network, torch.zeros(1, *self.shape)).shape)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"the network does not take images of shape {self.shape} ({reason})") from error
+        if len(found) != 2:
+            raise InputError(f"the network must return logits of shape (B, K), got {found} for one image")
+        if self.class_names and len(self.class_names) != found[1]:
+            raise InputError(f"{len(self.class_names)} class names for {found[1]} logits")
+
+    @staticmethod
+    def calibrate(
+        model: nn.Module,
+        id_images: Tensor,
+        *,
+        tpr: int = 95,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_names: Sequence[str] = (),
+    ) -> Detector:
+        """Make a detector of any classifier: gamma is the split-conformal quantile of S on ID images.
+
+        Args:
+            model: f: (B, C, H, W) -> (B, K), in eval mode. Copied to float64; the copy is frozen.
+            id_images: ID images that the model was not trained on, pixels in [0, 1], shape (N, C, H, W).
+            tpr: Percent of ID to accept.
+            mean: With `std`, for each channel: what the model wants subtracted from pixels, if it was trained so.
+            std: And what it wants them divided by.
+            class_names: One name a logit.
+
+        Raises:
+            InputError: If the model is in train mode, does not fit the images, or there are too few of them.
+
+        Example:
+            >>> model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), torch.rand(99, 1, 2, 2)
+            >>> int(Detector.calibrate(model, images).predict(images).accepted.sum())
+            95
+        """
+        if (mean is None) != (std is None):
+            raise InputError("normalisation needs both mean and std")
+        check_pixels(id_images)
+        network = copy.deepcopy(model).double()
+        check_network(network)
+        if mean is not None and std is not None:
+            if len(mean) != id_images.shape[1]:
+                raise InputError(f"normalisation has {len(mean)} channels, the images have {id_images.shape[1]}")
+            normalize = architectures.Normalize(mean, std).to(next(network.parameters()))
+            network = nn.Sequential(normalize, network).eval()
+        _, channels, height, width = id_images.shape
+        detector = Detector(network.requires_grad_(False), 0.0, (channels, height, width), tuple(class_names))
+        return replace(detector, gamma=calibrated_threshold(detector.score(id_images).numpy(), tpr))
+
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        return self.architecture.shape
+    def name(self) -> str:
+        """The recipe's name, or that of the network's class."""
+        return self.provenance.recipe.name if self.provenance else type(self.network).__name__
+
+    @property
+    def origin(self) -> Provenance:
+        """The provenance, where one is needed.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if self.provenance is None:
+            raise InputError(
+                "this detector came without a recipe, so its image sets are unknown; use grood_cert.certify_sets"
+            )
+        return self.provenance
+
+    @property
+    def classes(self) -> int:
+        """Number of logits K."""
+        return logits(self.network, torch.zeros(1, *self.shape)).shape[1]
 
     def score(self, images: Tensor) -> Tensor:
         """S(x) in float64, shape (N,)."""
         return energy(logits(self.network, images))
 
+    def predict(self, images: Tensor) -> Prediction:
+        """Score, decision and label of images of shape (N, C, H, W), pixels in [0, 1].
+
+        Raises:
+            InputError: If the images have another shape, or pixels outside [0, 1].
+        """
+        check_pixels(images, self.shape)
+        values = logits(self.network, images)
+        score = energy(values)
+        return Prediction(score, score <= self.gamma, values.argmax(1))
+
     def save(self, path: Path) -> None:
         """Write the checkpoint; weights as float32 where that loses nothing, as after training.
 
         Raises:
-            InputError: If the file cannot be written.
+            InputError: If the detector could not be loaded again, or the file cannot be written.
         """
-        state = {name: _single(tensor.cpu()) for name, tensor in self.network.state_dict().items()}
+        if self.architecture is None:
+            raise InputError(
+                f"{path}: a checkpoint cannot hold a network of your own ({self.name}); keep its weights with "
+                "torch.save(network.state_dict(), FILE), and make the detector again in Python"
+            )
         content = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
-            "architecture": {**vars(self.architecture), "shape": list(self.architecture.shape)},
+            "architecture": {**vars(self.architecture), "shape": list(self.shape)},
             "class_names": list(self.class_names),
-            "state_dict": state,
+            "state_dict": {name: _single(tensor.cpu()) for name, tensor in self.network.state_dict().items()},
             "gamma": self.gamma,
-            "calibration": self.calibration,
-            "recipe": self.recipe.to_dict(),
-            "metrics": self.metrics,
-            "versions": self.versions,
         }
-        with replacing(path) as temporary, temporary.open("wb") as stream:  # a path would leave its name in the bytes
-            torch.save(content, stream)
+        if self.provenance:
+            content |= {
+                "calibration": self.provenance.calibration,
+                "recipe": self.provenance.recipe.to_dict(),
+                "metrics": self.provenance.metrics,
+                "versions": self.provenance.versions,
+            }
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        try:
+            again = _detector_of(_content(io.BytesIO(stream.getbuffer()), path), path)
+        except InputError as error:
+            raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
+        gray = torch.full((1, *self.shape), 0.5)
+        if not torch.equal(again.score(gray), self.score(gray).cpu()):
+            raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
+        with replacing(path) as temporary:
+            temporary.write_bytes(stream.getbuffer())
+
+
+def check_pixels(images: Tensor, shape: tuple[int, int, int] | None = None) -> None:
+    """Refuse what is no batch of images.
+
+    Args:
+        images: Pixels in [0, 1], shape (N, C, H, W).
+        shape: (C, H, W), if one is expected.
+
+    Raises:
+        InputError: Naming what is wrong.
+
+    Example:
+        >>> check_pixels(torch.rand(2, 3, 8, 8), (3, 8, 8))
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"expected a tensor of images, got {type(images).__name__}")
+    found, wanted = tuple(images.shape), "N, C, H, W" if shape is None else f"N, {', '.join(map(str, shape))}"
+    if len(found) != 4 or (shape is not None and found[1:] != shape):
+        hint = "; add the axis of the batch: images[None]" if found == shape or (not shape and len(found) == 3) else ""
+        raise InputError(f"expected images of shape ({wanted}), got {found}{hint}")
+    if not len(images):
+        raise InputError("expected one image or more, got none")
+    if not images.is_floating_point():
+        raise InputError(f"images have pixels of type {images.dtype}; divide them by 255 as floats")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"images have pixels from {low:g} to {high:g}; all must lie in [0, 1], normalisation is a layer of the model"
+        )
 
 
 def _single(tensor: Tensor) -> Tensor:
@@ -165,19 +337,10 @@ def _single(tensor: Tensor) -> Tensor:
     return single if tensor.is_floating_point() and torch.equal(single.to(tensor), tensor) else tensor
 
 
-def load(path: Path, device: str = "cpu") -> Detector:
-    """Read a checkpoint.
-
-    Args:
-        path: A `model.pt` written by a training run.
-        device: Where the network shall live.
-
-    Raises:
-        InputError: If the file is missing, is truncated, is no checkpoint of ours, or its weights do not fit.
-    """
-    check_device(device)
+def _content(file: Path | io.BytesIO, path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER") from None
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
@@ -189,6 +352,11 @@ def load(path: Path, device: str = "cpu") -> Detector:
         raise InputError(
             f"{path}: checkpoint format {content.get('format_version')}; this version reads {_FORMAT_VERSION}"
         )
+    return content
+
+
+def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
+    """The detector that a checkpoint describes."""
     try:
         fields = content["architecture"]
         architecture = Architecture(
@@ -199,28 +367,46 @@ def load(path: Path, device: str = "cpu") -> Detector:
             std=tuple(fields["std"]),
             options=dict(fields["options"]),
         )
-        network = architecture.build().double()
+        with torch.random.fork_rng(devices=[]):
+            network = architecture.build().double()
         network.load_state_dict(content["state_dict"], strict=True)
         gamma = float(content["gamma"])
-        detector = Detector(
+        if not all(
+            bool(torch.isfinite(value).all()) for value in (*network.state_dict().values(), torch.tensor(gamma))
+        ):
+            raise InputError("it holds weights or a gamma that are not finite")
+        provenance = None
+        if {item.name for item in dataclasses.fields(Provenance)} & set(content):
+            provenance = Provenance(
+                recipe=recipe.from_dict(content["recipe"], f"{path}: recipe"),
+                calibration=dict(content["calibration"]),
+                metrics=dict(content["metrics"]),
+                versions=dict(content["versions"]),
+            )
+        return Detector(
             network=network.eval().requires_grad_(False),
             gamma=gamma,
-            architecture=architecture,
+            shape=architecture.shape,
             class_names=tuple(content["class_names"]),
-            recipe=recipe.from_dict(content["recipe"], f"{path}: recipe"),
-            calibration=dict(content["calibration"]),
-            metrics=dict(content["metrics"]),
-            versions=dict(content["versions"]),
+            architecture=architecture,
+            provenance=provenance,
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {reason})") from error
-    tensors = [*network.state_dict().values(), torch.tensor(gamma)]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise InputError(f"{path}: the checkpoint holds weights or a gamma that are not finite")
-    if len(detector.class_names) != architecture.classes:
-        raise InputError(
-            f"{path}: damaged checkpoint ({len(detector.class_names)} class names for {architecture.classes} logits)"
-        )
-    network.to(device)
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}: damaged checkpoint ({kind}{' '.join(str(error).split())[:160]})") from error
+
+
+def load(path: Path | str, device: str = "cpu") -> Detector:
+    """Read a checkpoint.
+
+    Args:
+        path: A `model.pt` written by a training run.
+        device: Where the network shall live.
+
+    Raises:
+        InputError: If the file is missing, is truncated, is no checkpoint of ours, or its weights do not fit.
+    """
+    check_device(device)
+    detector = _detector_of(_content(Path(path), Path(path)), Path(path))
+    detector.network.to(device)
     return detector

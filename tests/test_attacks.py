@@ -197,7 +197,7 @@ def network():
 def trained(model):
     """A trained detector, ID test images it accepts and OOD images it rejects."""
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     images = torch.cat([experiment.test.images[:16], *(ood.images[:8] for ood in experiment.ood)]).double()
     return loaded, images
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import os
 import pickle
 import zipfile
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 import grood_cert
-from grood_cert.detector import Architecture, Detector, check_device, load, logits, versions
+from grood_cert.detector import Architecture, Detector, Provenance, check_device, load, logits, versions
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.recipe import Recipe
@@ -26,12 +28,15 @@ def make(name: str = "conv-small", seed: int = 0) -> Detector:
     return Detector(
         network=network.double().eval().requires_grad_(False),
         gamma=-1.0625,
-        architecture=architecture,
+        shape=(1, 8, 8),
         class_names=("zero", "one", "two"),
-        recipe=Recipe(name="made by hand"),
-        calibration={"samples": 40, "percent": 95},
-        metrics={"accuracy": 0.5, "ood": {"a": {"auroc": 0.75}}},
-        versions=versions(),
+        architecture=architecture,
+        provenance=Provenance(
+            recipe=Recipe(name="made by hand"),
+            calibration={"samples": 40, "percent": 95},
+            metrics={"accuracy": 0.5, "ood": {"a": {"auroc": 0.75}}},
+            versions=versions(),
+        ),
     )
 
 
@@ -249,3 +254,117 @@ def test_saving_where_nothing_can_be_saved(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         make().save(tmp_path / "file" / "model.pt")
+
+
+# Networks of the user's own
+
+
+def linear(classes: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, classes)).double().eval()
+
+
+def test_a_plain_module_is_a_detector():
+    detector = Detector(linear(), -1.0, (1, 2, 2))
+    assert (detector.name, detector.classes, detector.provenance) == ("Sequential", 3, None)
+    images = torch.rand(5, 1, 2, 2)
+    found, logit = detector.predict(images), detector.network(images.double())
+    assert torch.equal(found.score, -torch.logsumexp(logit, 1)) and torch.equal(found.label, logit.argmax(1))
+    assert torch.equal(found.accepted, found.score <= -1.0)
+    with pytest.raises(InputError, match="came without a recipe"):
+        detector.origin  # noqa: B018
+
+
+def test_a_detector_without_provenance_is_saved_and_loaded(tmp_path):
+    detector = dataclasses.replace(make(), provenance=None, class_names=())
+    detector.save(tmp_path / "model.pt")
+    loaded = load(str(tmp_path / "model.pt"))
+    assert (loaded.provenance, loaded.class_names, loaded.name) == (None, (), "Classifier")
+    images = torch.rand(5, 1, 8, 8)
+    assert torch.equal(loaded.score(images), detector.score(images))
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    detector = make()
+    changed = copy.deepcopy(detector.network)
+    changed.append(nn.Tanh().eval())
+    wrong = copy.deepcopy(detector.network)
+    wrong[-1].weight += torch.nan
+    foreign = dataclasses.replace(detector.provenance, metrics={"accuracy": np.float64(0.5)})
+    for changes, message in (
+        ({"architecture": None}, "cannot hold a network of your own .* torch.save\\(network.state_dict"),
+        ({"network": linear(), "shape": (1, 2, 2), "class_names": (), "architecture": None}, "network of your own"),
+        ({"network": changed}, "its network is not the one that its architecture builds"),
+        ({"network": wrong}, "cannot be saved, .* weights or a gamma that are not finite"),
+        ({"gamma": math.inf}, "not finite"),
+        ({"provenance": foreign}, "cannot be saved, because it could not be loaded again"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(detector, **changes).save(tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "options", "message"),
+    [
+        (linear().train(), (1, 2, 2), {}, r"the network \(Sequential\) is in train mode; call network.eval"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Sequential(nn.Dropout(), nn.Linear(4, 2)).train()),
+            (1, 2, 2),
+            {},
+            "train mode",
+        ),
+        (linear().float(), (1, 2, 2), {}, "need a float64 network, got torch.float32; call network.double"),
+        (nn.Flatten().eval(), (1, 2, 2), {}, "without parameters"),
+        (linear(), (1, 2, 3), {}, r"does not take images of shape \(1, 2, 3\)"),
+        (nn.Conv2d(1, 1, 1).double().eval(), (1, 2, 2), {}, r"logits of shape \(B, K\), got \(1, 1, 2, 2\)"),
+        (linear(), (1, 2, 2), {"class_names": ("a",)}, "1 class names for 3 logits"),
+        (linear(), (1, 2, 2), {"gamma": math.nan}, "gamma is NaN"),
+        (linear(), (1, 2, 2), {"architecture": make().architecture}, r"images of shape \(1, 8, 8\), not \(1, 2, 2\)"),
+    ],
+)
+def test_parts_that_make_no_detector(network, shape, options, message):
+    with pytest.raises(InputError, match=message):
+        Detector(network, **({"gamma": -1.0, "shape": shape} | options))
+
+
+def test_calibration_takes_the_conformal_quantile():
+    model, images = linear().float(), torch.rand(99, 1, 2, 2)
+    detector = Detector.calibrate(model, images, class_names=("a", "b", "c"))
+    assert detector.gamma == float(detector.score(images).sort().values[94])  # ceil(0.95 * 100)-th smallest
+    assert detector.shape == (1, 2, 2) and detector.class_names == ("a", "b", "c")
+    assert model[1].weight.dtype == torch.float32 and model[1].weight.requires_grad  # a copy was changed
+    assert not any(parameter.requires_grad for parameter in detector.network.parameters())
+    assert Detector.calibrate(model, images, tpr=50).gamma == float(detector.score(images).sort().values[49])
+
+
+def test_calibration_puts_the_normalisation_in_front():
+    model, images = linear(), torch.rand(30, 1, 2, 2).double()
+    detector = Detector.calibrate(model, images, mean=[0.25], std=[0.5])
+    torch.testing.assert_close(detector.network(images), model((images - 0.25) / 0.5))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (torch.rand(99, 1, 2, 2) * 255, {}, r"pixels from .* to 25\d.*; all must lie in \[0, 1\]"),
+        (torch.zeros(99, 1, 2, 2, dtype=torch.uint8), {}, "type torch.uint8; divide them by 255"),
+        (torch.full((99, 1, 2, 2), math.nan), {}, r"all must lie in \[0, 1\]"),
+        (torch.rand(1, 2, 2), {}, r"shape \(N, C, H, W\), got \(1, 2, 2\); add the axis of the batch"),
+        (torch.rand(0, 1, 2, 2), {}, "got none"),
+        (np.zeros((99, 1, 2, 2)), {}, "expected a tensor of images, got ndarray"),
+        (torch.rand(99, 1, 3, 3), {}, r"does not take images of shape \(1, 3, 3\)"),
+        (torch.rand(18, 1, 2, 2), {}, "18 calibration scores cannot hold a 95 % quantile; use at least 19"),
+        (torch.rand(99, 1, 2, 2), {"tpr": 0.95}, "percent: expected a whole number from 1 to 99, got 0.95"),
+        (torch.rand(99, 1, 2, 2), {"mean": [0.5]}, "both mean and std"),
+        (torch.rand(99, 1, 2, 2), {"mean": [0.5] * 3, "std": [0.5] * 3}, "3 channels, the images have 1"),
+    ],
+)
+def test_calibration_refuses(images, options, message):
+    with pytest.raises(InputError, match=message):
+        Detector.calibrate(linear(), images, **options)
+
+
+def test_a_model_in_train_mode_is_not_calibrated():
+    with pytest.raises(InputError, match="train mode"):
+        Detector.calibrate(linear().train(), torch.rand(99, 1, 2, 2))

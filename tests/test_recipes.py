@@ -111,7 +111,7 @@ def test_recipe_leaves_a_detector(path, tmp_path):
     training.run(recipe, tmp_path / "run", report=epochs.append)
     assert len(epochs) == 1 and math.isfinite(epochs[0].loss)
     loaded = detector.load(tmp_path / "run" / "model.pt")
-    assert loaded.recipe == recipe and loaded.architecture.shape == (1, 8, 8)
+    assert loaded.origin.recipe == recipe and loaded.shape == (1, 8, 8)
 
 
 def test_the_digits_recipe_states_every_default():

@@ -46,7 +46,7 @@ def main(
             experiment = experiment_of(chosen)
             sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
             analysis.run(trained, model, sets, settings, folder, limit=limit)
-        typer.echo(f"{folder}: accuracy {trained.metrics['accuracy']:.4f}")
+        typer.echo(f"{folder}: accuracy {trained.origin.metrics['accuracy']:.4f}")
 
 
 if __name__ == "__main__":

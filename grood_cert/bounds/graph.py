@@ -25,6 +25,7 @@ from grood_cert.bounds.activations import Activation
 from grood_cert.bounds.operations import Addition, AveragePool, Convolution, Dense, LinearMap, MaxPool, Reshape, Scale
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks.architectures import Normalize
+from grood_cert.networks.checks import check_eval
 
 Operation = LinearMap | Activation | MaxPool | Addition
 _AGREEMENT = 1e-9
@@ -335,9 +336,7 @@ def trace(network: nn.Module, shape: tuple[int, ...]) -> Graph:
         >>> [node.name for node in graph.nodes], graph.classes
         (['image', '0', '1', '2', '3'], 2)
     """
-    for name, module in network.named_modules():
-        if module.training:
-            raise InputError(f"module {name or type(module).__name__} is in train mode; call network.eval() first")
+    check_eval(network)
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     graph = Graph(_nodes(network, shape), network)
     images = torch.rand(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(graph.device)

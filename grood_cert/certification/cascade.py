@@ -342,7 +342,7 @@ class Certifier:
     """
 
     def __init__(self, detector: Detector, settings: Settings) -> None:
-        shape = detector.architecture.shape
+        shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
         self.settings = settings

@@ -335,7 +335,7 @@ class Smoother:
     """
 
     def __init__(self, detector: Detector, settings: SmoothingSettings) -> None:
-        shape = detector.architecture.shape
+        shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
         self.settings = settings

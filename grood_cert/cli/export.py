@@ -43,7 +43,7 @@ def export(
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
-    bounded = BoundedNetwork(loaded.network, loaded.architecture.shape, cast(Method, method))
+    bounded = BoundedNetwork(loaded.network, loaded.shape, cast(Method, method))
     instances = exporting.export(
         loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force
     )

@@ -118,7 +118,7 @@ def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, d
 
     from grood_cert.data import experiment_of
 
-    recipe = loaded.recipe
+    recipe = loaded.origin.recipe
     if ood:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
     return experiment_of(recipe, data_dir, download)

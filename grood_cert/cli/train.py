@@ -106,7 +106,7 @@ def train(
         first = processes.rank() == 0
     if not first:
         return
-    found = detector.metrics
+    found = detector.origin.metrics
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
     title = f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}"
     output.print_across(sets, "set", _DETECTION, title)

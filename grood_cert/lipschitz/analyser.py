@@ -137,7 +137,7 @@ class Analyser:
     """
 
     def __init__(self, detector: Detector, settings: Settings) -> None:
-        shape = detector.architecture.shape
+        shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
         self.settings = settings

@@ -64,7 +64,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
             distances += [value for value in found.radius.tolist() if np.isfinite(value)]
     if not distances:
         return DEFAULT_EPS[norm]
-    limit, median = largest_eps(detector.architecture.shape, norm), float(np.median(distances))
+    limit, median = largest_eps(detector.shape, norm), float(np.median(distances))
     return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
 
 
@@ -183,7 +183,7 @@ def run(
         RunError: If the bound engine is missing or cannot convert the network.
         SoundnessError: If an attack contradicts a proof; the evidence is saved as `counterexample.npz`.
     """
-    settings.check(detector.architecture.shape)
+    settings.check(detector.shape)
     certifier = Certifier(detector, settings)
     if memory:
         certifier.together = balls_within(certifier, max(sets, key=len), memory)
@@ -196,7 +196,7 @@ def run(
         runs.manifest(detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
-            "largest_eps": largest_eps(detector.architecture.shape, settings.norm),
+            "largest_eps": largest_eps(detector.shape, settings.norm),
         },
         lambda: Counter(certifier.failures),
         shard=shard,

@@ -512,14 +512,17 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
     return whole
 
 
-def manifest(detector: Detector, model: Path, sets: Sequence[ImageSet], limit: int, settings: Any) -> dict[str, Any]:
+def manifest(
+    detector: Detector, model: Path | None, sets: Sequence[ImageSet], limit: int, settings: Any
+) -> dict[str, Any]:
     """What a run is: model, data, settings, software and machine. `Progress` holds the other keys of a manifest."""
-    weight = next(detector.network.parameters())
+    weight, origin = next(detector.network.parameters()), detector.provenance
+    file = {"path": str(model), "sha256": sha256(model)} if model else {"path": None, "sha256": None}
     return {
-        "model": {"path": str(model), "sha256": sha256(model), "name": detector.recipe.name},
-        "recipe": detector.recipe.to_dict(),
+        "model": {**file, "name": detector.name},
+        "recipe": origin.recipe.to_dict() if origin else None,
         "gamma": detector.gamma,
-        "calibration": detector.calibration,
+        "calibration": origin.calibration if origin else None,
         "data": [
             {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
             for images in sets

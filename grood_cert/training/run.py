@@ -34,7 +34,7 @@ from grood_cert import detector as detectors
 from grood_cert import metrics
 from grood_cert.ball import Ball
 from grood_cert.data import Experiment, ImageSet, experiment_of
-from grood_cert.detector import Architecture, Detector
+from grood_cert.detector import Architecture, Detector, Provenance
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.regulariser import interval_lipschitz
 from grood_cert.networks.weights import load_pretrained
@@ -739,12 +739,15 @@ def run(
         result = Detector(
             network=network,
             gamma=metrics.calibrated_threshold(scores, TPR_PERCENT),
-            architecture=architecture,
+            shape=architecture.shape,
             class_names=experiment.train.class_names,
-            recipe=recipe,
-            calibration={"samples": len(scores), "percent": TPR_PERCENT},
-            metrics=evaluate(network, experiment, recipe.evaluation.temperature),
-            versions=detectors.versions(),
+            architecture=architecture,
+            provenance=Provenance(
+                recipe=recipe,
+                calibration={"samples": len(scores), "percent": TPR_PERCENT},
+                metrics=evaluate(network, experiment, recipe.evaluation.temperature),
+                versions=detectors.versions(),
+            ),
         )
         if first:
             result.save(target)

@@ -34,7 +34,7 @@ def test_the_plain_way_bounds_the_score(loaded, sets):
     images, eps = sets[0].images[:3].double(), 0.03
     plain = benchmark.PlainScore(loaded.network, images[:1])
     ball = Ball(images, torch.full((3,), eps, dtype=torch.float64), "linf")
-    ours = score_bounds(BoundedNetwork(loaded.network, loaded.architecture.shape, "crown"), ball)
+    ours = score_bounds(BoundedNetwork(loaded.network, loaded.shape, "crown"), ball)
     corners = ball.lower + (ball.upper - ball.lower) * torch.randint(0, 2, (200, *images.shape)).double()
     seen = energy(loaded.network(corners.flatten(0, 1))).reshape(200, 3)
     for image, low, high, lower, upper in zip(images, seen.amin(0), seen.amax(0), ours.lower, ours.upper, strict=True):

@@ -26,10 +26,10 @@ def test_mean_and_spread_are_those_of_the_runs_and_runs_are_reused(tmp_path, mon
     measured = benchmark.measure(TINY, benchmark.greg(0.1), tmp_path, SEEDS)
     files = sorted((tmp_path / "tiny/objective.lambda_grad=0.1").glob("*/model.pt"))
     runs = [detector.load(file) for file in files]
-    assert [run.recipe.seed for run in runs] == list(SEEDS)
+    assert [run.origin.recipe.seed for run in runs] == list(SEEDS)
     for (metric, name), (mean, sd) in measured.items():
         if metric == "auroc" and name != "mean":
-            values = [run.metrics["ood"][name]["auroc"] for run in runs]
+            values = [run.origin.metrics["ood"][name]["auroc"] for run in runs]
             assert (mean, sd) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
     real = [measured["fpr95_id", name][0] for name in ("digits:8,9", "photo-patches")]
     assert measured["fpr95_id", "mean"][0] == pytest.approx(statistics.mean(real)), "noise is in no mean over sets"
@@ -57,7 +57,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         benchmark.trained(setup, benchmark.greg(0.1), 0, tmp_path / "cut")
     monkeypatch.setattr(training, "run", through)
-    assert benchmark.trained(setup, benchmark.greg(0.1), 0, tmp_path / "cut").metrics == whole.metrics
+    assert benchmark.trained(setup, benchmark.greg(0.1), 0, tmp_path / "cut").origin == whole.origin
 
 
 @pytest.mark.parametrize("name", ["CE", "OE", "GReg+", "GReg, certified"])

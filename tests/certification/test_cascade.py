@@ -15,9 +15,8 @@ from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification import cascade
 from grood_cert.certification.cascade import OUTCOMES, Certifier, Envelope, Settings, search_radius
 from grood_cert.data import experiment_of
-from grood_cert.detector import Architecture, Detector
+from grood_cert.detector import Detector
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.recipe import Recipe
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
 
@@ -31,7 +30,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def images(loaded):
-    return experiment_of(loaded.recipe).test.images
+    return experiment_of(loaded.origin.recipe).test.images
 
 
 def certify(loaded, settings, images, kind="id"):
@@ -39,9 +38,7 @@ def certify(loaded, settings, images, kind="id"):
 
 
 def detector_of(network, shape, gamma):
-    network = network.double().eval().requires_grad_(False)
-    architecture = Architecture("mlp", shape, 1, (0.0,), (1.0,), {})
-    return Detector(network, gamma, architecture, ("0",), Recipe(), {}, {}, {})
+    return Detector(network.double().eval().requires_grad_(False), gamma, shape)
 
 
 def one_logit(weight, bias=0.0):

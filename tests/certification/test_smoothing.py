@@ -26,10 +26,9 @@ from grood_cert.certification.smoothing import (
     smoothed_scores,
 )
 from grood_cert.data import experiment_of
-from grood_cert.detector import Architecture, Detector
+from grood_cert.detector import Detector
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
-from grood_cert.recipe import Recipe
 from grood_cert.runs import saving as runs
 from grood_cert.runs import smooth
 from grood_cert.scores import energy
@@ -50,10 +49,7 @@ def linear(weight, bias):
 
 
 def detector_of(network, shape=(1, 1, 2), gamma=0.0):
-    network = network.double().eval().requires_grad_(False)
-    classes = network(torch.zeros(1, *shape).double()).shape[1]
-    architecture = Architecture("mlp", shape, classes, (0.0,), (1.0,), {})
-    return Detector(network, gamma, architecture, ("0",) * classes, Recipe(), {}, {}, {})
+    return Detector(network.double().eval().requires_grad_(False), gamma, shape)
 
 
 # Order statistics
@@ -308,7 +304,7 @@ def test_noise_is_added_to_pixels_and_not_clipped():
 
 def test_draws_depend_on_neither_batches_nor_company(model):
     loaded = detector.load(model)
-    images = experiment_of(loaded.recipe).test
+    images = experiment_of(loaded.origin.recipe).test
     settings = SmoothingSettings(sigma=0.2, eps=(0.1,), n=150, dtype="float64")
     whole, narrow = (
         Smoother(loaded, settings),
@@ -343,7 +339,7 @@ def test_draws_depend_on_neither_batches_nor_company(model):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.5)])
 def test_the_network_that_is_smoothed_computes_in_the_type_asked_for(model, dtype, tolerance):
     loaded = detector.load(model)
-    image = experiment_of(loaded.recipe).test.images[0]
+    image = experiment_of(loaded.origin.recipe).test.images[0]
     exact, other = (
         Smoother(loaded, SmoothingSettings(0.1, (0.05,), 50, dtype=name)).draws(image, "test", "digits", 0)
         for name in ("float64", dtype)

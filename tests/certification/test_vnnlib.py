@@ -148,7 +148,7 @@ def test_single_precision_neighbours():
 def undecided(model, rows_file):
     """A detector, its sets, and an eps at which something is left open."""
     loaded, read = detector.load(model), rows.read(rows_file)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     gap = read["radius_attack"] - np.maximum(read["radius_certified"], 1e-3)
     at = int(np.argmax(np.where(read["status"] == "misdecided", -1, gap)))
     eps = float((max(read["radius_certified"][at], 1e-3) + read["radius_attack"][at]) / 2)
@@ -322,7 +322,7 @@ def test_the_exported_network_is_the_network_followed_by_the_rows(undecided, mod
     """onnx's own reference evaluator runs the file; the properties of the folder refer to its outputs."""
     reference = pytest.importorskip("onnx.reference", reason="needs the optional package onnx")
     loaded, read, sets, eps = undecided
-    bounded = BoundedNetwork(loaded.network, loaded.architecture.shape, "crown")
+    bounded = BoundedNetwork(loaded.network, loaded.shape, "crown")
     instances = export.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
     session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -32,7 +32,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def sets(loaded):
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     return [experiment.test, experiment.ood[0]]
 
 
@@ -262,8 +262,7 @@ def test_a_margin_of_rounding_noise_proves_nothing():
     """f = -a x twice, gamma 3 ulp above S: the margin is an artefact of rounding, and the exact radius is smaller."""
     from torch import nn
 
-    from grood_cert.detector import Architecture, Detector
-    from grood_cert.recipe import Recipe
+    from grood_cert.detector import Detector
     from grood_cert.scores import energy
 
     layer = nn.Linear(1, 2)
@@ -273,7 +272,6 @@ def test_a_margin_of_rounding_noise_proves_nothing():
     network = nn.Sequential(nn.Flatten(), layer).double().eval().requires_grad_(False)
     image = torch.full((1, 1, 1, 1), 0.9).double()
     gamma = float(energy(network(image))) + 3.33e-16
-    architecture = Architecture("mlp", (1, 1, 1), 2, (0.0,), (1.0,), {})
-    loaded = Detector(network, gamma, architecture, ("0", "1"), Recipe(), {}, {}, {})
+    loaded = Detector(network, gamma, (1, 1, 1))
     found = Certifier(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
     assert found["radius_lipschitz_fixed_point"].tolist() == found["radius_lipschitz_path"].tolist() == [0.0]

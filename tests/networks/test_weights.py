@@ -142,14 +142,13 @@ def test_normalisation_comes_from_the_recipe(tmp_path):
 
 def test_our_own_checkpoints(tmp_path):
     from grood_cert.detector import Architecture, Detector
-    from grood_cert.recipe import Recipe
 
-    network = conv(seed=1)
+    network = conv(seed=1).double().eval()
     architecture = Architecture("conv-small", (1, 8, 8), 4, (0.5,), (0.3,), {"width": 2})
-    Detector(network, -1.0, architecture, tuple("abcd"), Recipe(), {}, {}, {}).save(tmp_path / "model.pt")
+    Detector(network, -1.0, (1, 8, 8), architecture=architecture).save(tmp_path / "model.pt")
     fresh = conv(seed=2).double()
     load_pretrained(fresh, tmp_path / "model.pt")
-    assert same_logits(fresh.float(), network, (1, 8, 8))
+    assert same_logits(fresh.float(), network.float(), (1, 8, 8))
 
 
 def test_counters_of_batches_may_be_missing(tmp_path):

@@ -28,7 +28,7 @@ def test_every_radius_at_another_gamma_is_proved_by_a_fresh_engine(found, model,
     loaded = detector.load(model)
     gamma = found.gamma + shift
     moved = at_gamma(found, gamma)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     sets = {images.name: images for images in (experiment.test, *experiment.ood)}
     for kind in ("id", "ood"):
         mask = moved.of_kind(kind) & (moved["status"] == "certified")
@@ -63,7 +63,7 @@ def test_the_look_up_never_beats_a_run_at_that_gamma(found, model, tmp_path):
     """A certification made at the other gamma knows at least as much: its search goes between the values of the grid."""
     loaded = detector.load(model)
     gamma = found.gamma + 0.5
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     settings = Settings(eps=found.eps, stages=("ibp", "crown"))
     sets = [experiment.test, *experiment.ood[:1]]
     certification.run(replace(loaded, gamma=gamma), model, sets, settings, tmp_path, limit=12)

@@ -35,7 +35,7 @@ def result(rows_file):
 
 
 def images_of(loaded, result, mask):
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     sets = {images.name: images for images in (experiment.test, *experiment.ood)}
     picked = zip(result["set"][mask].tolist(), result["index"][mask].tolist(), strict=True)
     return torch.stack([sets[name].images[index] for name, index in picked]).double()
@@ -111,7 +111,7 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
         return score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method)
 
     monkeypatch.setattr(cascade, "score_bounds", shrunk)
-    images = experiment_of(loaded.recipe).test
+    images = experiment_of(loaded.origin.recipe).test
     with pytest.raises(SoundnessError, match="outside their proved bounds") as caught:
         certification.run(loaded, model, [images], Settings(eps=(0.1,), stages=("ibp", "crown")), tmp_path, limit=4)
     with np.load(caught.value.counterexample) as archive:
@@ -126,7 +126,7 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
 
 def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):
     (tmp_path / "rows.csv").write_text("precious")
-    images = experiment_of(loaded.recipe).test
+    images = experiment_of(loaded.origin.recipe).test
     with pytest.raises(InputError, match="exists already; choose another --out, or add --force"):
         certification.run(loaded, model, [images], Settings(eps=(0.1,), stages=("ibp", "crown")), tmp_path)
     assert (tmp_path / "rows.csv").read_text() == "precious"

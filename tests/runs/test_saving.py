@@ -401,7 +401,7 @@ def test_the_shard_of_the_environment(monkeypatch):
 
 def test_shards_of_a_lipschitz_analysis(model, tmp_path):
     loaded = detector.load(model)
-    sets = [experiment_of(loaded.recipe).test]
+    sets = [experiment_of(loaded.origin.recipe).test]
     settings = analysis.Settings(eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2)
     whole = analysis.run(loaded, model, sets, settings, tmp_path, limit=3)
     parts = [tmp_path / f"lipschitz-{index}-of-2.csv" for index in (1, 2)]
@@ -429,7 +429,7 @@ from grood_cert.runs import saving as runs
 
 def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     sets = [experiment.test, experiment.ood[0]]
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     shard, real = runs.shard_of_environment(), certification.certify
@@ -467,7 +467,7 @@ def start(command, *arguments, **environment):
 def certify(model, out, limit):
     """The same run as that of the script, in this process."""
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     return certification.run(loaded, model, [experiment.test, experiment.ood[0]], settings, out, limit=limit)
 

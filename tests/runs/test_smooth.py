@@ -26,7 +26,7 @@ def generator(seed=0):
 
 def test_a_network_that_scores_nan_gets_no_gamma(model, tmp_path):
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     with torch.no_grad():
         next(loaded.network.parameters()).fill_(math.inf)
     settings = SmoothingSettings(0.25, (0.1,), n=20)
@@ -40,7 +40,7 @@ def test_a_network_that_scores_nan_gets_no_gamma(model, tmp_path):
 @pytest.fixture(scope="module")
 def smoothed(model, tmp_path_factory):
     loaded = detector.load(model)
-    experiment = experiment_of(loaded.recipe)
+    experiment = experiment_of(loaded.origin.recipe)
     folder = tmp_path_factory.mktemp("smoothed")
     settings = SmoothingSettings(sigma=0.3, eps=default_eps(0.3), n=200, alpha=0.01, calibration_limit=60)
     stages, steps = [], []

@@ -84,9 +84,9 @@ def test_a_run_leaves_a_checkpoint_and_a_log(finished):
         dataclasses.asdict(epoch) for epoch in epochs
     ]
     loaded = detectors.load(out / "model.pt")
-    assert loaded.recipe == recipe
+    assert loaded.origin.recipe == recipe
     assert loaded.class_names == ("0", "1", "2", "3", "4", "5")
-    assert loaded.metrics == detector.metrics and loaded.gamma == detector.gamma
+    assert loaded.origin.metrics == detector.origin.metrics and loaded.gamma == detector.gamma
 
 
 def test_gamma_and_metrics_follow_from_the_splits(finished):
@@ -96,12 +96,12 @@ def test_gamma_and_metrics_follow_from_the_splits(finished):
     scores = energy(loaded.network(data.calibration.images.double())).numpy()
     rank = -(-95 * (len(scores) + 1) // 100)
     assert loaded.gamma == np.sort(scores)[rank - 1]
-    assert loaded.calibration == {"samples": 217, "percent": 95}
+    assert loaded.origin.calibration == {"samples": 217, "percent": 95}
     logits = loaded.network(data.test.images.double())
-    assert loaded.metrics["accuracy"] == float((logits.argmax(1) == data.test.labels).double().mean())
-    assert list(loaded.metrics["ood"]) == list(recipe.data.ood)
+    assert loaded.origin.metrics["accuracy"] == float((logits.argmax(1) == data.test.labels).double().mean())
+    assert list(loaded.origin.metrics["ood"]) == list(recipe.data.ood)
     for item in data.ood:
-        record = loaded.metrics["ood"][item.name]
+        record = loaded.origin.metrics["ood"][item.name]
         outside = energy(loaded.network(item.images.double())).numpy()
         assert (record["kind"], record["samples"]) == (item.kind, len(item))
         assert record["auroc"] == metrics.auroc(energy(logits).numpy(), outside)
@@ -571,7 +571,7 @@ def test_other_scores_are_reported_at_the_temperature_of_the_recipe(tmp_path):
     inside = detector.network(data.test.images.double())
     for item in data.ood:
         outside = detector.network(item.images.double())
-        found = detector.metrics["ood"][item.name]
+        found = detector.origin.metrics["ood"][item.name]
         expected = {
             "energy": [-10 * (logits / 10).exp().sum(1).log() for logits in (inside, outside)],
             "max-logit": [-logits.max(1).values for logits in (inside, outside)],
@@ -643,7 +643,7 @@ def test_the_best_epoch_is_calibrated_on_images_that_did_not_choose_it(tmp_path)
     scores = detector.score(data.calibration.images[1::2]).numpy()
     rank = -(-95 * (len(scores) + 1) // 100)
     assert detector.gamma == np.sort(scores)[rank - 1], "and gamma at the others"
-    assert detector.calibration["samples"] == len(data.calibration) // 2
+    assert detector.origin.calibration["samples"] == len(data.calibration) // 2
 
 
 def test_the_probe_of_the_gradient_term_changes_nothing(monkeypatch):
