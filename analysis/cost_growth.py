@@ -27,9 +27,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.score import Bounded, score_bounds
+from grood_cert.bounds.engine import BoundedNetwork
+from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import search_radius
 from grood_cert.cli import run_script
 from grood_cert.networks import architectures
@@ -74,7 +75,7 @@ PANELS: dict[str, dict[float, Case]] = {
 }
 
 
-def searched(bounded: Bounded, images: Tensor, margin: Tensor, eps: float) -> tuple[Tensor, int]:
+def searched(bounded: BoundedNetwork, images: Tensor, margin: Tensor, eps: float) -> tuple[Tensor, int]:
     """Radii at which S_ub reaches S + margin, and how many bounds of a ball that took, all samples together."""
     score, zero, balls = energy(bounded.network(images)), torch.zeros_like(margin), 0
 
@@ -100,8 +101,8 @@ def measure(case: Case, repeats: int = 3) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         network = architectures.build(case.network, SHAPE, case.classes, [0.5], [0.25], **options).double().eval()
         images = torch.rand(case.samples, *SHAPE, dtype=torch.float64)
-    engines: dict[str, Bounded] = {
-        "auto_lirpa": BoundedNetwork(network, SHAPE, "crown"),
+    engines: dict[str, BoundedNetwork] = {
+        "auto_lirpa": LirpaNetwork(network, SHAPE, "crown"),
         "native": NativeNetwork(network, SHAPE, "crown"),
     }
     ball = Ball(images, torch.full((case.samples,), case.eps, dtype=torch.float64), "linf")

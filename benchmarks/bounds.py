@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,8 @@ import typer
 
 from grood_cert import attacks, detector
 from grood_cert.ball import Ball, Norm
-from grood_cert.bounds.auto_lirpa import METHODS, BoundedNetwork, Method
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
+from grood_cert.bounds.engine import METHODS, Method
 from grood_cert.bounds.score import score_bounds
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
@@ -33,13 +35,13 @@ def measure(
     model: Path,
     samples: int = 64,
     repeats: int = 3,
-    methods: tuple[Method, ...] = METHODS,  # type: ignore[assignment]
+    methods: Sequence[Method] = tuple(METHODS),
 ) -> list[dict[str, Any]]:
     """One record for each norm, eps and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
     images = experiment_of(loaded.origin.recipe).test.images[:samples].double()
     score = loaded.score(images)
-    networks = {method: BoundedNetwork(loaded.network, loaded.shape, method) for method in methods}
+    networks = {method: LirpaNetwork(loaded.network, loaded.shape, method) for method in methods}
     records = []
     for norm, values in EPS.items():
         for eps in values:

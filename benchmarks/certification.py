@@ -34,16 +34,16 @@ from torch import Tensor, nn
 
 from grood_cert import attacks, detector, recipe
 from grood_cert.ball import Ball
-from grood_cert.bounds import auto_lirpa
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork, convertible
+from grood_cert.bounds.auto_lirpa_repair import library, running
 from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.score import Bounded, score_bounds
+from grood_cert.bounds.engine import BoundedNetwork
+from grood_cert.bounds.engines import ENGINES, Engine
+from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import (
     EFFORTS,
-    ENGINES,
     OUTCOMES,
     Certifier,
-    Engine,
     Envelope,
     Settings,
     search_radius,
@@ -148,7 +148,7 @@ class _Score(nn.Module):
 class PlainScore:
     """S inside auto_LiRPA, with the options that the library has by default.
 
-    Only the repairs of `grood_cert.bounds.auto_lirpa` are used, without which the old version neither imports nor is right.
+    Only the repairs of `grood_cert.bounds.auto_lirpa_repair` are used, without which the old version neither imports nor is right.
 
     Args:
         network: The model f.
@@ -156,14 +156,14 @@ class PlainScore:
     """
 
     def __init__(self, network: nn.Module, image: Tensor) -> None:
-        self._library = auto_lirpa._library()
-        with auto_lirpa._engine_running():
-            self._module = self._library.BoundedModule(_Score(auto_lirpa._convertible(network)).eval(), image)
+        self._library = library()
+        with running():
+            self._module = self._library.BoundedModule(_Score(convertible(network)).eval(), image)
             self._module.eval()
 
     def bounds(self, image: Tensor, eps: float) -> tuple[float, float]:
         """CROWN bounds of S over the l_inf ball around an image, intersected with the pixel box."""
-        with auto_lirpa._engine_running(), torch.no_grad():
+        with running(), torch.no_grad():
             box = {"x_L": (image - eps).clamp(min=0), "x_U": (image + eps).clamp(max=1)}
             ball = self._library.BoundedTensor(image, self._library.PerturbationLpNorm(norm=np.inf, **box))
             lower, upper = self._module.compute_bounds(x=(ball,), method="CROWN")
@@ -190,7 +190,7 @@ def plain_radius(score: PlainScore, image: Tensor, kind: str, gamma: float, furt
 
 
 def searched_radii(
-    bounded: Bounded, images: Tensor, kind: str, gamma: float, furthest: Tensor, precision: float
+    bounded: BoundedNetwork, images: Tensor, kind: str, gamma: float, furthest: Tensor, precision: float
 ) -> Tensor:
     """Certified radii of a batch by CROWN and the search of `grood_cert.certification.cascade`, from nothing but an attack radius.
 
@@ -228,7 +228,11 @@ def _right(loaded: Detector, sets: Sequence[ImageSet], samples: int) -> dict[str
 
 
 def throughput(
-    loaded: Detector, sets: Sequence[ImageSet], samples: int = 64, repeats: int = 3, engines: Sequence[str] = ENGINES
+    loaded: Detector,
+    sets: Sequence[ImageSet],
+    samples: int = 64,
+    repeats: int = 3,
+    engines: Sequence[str] = ENGINES[1:],
 ) -> list[dict[str, Any]]:
     """One record for each way, with the keys of `THROUGHPUT_COLUMNS` but for the network.
 
@@ -243,8 +247,8 @@ def throughput(
     images = _right(loaded, sets, samples)
     plain = PlainScore(network, images["id"][:1])
     effort = EFFORTS["fast"].attack
-    bounded: dict[str, Bounded] = {
-        "auto_lirpa": BoundedNetwork(network, shape, "crown"),
+    bounded: dict[str, BoundedNetwork] = {
+        "auto_lirpa": LirpaNetwork(network, shape, "crown"),
         "native": NativeNetwork(network, shape, "crown"),
     }
     settings = Settings(certification.automatic_eps(loaded, sets, "linf"), effort="fast", batch_size=samples)

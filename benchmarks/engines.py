@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grood_cert import detector
 from grood_cert.ball import Ball, Norm
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
@@ -56,7 +56,7 @@ def measure(network: nn.Module, images: Tensor, norm: Norm, eps: float, repeats:
     ball = Ball(images, torch.full((len(images),), eps, dtype=torch.float64), norm)
     shape = tuple(images.shape[1:])
     native = NativeNetwork(network, shape, "crown")
-    engines: tuple[BoundedNetwork | NativeNetwork, ...] = (BoundedNetwork(network, shape, "crown"), native)
+    engines: tuple[LirpaNetwork | NativeNetwork, ...] = (LirpaNetwork(network, shape, "crown"), native)
     classes = native.graph.classes
     rows = torch.cat([torch.eye(classes), torch.full((1, classes), 1 / classes)]).expand(len(images), -1, -1)
     seconds: list[list[float]] = [[], []]

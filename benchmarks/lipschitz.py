@@ -20,15 +20,14 @@ import typer
 
 from grood_cert import detector
 from grood_cert.ball import Ball, Norm
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.graph import trace
-from grood_cert.bounds.hidden import logit_rows
+from grood_cert.bounds.hidden import engine_preactivations, logit_rows
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import RunError
 from grood_cert.lipschitz import analyser as analysis
-from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
 from grood_cert.recipe import NetworkSection, Recipe
 from grood_cert.system.files import write_csv
@@ -61,7 +60,7 @@ def trained(recipe: Recipe, folder: Path) -> Detector:
 def cost(loaded: Detector, images: torch.Tensor, norm: Norm, eps: float, repeats: int) -> float:
     """Time of Jacobian-CROWN (pre-activation intersection included) over that of auto_LiRPA's CROWN bounds."""
     shape = loaded.shape
-    bounded, graph = BoundedNetwork(loaded.network, shape, "crown"), trace(loaded.network, shape)
+    bounded, graph = LirpaNetwork(loaded.network, shape, "crown"), trace(loaded.network, shape)
     ball = Ball(images, torch.full((len(images),), eps, dtype=torch.float64), norm)
     rows = logit_rows(graph.classes).expand(len(images), -1, -1)
     base, whole = [], []

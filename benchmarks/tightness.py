@@ -20,8 +20,9 @@ from torch import Tensor
 
 from grood_cert import attacks, detector
 from grood_cert.ball import Ball
-from grood_cert.bounds.alpha_crown import Side, optimised_bounds
+from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import branch_and_bound
+from grood_cert.bounds.engine import Side
 from grood_cert.bounds.graph import Graph, trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.cli import run_script

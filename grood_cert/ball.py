@@ -27,9 +27,8 @@ DEFAULT_EPS: dict[str, tuple[float, ...]] = {
     "l2": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5),
     "l1": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0),
 }
-
-_ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
-_DUAL_ORDER = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
+ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
+DUAL_ORDER = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 _WATER_FILLING_STEPS = 20
 _BLOCK = 2**20
 
@@ -48,7 +47,7 @@ def dual_norm(gradient: Tensor, norm: Norm) -> Tensor:
         >>> [float(dual_norm(torch.tensor([[3.0, -4.0]]), norm)) for norm in NORMS]
         [7.0, 5.0, 4.0]
     """
-    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL_ORDER[norm], dim=1)
+    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=DUAL_ORDER[norm], dim=1)
     return length
 
 
@@ -59,7 +58,7 @@ def largest_eps(shape: Sequence[int], norm: Norm) -> float:
         >>> [largest_eps((1, 2, 2), norm) for norm in NORMS]
         [1.0, 2.0, 4.0]
     """
-    return math.pow(math.prod(shape), 1 / _ORDER[norm])
+    return math.pow(math.prod(shape), 1 / ORDER[norm])
 
 
 def check_eps(eps: Sequence[float], norm: Norm, shape: Sequence[int]) -> None:
@@ -81,20 +80,20 @@ def check_eps(eps: Sequence[float], norm: Norm, shape: Sequence[int]) -> None:
             raise InputError(f"eps must be ascending and without repetition, got {before!r} before {after!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Ball:
     r"""A batch of balls B_i = {x' : ||x' - x_i||_p <= eps_i} intersected with the box [0, 1]^d.
 
     Args:
         center: Images x, shape (B, C, H, W), pixels in [0, 1].
-        eps: Radius of each ball in pixel units, shape (B,), finite and >= 0.
+        eps: Radius of each ball in pixel units, shape (B,), finite and >= 0; a number is the radius of all.
         norm: "linf", "l2" or "l1".
 
     Raises:
         InputError: If a radius is negative or not finite, or an image leaves the pixel box.
 
     Example:
-        >>> ball = Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "linf")
+        >>> ball = Ball(torch.tensor([[0.0, 0.5]]), 0.1, "linf")
         >>> ball.lower, ball.upper
         (tensor([[0.0000, 0.4000]]), tensor([[0.1000, 0.6000]]))
     """
@@ -103,7 +102,11 @@ class Ball:
     eps: Tensor
     norm: Norm
 
-    def __post_init__(self) -> None:
+    def __init__(self, center: Tensor, eps: Tensor | float, norm: Norm) -> None:
+        if not isinstance(eps, Tensor):
+            eps = center.new_full(center.shape[:1], eps)
+        for name, value in (("center", center), ("eps", eps), ("norm", norm)):
+            object.__setattr__(self, name, value)
         if self.norm not in NORMS:
             raise InputError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if self.eps.shape != self.center.shape[:1]:
@@ -143,7 +146,7 @@ class Ball:
 
     def distance(self, points: Tensor) -> Tensor:
         """||x' - x||_p of each point, shape (B,)."""
-        length: Tensor = torch.linalg.vector_norm((points - self.center).flatten(1), ord=_ORDER[self.norm], dim=1)
+        length: Tensor = torch.linalg.vector_norm((points - self.center).flatten(1), ord=ORDER[self.norm], dim=1)
         return length
 
     def support(self, rows: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_RELATIVE = 1e-12
+from grood_cert.bounds.engine import ROUNDING
+
 _ABSOLUTE = 1e-15
 _GELU_MINIMUM = -0.7517915246935645  # GELU'(x) = 0
 _SQRT_TWO = math.sqrt(2)
@@ -99,7 +100,7 @@ class LeakyReLU(Activation):
 
 
 def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    return low - low.abs() * _RELATIVE - _ABSOLUTE, high + high.abs() * _RELATIVE + _ABSOLUTE
+    return low - low.abs() * ROUNDING - _ABSOLUTE, high + high.abs() * ROUNDING + _ABSOLUTE
 
 
 @dataclass(frozen=True)

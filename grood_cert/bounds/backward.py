@@ -23,17 +23,17 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.engine import Interval
 from grood_cert.bounds.graph import Graph
-from grood_cert.bounds.linear_rows import FullRows, RowBatch, Transposes, UnitRows, over_rows, unit_blocks
+from grood_cert.bounds.linear_rows import FullRows, RowBatch, Transposes, UnitRows, through_pool, unit_blocks
 from grood_cert.bounds.operations import Addition, Convolution, Dense, LinearMap, MaxPool
 from grood_cert.bounds.windows import Window, WindowRows, windows
 
-Interval = tuple[Tensor, Tensor]
 _SIZE = 8  # bytes of a float64
 _COPIES = 4  # a row, its parts, and what it becomes
 
 
-class Rows:
+class Pullback:
     """Pulls rows at a node back to the image, through nonlinear layers whose inputs are already bounded.
 
     Args:
@@ -58,10 +58,10 @@ class Rows:
             flat = bool((constant_low == 0).all())
             self._lines[number] = slope_low, None if flat else constant_low, slope_high, constant_high
 
-    def part(self, samples: Tensor | slice) -> Rows:
+    def part(self, samples: Tensor | slice) -> Pullback:
         """The same for some samples of the batch."""
         ball = Ball(self._ball.center[samples], self._ball.eps[samples], self._ball.norm)
-        part = Rows(self._graph, ball, self._transposes)
+        part = Pullback(self._graph, ball, self._transposes)
         part._inputs = {number: (lower[samples], upper[samples]) for number, (lower, upper) in self._inputs.items()}
         for number, (slope_low, constant_low, slope_high, constant_high) in self._lines.items():
             low = None if constant_low is None else constant_low[samples]
@@ -215,9 +215,11 @@ class Rows:
                 send(current.inputs[0], row.with_values(values, inside=True))
             else:
                 assert isinstance(operation, MaxPool)
-                row, term = self._through_pool(number, operation, row.own())
-                total = total + term
-                send(current.inputs[0], row)
+                row, (lower, upper) = row.own(), self._inputs[number]
+                entries = row.values.reshape(*row.values.shape[:2], row.shape[0], -1)
+                spread, constant = through_pool(operation, entries, upper, *operation.leaders(lower, upper))
+                total = total + constant
+                send(current.inputs[0], FullRows(spread.flatten(2), tuple(lower.shape[1:])))
         if 0 in pending:
             total = total + self._over_ball(pending[0].own())
         assert isinstance(total, Tensor)
@@ -228,17 +230,6 @@ class Rows:
         if ball.norm == "linf":
             return _over_box(rows, ball.lower, ball.upper)
         return rows.dot(rows.view(ball.center)) + rows.support(ball)
-
-    def _through_pool(self, number: int, pool: MaxPool, rows: RowBatch) -> tuple[RowBatch, Tensor]:
-        lower, upper = self._inputs[number]
-        best, decided = pool.leaders(lower, upper)
-        entries = rows.values.reshape(*rows.values.shape[:2], rows.shape[0], -1)  # (B, R, C, windows)
-        positive, negative = entries.clamp(min=0), entries.clamp(max=0)
-        undecided = positive * (~decided).unsqueeze(1)
-        constant = (undecided * pool(upper).flatten(2).unsqueeze(1)).sum((2, 3))
-        entries = (negative + positive - undecided).unsqueeze(3) * best.unsqueeze(1)
-        spread = over_rows(pool.spread, entries, 3)
-        return FullRows(spread.flatten(2), tuple(lower.shape[1:])), constant
 
 
 def _over_box(rows: RowBatch, lower: Tensor, upper: Tensor) -> Tensor:

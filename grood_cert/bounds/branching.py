@@ -33,20 +33,11 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.activations import LeakyReLU
-from grood_cert.bounds.alpha_crown import (
-    Domains,
-    Objective,
-    Passage,
-    Side,
-    emptied,
-    optimise,
-    plain,
-    root,
-    sign_of,
-    tightened,
-)
+from grood_cert.bounds.alpha_crown import ScoreProof, optimise, plain
+from grood_cert.bounds.domains import Domains, Passage, emptied, root, tightened
+from grood_cert.bounds.engine import Interval, Side, sign_of
 from grood_cert.bounds.graph import Graph
-from grood_cert.bounds.hidden import Interval, preactivations
+from grood_cert.bounds.hidden import preactivations
 from grood_cert.errors import InputError
 from grood_cert.scores import energy
 
@@ -169,8 +160,8 @@ class _Search:
 
     def solve(self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int) -> _Leaves:
         """Bound domains, look at the minimisers of their proofs, and choose where to split them."""
-        objective = Objective(domains, self.side)
-        bound, values, passage = optimise(objective, steps, start)
+        proof = ScoreProof(domains, self.side)
+        bound, values, passage = optimise(proof, steps, start)
         points = _maximiser(domains.ball, passage)
         with torch.no_grad():
             nodes = self.graph.values(points)
@@ -178,7 +169,7 @@ class _Search:
             hit = hit[self.wrong(energy(self.graph.network(points[hit])))]
             self.refuted[sample[hit]] = True
             self.points[sample[hit]] = points[hit]
-            branch, cut = self._split_at(objective, domains, values, passage, nodes)
+            branch, cut = self._split_at(proof, domains, values, passage, nodes)
         return _Leaves(
             sample,
             domains.signs.to(torch.int8),
@@ -193,27 +184,27 @@ class _Search:
         )
 
     def _split_at(
-        self, objective: Objective, domains: Domains, values: Tensor, passage: Passage, nodes: list[Tensor]
+        self, proof: ScoreProof, domains: Domains, values: Tensor, passage: Passage, nodes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        relaxation = objective.relaxation
+        pullback = proof.pullback
         scores = []
-        for number, (lower, upper) in relaxation.inputs.items():
+        for number, (lower, upper) in pullback.inputs.items():
             operation = self.graph.nodes[number].operation
             assert isinstance(operation, LeakyReLU)
             inputs = torch.maximum(torch.minimum(nodes[self.graph.nodes[number].inputs[0]], upper), lower)
             row = passage.coefficients[number].squeeze(1)
-            _, _, slope_high, constant_high = relaxation.lines[number]
-            slope_low = relaxation.slopes(number, values.unsqueeze(1)).squeeze(1)
+            _, _, slope_high, constant_high = pullback.lines[number]
+            slope_low = pullback.slopes(number, values.unsqueeze(1)).squeeze(1)
             above = slope_high * inputs + constant_high - operation(inputs)
             below = operation(inputs) - slope_low * inputs
             slack = torch.where(row > 0, row * above, -row * below)
             below = torch.minimum((slope_low - operation.slope) * -lower, (1 - slope_low) * upper)
             largest = torch.where(row > 0, row * constant_high, -row * below)
             score = slack + _LARGEST_GAP_SHARE * largest + torch.finfo(row.dtype).tiny
-            scores.append(torch.where(relaxation.unstable[number], score, -1.0).flatten(1))
-        cut = torch.zeros_like(objective.low)
+            scores.append(torch.where(pullback.unstable[number], score, -1.0).flatten(1))
+        cut = torch.zeros_like(proof.low)
         if self.side == "lower":
-            score, cut = objective.chord_slack(values, nodes[-1], _LARGEST_GAP_SHARE)
+            score, cut = proof.chord_slack(values, nodes[-1], _LARGEST_GAP_SHARE)
             scores.append(score)
         best, branch = torch.cat(scores, 1).max(1)
         logit = (branch - domains.signs.shape[1]).clamp(min=0)
@@ -221,7 +212,7 @@ class _Search:
 
     def tighten(self, domains: Domains, values: Tensor, places: list[int], steps: int) -> tuple[Domains, Tensor]:
         """Intervals that hold where sign * S >= level, and which domains that empties."""
-        condition = Objective(domains, self.side).condition(values, self.level)
+        condition = ScoreProof(domains, self.side).condition(values, self.level)
         lines = values[:, : domains.signs.shape[1]]
         return emptied(tightened(domains, places, steps, lines, condition))
 

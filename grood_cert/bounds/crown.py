@@ -18,38 +18,25 @@ pulled back in blocks that stay in the processor's cache (`backward`).
 
 from __future__ import annotations
 
-import copy
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import Method
+from grood_cert.bounds.engine import ROUNDING, Interval, Method, Source, way_of
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.graph import trace
-from grood_cert.bounds.hidden import DEFAULT_MEMORY, ROUNDING, Hidden, Interval
+from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.errors import InputError
 
-METHODS: tuple[str, ...] = ("ibp", "crown-ibp", "crown")
 _DEVICE_MEMORY = 2**30
 
 
-def _check(method: str) -> None:
-    if method == "alpha-crown":
-        raise InputError(
-            "the native engine has no alpha-crown; use grood_cert.bounds.alpha_crown, or grood_cert.bounds.auto_lirpa.BoundedNetwork"
-        )
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-
-
 class NativeNetwork:
-    """A network whose logits can be bounded over balls of inputs, like `lirpa.BoundedNetwork`.
+    """A network whose logits can be bounded over balls of inputs, a `BoundedNetwork`.
 
     Args:
-        network: The model f: (B, C, H, W) -> (B, K), normalisation included. Copied, put in eval mode and float64.
+        network: The model f: (B, C, H, W) -> (B, K) in eval mode, normalisation included. Copied, in float64.
         shape: Shape (C, H, W) of one image.
         method: "ibp", "crown-ibp" or "crown".
         memory: Bytes that blocks of rows may take; by default 16 MiB on a CPU (its cache), 1 GiB on another device.
@@ -62,12 +49,12 @@ class NativeNetwork:
         graph: The copy as a graph, diagonal layers folded into others.
 
     Raises:
-        InputError: If the method is not one of these, the memory is not positive, or a layer cannot be bounded; the
-            message names it.
+        InputError: If the method is not one of these, the memory is not positive, a module is in train mode, or a
+            layer cannot be bounded; the message names it.
         RunError: If the graph does not reproduce the network.
 
     Example:
-        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(2, 1))
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(2, 1)).eval()
         >>> with torch.no_grad():
         ...     _ = network[1].weight.copy_(torch.tensor([[3.0, 4.0]])), network[1].bias.fill_(1.0)
         >>> ball = Ball(torch.full((1, 1, 1, 2), 0.5), torch.tensor([0.125]), "l2")
@@ -77,12 +64,12 @@ class NativeNetwork:
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], method: Method, memory: int | None = None) -> None:
-        _check(method)
+        way_of(method)
         if memory is not None and memory <= 0:
             raise InputError(f"expected a positive number of bytes of memory, got {memory}")
         self.method: Method = method
         self.shape = tuple(shape)
-        traced = trace(copy.deepcopy(network).eval(), self.shape)
+        traced = trace(network, self.shape)
         self.network = traced.network
         self.device = traced.device
         self.graph = folded(traced)
@@ -99,7 +86,7 @@ class NativeNetwork:
 
 
 class NativeRelaxation:
-    """Bounds over one batch of balls, like `lirpa.Relaxation`.
+    """Bounds over one batch of balls, a `Relaxation`.
 
     Attributes:
         ball: The balls.
@@ -112,13 +99,11 @@ class NativeRelaxation:
         self._bounded = bounded
         center, eps = (value.detach().to(bounded.device, torch.float64) for value in (ball.center, ball.eps))
         self._ball = Ball(center, eps, ball.norm)
-        self._hidden: dict[str, Hidden] = {}
+        self._hidden: dict[Source, Hidden] = {}
 
     def hidden(self, method: Method | None = None) -> Hidden:
         """Bounds of the hidden layers that a method stands on; "ibp" and "crown-ibp" share theirs."""
-        method = method or self._bounded.method
-        _check(method)
-        source: Literal["ibp", "crown"] = "crown" if method == "crown" else "ibp"
+        source = way_of(method or self._bounded.method).hidden
         if source not in self._hidden:
             bounded = self._bounded
             with torch.no_grad():
@@ -147,7 +132,9 @@ class NativeRelaxation:
         if coefficients.dim() != 3 or coefficients.shape[0] != batch or coefficients.shape[2] != classes:
             raise InputError(f"expected rows of shape ({batch}, S, {classes}), got {tuple(coefficients.shape)}")
         coefficients = coefficients.detach().to(self._ball.center)
-        closed = {number: hidden.intervals[number] for number in graph.nonlinear} if method == "ibp" else None
+        closed = (
+            {number: hidden.intervals[number] for number in graph.nonlinear} if way_of(method).rows == "ibp" else None
+        )
         with torch.no_grad():
             lower, upper = hidden.relaxed.linear(len(graph.nodes) - 1, coefficients, self._bounded.memory, closed)
             margin = ROUNDING * (coefficients.abs() @ hidden.magnitudes[-1].unsqueeze(-1)).squeeze(-1)

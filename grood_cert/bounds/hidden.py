@@ -1,6 +1,6 @@
 r"""Sound bounds of every pre-activation and of the logits over a ball: intervals, CROWN, and bounds from elsewhere.
 
-*Intervals.* |x - c| <= r gives |W x - W c| <= |W| r coordinate by coordinate; monotone functions map ends to ends.
+*Intervals.* One layer at a time (`intervals`).
 
 *CROWN.* Linear bounds, see `backward`. Computed are those of entries whose derivative the intervals leave open, and of
 those whose range the intervals of a later layer read. Where no nonlinear layer lies before, rows are exact: for l_2 and
@@ -21,24 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.activations import Activation, LeakyReLU
-from grood_cert.bounds.backward import Rows
+from grood_cert.bounds.backward import Pullback
+from grood_cert.bounds.engine import BoundedNetwork, Interval, Source, intersect, ordered, outward
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.graph import Graph, Node
+from grood_cert.bounds.intervals import magnitude, through
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
-from grood_cert.bounds.simplex import Weights, difference_rows, softmax_weights
+from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, softmax_weights
 from grood_cert.errors import InputError
 
-Source = Literal["ibp", "crown"]
-Interval = tuple[Tensor, Tensor]
-ROUNDING = 1e-12
 _PAIRWISE_UP_TO = 20
 DEFAULT_MEMORY = 2**24  # blocks that stay in cache: twice as fast as large ones
 
@@ -59,16 +57,8 @@ class Preactivations:
     inputs: tuple[Interval, ...]
     slopes: tuple[Interval, ...]
     logits: Interval
-    weights: Weights
+    weights: SoftmaxWeights
     proved: Tensor
-
-
-def _outward(lower: Tensor, upper: Tensor, magnitude: Tensor) -> Interval:
-    return lower - ROUNDING * magnitude, upper + ROUNDING * magnitude
-
-
-def _intersect(first: Interval, second: Interval) -> Interval:
-    return torch.maximum(first[0], second[0]), torch.minimum(first[1], second[1])
 
 
 def slopes_of(operation: object, lower: Tensor, upper: Tensor) -> Interval:
@@ -149,7 +139,7 @@ class Hidden:
         self.inputs: dict[int, Interval] = {}
         self.intervals: list[Interval] = [(ball.lower, ball.upper)]
         self.magnitudes: list[Tensor] = [torch.maximum(ball.lower.abs(), ball.upper.abs())]
-        self.relaxed = Rows(graph, ball, transposes)
+        self.relaxed = Pullback(graph, ball, transposes)
         self.proved = torch.ones(len(ball.center), dtype=torch.bool, device=ball.center.device)
         self._exact = ball.norm == "linf"
         self._memory = memory
@@ -157,10 +147,13 @@ class Hidden:
         known = _given(given, graph, len(ball.center))
         for number, node in enumerate(graph.nodes[1:], 1):
             if isinstance(node.operation, LinearMap | Addition):
-                value = self._linear(number, node)
+                self._before_linear(number, node)
             else:
-                value = self._nonlinear(number, node, known.get(number))
-            self.intervals.append(value if _is_exact(node.operation) else _outward(*value, self.magnitudes[-1]))
+                self._before_nonlinear(number, node, known.get(number))
+            value = through(node.operation, [self.intervals[origin] for origin in node.inputs])
+            magnitudes = [self.magnitudes[origin] for origin in node.inputs]
+            self.magnitudes.append(magnitude(node.operation, magnitudes, self.intervals[node.inputs[0]], value))
+            self.intervals.append(value if _is_exact(node.operation) else outward(*value, self.magnitudes[-1]))
 
     def _sharpen(self, origin: int, wanted: Tensor) -> None:
         """Intersect the interval of a node with linear bounds of the wanted entries.
@@ -170,45 +163,27 @@ class Hidden:
         lower, upper = self.relaxed.bounds(origin, wanted.flatten(1), self._memory)
         lower = torch.where(wanted, lower.reshape(wanted.shape), -torch.inf)
         upper = torch.where(wanted, upper.reshape(wanted.shape), torch.inf)
-        found = _outward(lower, upper, self.magnitudes[origin])
-        self.intervals[origin] = _intersect(self.intervals[origin], found)
+        found = outward(lower, upper, self.magnitudes[origin])
+        self.intervals[origin] = intersect(self.intervals[origin], found)
 
-    def _linear(self, number: int, node: Node) -> Interval:
-        operation, origin = node.operation, node.inputs[0]
+    def _before_linear(self, number: int, node: Node) -> None:
         if self._affine.issuperset(node.inputs):
             self._affine.add(number)
         elif not self._exact:  # a sum of what depends on the image linearly and of what does not
             for source in self._affine.intersection(node.inputs) - {0}:
                 self._sharpen(source, torch.ones_like(self.intervals[source][0], dtype=torch.bool))
-        lower, upper = self.intervals[origin]
-        if isinstance(operation, LinearMap):
-            absolute = operation.absolute()
-            self.magnitudes.append(absolute(self.magnitudes[origin]))
-            center, radius = operation((lower + upper) / 2), absolute.linear((upper - lower) / 2)
-            return center - radius, center + radius
-        other = node.inputs[1]
-        self.magnitudes.append(self.magnitudes[origin] + self.magnitudes[other])
-        return lower + self.intervals[other][0], upper + self.intervals[other][1]
 
-    def _nonlinear(self, number: int, node: Node, given: Interval | None) -> Interval:
+    def _before_nonlinear(self, number: int, node: Node, given: Interval | None) -> None:
         operation, origin = node.operation, node.inputs[0]
-        assert isinstance(operation, Activation | MaxPool)
         linear = self.source == "crown" or (origin in self._affine and not self._exact)
         if linear and not (self._exact and self.graph.nodes[origin].inputs == (0,)):
             self._sharpen(origin, _wanted(operation, *self.intervals[origin], number == self.graph.nonlinear[-1]))
         if given is not None:
-            self.intervals[origin] = _intersect(self.intervals[origin], _outward(*given, self.magnitudes[origin]))
+            self.intervals[origin] = intersect(self.intervals[origin], outward(*given, self.magnitudes[origin]))
         lower, upper = self.intervals[origin]
-        self.proved = self.proved & _ordered(lower, upper)
+        self.proved = self.proved & ordered(lower, upper)
         self.inputs[number] = lower, upper
         self.relaxed.add(number, lower, upper)
-        before = torch.maximum(lower.abs(), upper.abs())  # lines around a flat activation cancel terms of this size
-        if isinstance(operation, Activation):
-            lower, upper = operation.values(lower, upper)
-        else:
-            lower, upper, before = operation(lower), operation(upper), operation(before)
-        self.magnitudes.append(torch.maximum(torch.maximum(lower.abs(), upper.abs()), before))
-        return lower, upper
 
 
 def logit_rows(classes: int) -> Tensor:
@@ -251,15 +226,27 @@ def preactivations(
     slopes = tuple(
         slopes_of(known.graph.nodes[number].operation, lower, upper) for number, (lower, upper) in known.inputs.items()
     )
-    proved = known.proved & _ordered(*logits) & _ordered(weights.lower, weights.upper)
+    proved = known.proved & ordered(*logits) & ordered(weights.lower, weights.upper)
     return Preactivations(tuple(known.inputs.values()), slopes, logits, weights, proved)
 
 
-def _ordered(lower: Tensor, upper: Tensor) -> Tensor:
-    return (torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).flatten(1).all(1)
+def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
+    """Bounds of the pre-activations, logits and softmax weights by an engine's method, intersected with intervals.
+
+    Args:
+        bounded: The network inside its bound engine.
+        graph: The same network.
+        ball: Batch of balls.
+
+    Returns:
+        The intersection; samples whose bounds are not finite or cross are marked as not proved.
+    """
+    relaxation = bounded.relax(ball)
+    rows = logit_rows(graph.classes).to(ball.center).expand(len(ball.center), -1, -1)
+    return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
 
 
-def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, Weights]:
+def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, SoftmaxWeights]:
     logits, magnitude = known.intervals[-1], known.magnitudes[-1]
     batch, classes = magnitude.shape
     rows = logit_rows(classes).to(magnitude)
@@ -273,9 +260,9 @@ def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interva
         if len(used) < len(rows):
             pad = torch.full((batch, len(rows) - classes), torch.inf).to(magnitude)
             found = torch.cat([found[0], -pad], 1), torch.cat([found[1], pad], 1)
-        given = found if given is None else _intersect(given, found)
+        given = found if given is None else intersect(given, found)
     if given is None:
         return logits, softmax_weights(*logits)
-    lower, upper = _outward(*given, magnitude @ rows.abs().T)
-    logits = _intersect(logits, (lower[:, :classes], upper[:, :classes]))
+    lower, upper = outward(*given, magnitude @ rows.abs().T)
+    logits = intersect(logits, (lower[:, :classes], upper[:, :classes]))
     return logits, softmax_weights(*logits, (lower[:, classes:], upper[:, classes:]))

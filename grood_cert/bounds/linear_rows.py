@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.operations import AveragePool, Convolution, LinearMap
+from grood_cert.bounds.operations import AveragePool, Convolution, LinearMap, MaxPool
 
 _DENSE_RATIO = 4
 _DENSE_FREE = 2**14
@@ -29,6 +29,28 @@ def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, dimensions: in
     lead = rows.shape[: rows.dim() - dimensions]
     result = function(rows.reshape(-1, *rows.shape[rows.dim() - dimensions :]))
     return result.reshape(*lead, *result.shape[1:])
+
+
+def through_pool(pool: MaxPool, rows: Tensor, upper: Tensor, best: Tensor, decided: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Rows on what a maximum pool reads, and constants, whose sum lies above the rows on its value.
+
+    Lower line: one entry of the window. Upper line: that entry if it is known to be the maximum, else the constant max u.
+
+    Args:
+        pool: The pool.
+        rows: Rows on its value, shape (B, R, C, windows).
+        upper: Upper bounds of what it reads, shape (B, C, H, W).
+        best: 1 at the entry of each window, else 0, shape (B, C, entries, windows).
+        decided: Whether it is known to be the maximum, shape (B, C, windows).
+
+    Returns:
+        Shape (B, R, C, H, W), and (B, R).
+    """
+    positive, negative = rows.clamp(min=0), rows.clamp(max=0)
+    undecided = positive * (~decided).unsqueeze(1)
+    constant = (undecided * pool(upper).flatten(2).unsqueeze(1)).sum((2, 3))
+    entries = (negative + positive - undecided).unsqueeze(3) * best.unsqueeze(1)
+    return over_rows(pool.spread, entries, 3), constant
 
 
 @dataclass(frozen=True)

@@ -30,48 +30,13 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import Method
+from grood_cert.bounds.engine import ROUNDING, BoundedNetwork, Interval, Method, crossed
 from grood_cert.scores import energy
-
-Side = Literal["upper", "lower", "both"]
-_ROUNDING = 1e-12
-_CROSSING = 1e-9
-
-
-class Relaxation(Protocol):
-    """Bounds of rows of the logits over one batch of balls."""
-
-    def rows(self, coefficients: Tensor, method: Method | None = None) -> tuple[Tensor, Tensor]:
-        """LB[c] and UB[c], shape (B, S) each, of every row c of `coefficients`, shape (B, S, K); NaN: not proved."""
-        ...
-
-    def preactivations(self) -> list[tuple[Tensor, Tensor]]:
-        """Bounds of the input of every nonlinear layer, in execution order."""
-        ...
-
-
-class Bounded(Protocol):
-    """A network inside a bound engine: `lirpa.BoundedNetwork` or `native.engine.NativeNetwork`."""
-
-    @property
-    def method(self) -> Method:
-        """How it relaxes the network."""
-        ...
-
-    @property
-    def network(self) -> nn.Module:
-        """The network f, in eval mode and float64."""
-        ...
-
-    def relax(self, ball: Ball) -> Relaxation:
-        """Prepare bounds over a batch of balls."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,18 +56,13 @@ class ScoreBounds:
     upper_per_logit: Tensor
 
 
-def _ordered(lower: Tensor, upper: Tensor) -> Tensor:
-    """Where both bounds are finite and cross by no more than rounding explains."""
-    scale = 1 + torch.maximum(lower.abs(), upper.abs())
-    return torch.isfinite(lower) & torch.isfinite(upper) & (lower - upper <= _CROSSING * scale)
-
-
-def _outward(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Widen by the rounding margin; NaN where the pair is no interval."""
+def _repaired(lower: Tensor, upper: Tensor) -> Interval:
+    """In order and widened by the rounding margin; NaN where the pair is not finite or crosses beyond rounding."""
     low, high = torch.minimum(lower, upper), torch.maximum(lower, upper)
-    margin = _ROUNDING * (1 + torch.maximum(low.abs(), high.abs()))
-    ordered, nan = _ordered(lower, upper), torch.full_like(lower, torch.nan)
-    return torch.where(ordered, low - margin, nan), torch.where(ordered, high + margin, nan)
+    margin = ROUNDING * (1 + torch.maximum(low.abs(), high.abs()))
+    known = torch.isfinite(lower) & torch.isfinite(upper) & ~crossed(lower, upper)
+    nan = torch.full_like(lower, torch.nan)
+    return torch.where(known, low - margin, nan), torch.where(known, high + margin, nan)
 
 
 def gibbs_upper(row_lower: Tensor, weights: Tensor) -> Tensor:
@@ -140,7 +100,7 @@ def chord_slopes(lower: Tensor, upper: Tensor) -> Tensor:
     """
     width = (upper - lower).clamp(min=0)
     share = torch.where(width > 0, -torch.expm1(-width) / width, torch.ones_like(width))
-    return torch.exp(upper - upper.amax(-1, keepdim=True)) * share * (1 - _ROUNDING)
+    return torch.exp(upper - upper.amax(-1, keepdim=True)) * share * (1 - ROUNDING)
 
 
 def chord_lower(row_upper: Tensor, slopes: Tensor, upper: Tensor) -> Tensor:
@@ -164,65 +124,46 @@ def chord_lower(row_upper: Tensor, slopes: Tensor, upper: Tensor) -> Tensor:
     largest = upper.amax(-1)
     products = slopes * upper
     value = torch.exp(upper - largest.unsqueeze(-1)).sum(-1) - products.sum(-1) + row_upper
-    value = value + _ROUNDING * (1 + products.abs().sum(-1) + row_upper.abs())
+    value = value + ROUNDING * (1 + products.abs().sum(-1) + row_upper.abs())
     return -(largest + torch.where(value > 0, value, torch.full_like(value, torch.inf)).log())
 
 
-def score_bounds(bounded: Bounded, ball: Ball, method: Method | None = None, side: Side = "both") -> ScoreBounds:
+def score_bounds(bounded: BoundedNetwork, ball: Ball, method: Method | None = None) -> ScoreBounds:
     r"""Bound S over each ball of a batch.
 
-    Per-logit intervals and the first Gibbs row come from one call of the engine, the second Gibbs row and the chord
-    row from another; both share the intermediate bounds. With alpha-CROWN the decisive rows are optimised on top.
+    Per-logit intervals and the first Gibbs row come from one call of the engine, the other Gibbs rows and the chord
+    row from another; both share the bounds of the hidden layers.
 
     Args:
         bounded: The network inside its bound engine.
         ball: Batch of balls.
         method: Method for these bounds if it differs from the engine's own.
-        side: Which bound is wanted. The other one is then the bound of each logit alone, which costs nothing more.
 
     Returns:
         Bounds, NaN where the engine's answer is NaN, infinite or crossed.
     """
     relaxation = bounded.relax(ball)
-    method = method or bounded.method
-    plain: Method = "crown" if method == "alpha-crown" else method
     with torch.no_grad():
         logits = bounded.network(ball.center)
     p_center = torch.softmax(logits, -1)
     identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device).expand(len(logits), -1, -1)
-    first = identity if side == "lower" else torch.cat([identity, p_center.unsqueeze(1)], 1)
-    row_lower, row_upper = relaxation.rows(first, plain)
+    row_lower, row_upper = relaxation.rows(torch.cat([identity, p_center.unsqueeze(1)], 1), method)
     row_center = row_lower[:, -1]
-    lower, upper = _outward(row_lower[:, : logits.shape[1]], row_upper[:, : logits.shape[1]])
+    lower, upper = _repaired(row_lower[:, : logits.shape[1]], row_upper[:, : logits.shape[1]])
     lower_per_logit, upper_per_logit = energy(upper), energy(lower)
     known = torch.isfinite(lower).all(-1)
     slopes = chord_slopes(lower, upper)
-
-    def bounds_of(weights: list[Tensor], method: Method) -> tuple[list[Tensor], list[Tensor]]:
-        """U1 with each of these weights and L1, as far as they are wanted, from one call."""
-        gibbs = [] if side == "lower" else weights
-        chords = [] if side == "upper" else [slopes]
-        rows = torch.where(known[:, None, None], torch.stack([*gibbs, *chords], 1), 0.0)
-        row_lower, row_upper = relaxation.rows(rows, method)
-        return (
-            [gibbs_upper(row_lower[:, place], row) for place, row in enumerate(gibbs)],
-            [chord_lower(row_upper[:, -1], slopes, upper) for slopes in chords],
-        )
-
-    uppers, lowers = bounds_of([torch.softmax((lower + upper) / 2, -1), torch.softmax(lower, -1)], plain)
-    if side != "lower":
-        uppers.append(gibbs_upper(row_center, p_center))
-    if method == "alpha-crown":
-        optimised = bounds_of([p_center], method)
-        uppers, lowers = uppers + optimised[0], lowers + optimised[1]
+    weights = [torch.softmax((lower + upper) / 2, -1), torch.softmax(lower, -1)]
+    rows = torch.where(known[:, None, None], torch.stack([*weights, slopes], 1), 0.0)
+    row_lower, row_upper = relaxation.rows(rows, method)
+    uppers = [gibbs_upper(row_lower[:, place], row) for place, row in enumerate(weights)]
+    uppers.append(gibbs_upper(row_center, p_center))
     # NaN in one bound leaves the others: each is a proof of its own.
-    best_upper, best_lower = upper_per_logit, lower_per_logit
-    if uppers:
-        joint = torch.stack([torch.where(torch.isfinite(bound), bound, torch.inf) for bound in uppers]).amin(0)
-        best_upper = torch.minimum(joint + _ROUNDING * (1 + joint.abs()), upper_per_logit)
-    if lowers:
-        joint = torch.stack([torch.where(torch.isfinite(bound), bound, -torch.inf) for bound in lowers]).amax(0)
-        best_lower = torch.maximum(joint - _ROUNDING * (1 + joint.abs()), lower_per_logit)
+    joint = torch.stack([torch.where(torch.isfinite(bound), bound, torch.inf) for bound in uppers]).amin(0)
+    best_upper = torch.minimum(joint + ROUNDING * (1 + joint.abs()), upper_per_logit)
+    joint = chord_lower(row_upper[:, -1], slopes, upper)
+    joint = torch.where(torch.isfinite(joint), joint, -torch.inf)
+    best_lower = torch.maximum(joint - ROUNDING * (1 + joint.abs()), lower_per_logit)
     known = known & torch.isfinite(best_lower) & torch.isfinite(best_upper) & (best_lower <= best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(

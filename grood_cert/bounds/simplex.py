@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_RELATIVE = 1e-12
+from grood_cert.bounds.engine import ROUNDING
 
 
 @dataclass(frozen=True)
-class Weights:
+class SoftmaxWeights:
     """A set P of softmax weights for each sample: a box intersected with the simplex.
 
     Attributes:
@@ -30,7 +30,7 @@ class Weights:
     upper: Tensor
 
     @classmethod
-    def fixed(cls, weights: Tensor) -> Weights:
+    def fixed(cls, weights: Tensor) -> SoftmaxWeights:
         """The single point p."""
         return cls(weights, weights)
 
@@ -48,7 +48,7 @@ class Weights:
             Shape (B, R).
 
         Example:
-            >>> box = Weights(torch.tensor([[0.1, 0.2, 0.0]]), torch.tensor([[0.9, 0.5, 0.1]]))
+            >>> box = SoftmaxWeights(torch.tensor([[0.1, 0.2, 0.0]]), torch.tensor([[0.9, 0.5, 0.1]]))
             >>> box.maximum(torch.tensor([[[1.0, 3.0, 2.0]]]))  # p = (.4, .5, .1)
             tensor([[2.1000]])
         """
@@ -76,7 +76,7 @@ def difference_rows(classes: int) -> Tensor:
     return identity[first] - identity[second]
 
 
-def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Tensor] | None = None) -> Weights:
+def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Tensor] | None = None) -> SoftmaxWeights:
     r"""P from bounds of the logits and, where known, of their differences.
 
     Args:
@@ -106,5 +106,5 @@ def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Ten
     low, high = low.masked_fill(itself, 0.0), high.masked_fill(itself, 0.0)
     weights_lower, weights_upper = 1 / high.exp().sum(1), 1 / low.exp().sum(1)
     tiny = torch.finfo(lower.dtype).tiny  # below it, a relative margin is none
-    low_end = (weights_lower * (1 - _RELATIVE) - tiny).clamp(min=0)
-    return Weights(low_end, (weights_upper * (1 + _RELATIVE) + tiny).clamp(max=1 + _RELATIVE))
+    low_end = (weights_lower * (1 - ROUNDING) - tiny).clamp(min=0)
+    return SoftmaxWeights(low_end, (weights_upper * (1 + ROUNDING) + tiny).clamp(max=1 + ROUNDING))

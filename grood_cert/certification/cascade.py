@@ -34,33 +34,29 @@ from torch import Tensor
 
 from grood_cert import attacks
 from grood_cert.ball import Ball, Norm, check_eps, dual_norm, largest_eps
-from grood_cert.bounds.alpha_crown import Side, optimised_bounds
-from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
+from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import Branched, branch_and_bound
-from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engine import METHODS, ROUNDING, Method, Side
+from grood_cert.bounds.engines import ENGINES, Engine, build
 from grood_cert.bounds.graph import trace
-from grood_cert.bounds.hidden import Preactivations
-from grood_cert.bounds.score import Bounded, ScoreBounds, score_bounds
+from grood_cert.bounds.hidden import Preactivations, engine_preactivations
+from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
-from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.scores import energy, energy_gradient
 from grood_cert.system.memory import split_on_memory_error
 
 Stage = Literal["ibp", "crown-ibp", "crown", "lipschitz", "alpha-crown", "branch-and-bound"]
 STAGES: tuple[str, ...] = get_args(Stage)
-LINEAR: tuple[str, ...] = ("ibp", "crown-ibp", "crown")
-Engine = Literal["auto_lirpa", "native"]
-ENGINES: tuple[str, ...] = get_args(Engine)
+LINEAR: tuple[str, ...] = tuple(METHODS)
 
 _EVALUATIONS = 12
 _REFINEMENTS = 5  # balls that alpha-crown tries for one sample
 _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows nothing
 _BEYOND = {"alpha-crown": 1.1, "branch-and-bound": 1.02}  # attack radii: how far they try, so that a wrong bound shows
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
-_ROUNDING = 1e-12  # relative error allowed to a score
 _GROWTH = 1.3  # log-log slope of the bound's deviation in eps, until two points tell
 OUTCOMES: tuple[str, ...] = ("undecided", *STAGES, "misdecision", "attack", "timeout")
 _CODE = {name: code for code, name in enumerate(OUTCOMES)}
@@ -106,7 +102,7 @@ class Settings:
         norm: Norm of the balls.
         effort: "fast", "default" or "max", a key of `EFFORTS`.
         stages: Stages of the cascade in place of the effort's; empty: the effort's.
-        engine: Who gives linear bounds: "auto_lirpa" or "native".
+        engine: Who gives linear bounds: "native", "auto_lirpa", or "auto": the native one where it takes the network.
         precision: Relative precision at which a radius search stops.
         batch_size: Samples bounded together.
         seed: Seed of the attacks' starting points and of the choice of samples.
@@ -119,7 +115,7 @@ class Settings:
     norm: Norm = "linf"
     effort: str = "default"
     stages: tuple[Stage, ...] = ()
-    engine: Engine = "auto_lirpa"
+    engine: Engine = "auto"
     precision: float = 1e-2
     batch_size: int = 64
     seed: int = 0
@@ -332,6 +328,8 @@ class Certifier:
         settings: What to certify.
 
     Attributes:
+        settings: As given; the refining stages are left out where "auto" took auto_LiRPA and no stages were named.
+        choice: The engine of the linear bounds.
         together: Most balls bounded at once, None: all of a batch.
         failures: Messages of exceptions in bound engines with the number of balls lost to each; those balls count as
             not proved.
@@ -345,18 +343,17 @@ class Certifier:
         shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
-        self.settings = settings
         self.gamma = detector.gamma
         self.network = detector.network
         self.together: int | None = None
         self.failures: dict[str, int] = {}
         self.effort = EFFORTS[settings.effort]
         self._linear = cast(list[Method], [stage for stage in settings.cascade if stage in LINEAR])
-        self._bounded: Bounded = (
-            NativeNetwork(detector.network, shape, self._linear[-1])
-            if settings.engine == "native"
-            else BoundedNetwork(detector.network, shape, self._linear[-1])
-        )
+        self.choice = build(settings.engine, detector.network, shape, self._linear[-1])
+        self._bounded = self.choice.bounded
+        if self.choice.note and not settings.stages:
+            settings = dataclasses.replace(settings, stages=tuple(self._linear))
+        self.settings = settings
         refining = set(settings.cascade) - set(LINEAR)
         self._graph = trace(detector.network, shape) if refining else None
         self._limit = largest_eps(shape, settings.norm)
@@ -600,7 +597,7 @@ class Certifier:
         envelope = batch.envelope
         found = dict.fromkeys(("fixed_point", "path"), torch.zeros_like(envelope.score))
         furthest = torch.where(batch.right, 1.25 * batch.witness.radius, 0.0).clamp(max=self._limit)
-        margin = torch.where(batch.right, envelope.margin - _ROUNDING * (1 + envelope.score.abs()), 0.0).clamp(min=0)
+        margin = torch.where(batch.right, envelope.margin - ROUNDING * (1 + envelope.score.abs()), 0.0).clamp(min=0)
         everyone = torch.arange(len(margin), device=margin.device)
 
         def bound(eps: Tensor) -> Tensor:
@@ -626,10 +623,10 @@ class Certifier:
             envelope.certify(everyone, radius, "lipschitz")
         if largest > 0:
             steps = torch.diff(grid, dim=1, prepend=torch.zeros_like(grid[:, :1]))
-            moved = (running_minimum(slopes) * steps).cumsum(1) * (1 + _PATH_POINTS * _ROUNDING)
+            moved = (running_minimum(slopes) * steps).cumsum(1) * (1 + _PATH_POINTS * ROUNDING)
             nothing = torch.full_like(margin, torch.nan)
             for eps, distance in zip(grid.T, moved.T, strict=True):
-                far = distance + _ROUNDING * (1 + envelope.score.abs())
+                far = distance + ROUNDING * (1 + envelope.score.abs())
                 lower = nothing if batch.kind == "id" else envelope.score - far
                 upper = envelope.score + far if batch.kind == "id" else nothing
                 envelope.record(everyone, eps, lower, upper, "lipschitz")

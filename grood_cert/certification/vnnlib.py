@@ -46,7 +46,8 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.score import Bounded, chord_slopes
+from grood_cert.bounds.engine import ROUNDING, BoundedNetwork
+from grood_cert.bounds.score import chord_slopes
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
@@ -72,7 +73,6 @@ _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
 _LARGEST_EXPONENT = 80.0  # e^80 is still a float32 value
 _MANIFEST = "instances.json"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_ROUNDING = 1e-12
 _SYNONYMS = {"holds": "unsat", "violated": "sat", "run_instance_timeout": "timeout", "safe": "unsat", "unsafe": "sat"}
 
 
@@ -155,7 +155,7 @@ def id_specification(logits: Tensor, gamma: float) -> Specification:
     weights = parts.double() / _DENOMINATOR
     entropy = -float(torch.xlogy(weights, weights).sum())
     threshold = -gamma - entropy
-    threshold += _ROUNDING * (1 + abs(gamma) + entropy)
+    threshold += ROUNDING * (1 + abs(gamma) + entropy)
     return Specification(tuple(weights.tolist()), single_above(threshold), "<=")
 
 
@@ -181,11 +181,11 @@ def ood_specification(lower: Tensor, upper: Tensor, gamma: float) -> Specificati
     allowed = math.exp(min(-gamma - largest, _LARGEST_EXPONENT))
     spent = float(torch.exp(upper - largest).sum())
     threshold = allowed - spent + float(products.sum())
-    threshold -= _ROUNDING * (1 + allowed * (1 + abs(gamma) + abs(largest)) + spent + float(products.abs().sum()))
+    threshold -= ROUNDING * (1 + allowed * (1 + abs(gamma) + abs(largest)) + spent + float(products.abs().sum()))
     return Specification(tuple(slopes), single_below(threshold), ">=")
 
 
-def specification(bounded: Bounded, image: Tensor, eps: float, gamma: float, kind: str) -> Specification:
+def specification(bounded: BoundedNetwork, image: Tensor, eps: float, gamma: float, kind: str) -> Specification:
     """What decides the l_inf ball of radius eps around one image.
 
     Args:
@@ -205,7 +205,7 @@ def specification(bounded: Bounded, image: Tensor, eps: float, gamma: float, kin
     ball = Ball(image.unsqueeze(0), image.new_tensor([eps]), "linf")
     rows = torch.eye(len(logits)).to(logits).unsqueeze(0)
     lower, upper = (bound[0] for bound in bounded.relax(ball).rows(rows))
-    margin = _ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
+    margin = ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
     return ood_specification(lower - margin, upper + margin, gamma)
 
 
@@ -351,7 +351,7 @@ def export(
     model: Path,
     rows: Rows,
     sets: Sequence[ImageSet],
-    bounded: Bounded,
+    bounded: BoundedNetwork,
     eps: float,
     out: Path,
     *,

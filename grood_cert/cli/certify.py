@@ -38,7 +38,9 @@ def certify(
             "branch-and-bound."
         ),
     ] = "",
-    engine: Annotated[str, typer.Option(help="Linear bounds by auto_lirpa or native (own, faster).")] = "auto_lirpa",
+    engine: Annotated[
+        str, typer.Option(help="Linear bounds by native, auto_lirpa, or auto: native, cross-checked by auto_lirpa.")
+    ] = "auto",
     gamma: Annotated[float | None, typer.Option(help="Certify at this threshold in place of the detector's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of rows.csv and rows.json. [default: the model's]")] = None,
     ood: options.Ood = None,
@@ -66,7 +68,8 @@ def certify(
 
     from grood_cert import detector
     from grood_cert.ball import DEFAULT_EPS
-    from grood_cert.certification.cascade import Engine, Settings, Stage
+    from grood_cert.bounds.engines import Engine
+    from grood_cert.certification.cascade import Settings, Stage
     from grood_cert.errors import InputError
     from grood_cert.runs import certify as certification
 
@@ -116,6 +119,8 @@ def certify(
     if not part.leads:
         return
     print_summary(rows)
+    if rows.manifest["cross_check"]:
+        typer.echo(certification.agreement(rows.manifest["cross_check"]))
     for message, count in rows.manifest["failures"].items():
         typer.echo(f"not proved because a bound engine failed, {count} balls: {message}", err=True)
     target = part.result(folder / "rows.csv")

@@ -15,9 +15,7 @@ def export(
     rows: Annotated[Path, typer.Option(help="rows.csv of its certification on linf balls.")],
     eps: Annotated[float, typer.Option(help="Radius in pixel units.")],
     out: Annotated[Path, typer.Option(help="Folder of model.onnx, the properties and instances.csv.")],
-    method: Annotated[
-        str, typer.Option(help="Bounds of the logits (OOD side): ibp, crown-ibp, crown, alpha-crown.")
-    ] = ("crown"),
+    method: Annotated[str, typer.Option(help="Bounds of the logits (OOD side): ibp, crown-ibp or crown.")] = "crown",
     ood: options.Ood = None,
     limit: Annotated[int, typer.Option(help="Most instances; 0: all.")] = 0,
     timeout: Annotated[int, typer.Option(help="Seconds for each instance, as written to instances.csv.")] = 300,
@@ -30,20 +28,18 @@ def export(
     from typing import cast
 
     from grood_cert import detector
-    from grood_cert.bounds import auto_lirpa
-    from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
+    from grood_cert.bounds.engine import Method, way_of
+    from grood_cert.bounds.engines import build
     from grood_cert.certification import vnnlib as exporting
-    from grood_cert.errors import InputError
     from grood_cert.results import rows as results
 
-    if method not in auto_lirpa.METHODS:
-        raise InputError(f"unknown method {method!r}; use one of {', '.join(auto_lirpa.METHODS)}")
+    way_of(method)
     read = results.read(rows)
     exporting.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
-    bounded = BoundedNetwork(loaded.network, loaded.shape, cast(Method, method))
+    bounded = build("auto", loaded.network, loaded.shape, cast(Method, method)).bounded
     instances = exporting.export(
         loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force
     )

@@ -34,7 +34,7 @@ def lipschitz(
 
     from grood_cert import detector
     from grood_cert.ball import DEFAULT_EPS
-    from grood_cert.bounds.auto_lirpa import Method
+    from grood_cert.bounds.engine import Method
     from grood_cert.lipschitz import analyser as analysis
 
     loaded = detector.load(model, options.device_name(device))

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from grood_cert import attacks
 from grood_cert.ball import Ball, Norm, check_eps
-from grood_cert.bounds.auto_lirpa import BoundedNetwork, Method
+from grood_cert.bounds.engine import Method
+from grood_cert.bounds.engines import build
 from grood_cert.bounds.graph import trace
-from grood_cert.bounds.hidden import DEFAULT_MEMORY
+from grood_cert.bounds.hidden import DEFAULT_MEMORY, engine_preactivations
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
 from grood_cert.lipschitz.clever import clever_estimate
-from grood_cert.lipschitz.engine import engine_preactivations
 from grood_cert.lipschitz.estimates import (
     ascended_gradient_norm_estimate,
     gradient_norm_estimate,
@@ -62,7 +62,7 @@ _TEXT = ("set", "kind", "provenance")
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
 _SHARES = (0.01, 0.1, 0.3, 0.6, 1.0)  # of the way to where an attack or the ascent ended: where secants are taken
-_ROUNDING = 1e-9
+_SLACK = 1e-9
 _COPIES = 8  # arrays of the size of a layer that interval propagation holds for each logit
 
 
@@ -142,7 +142,7 @@ class Analyser:
         check_network(detector.network)
         self.settings = settings
         self.graph = trace(detector.network, shape)
-        self._bounded = BoundedNetwork(detector.network, shape, settings.method)
+        self._bounded = build("auto", detector.network, shape, settings.method).bounded
 
     @property
     def batch_size(self) -> int:
@@ -209,7 +209,7 @@ def _check_chain(images: Tensor, page: dict[str, Any]) -> None:
     for name, bound in page.items():
         if not name.startswith("bound") or name == "bound_fixed_head":
             continue
-        wrong = largest > bound * (1 + _ROUNDING) + _ROUNDING * (bound == 0)
+        wrong = largest > bound * (1 + _SLACK) + _SLACK * (bound == 0)
         if bool(wrong.any()):
             raise SoundnessError(
                 f"{int(wrong.sum())} slopes found by search exceed {name} at eps {float(page['eps'][0]):g}: no bound of "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,14 +18,13 @@ from torch import Tensor
 from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations, preactivations
-from grood_cert.bounds.simplex import Weights
+from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.interval import interval_bounds
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown, jacobian_crown_corners
 from grood_cert.lipschitz.product import active_product_bound, product_bound
 
-Method = Literal["product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS = "product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def local_lipschitz(
             found["jacobian-crown-corners"] = jacobian_crown_corners(graph, known, norm, memory)
         head = None
         if fixed_head:
-            weights = Weights.fixed(torch.softmax(graph(ball.center), 1))
+            weights = SoftmaxWeights.fixed(torch.softmax(graph(ball.center), 1))
             head = torch.where(known.proved, jacobian_crown(graph, known, norm, weights, memory), torch.nan)
         for name in found:
             if name != "product":

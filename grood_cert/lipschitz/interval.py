@@ -14,6 +14,11 @@ range (Clarke derivatives at kinks included). With J_k the gradient of logit k a
 intersected with the intervals that one pass with p itself ranging over P gives; the layer before the logits is then
 exact, as p -> W^T p is maximised over P by the knapsack.
 
+*A bound to train on.* At eps = 0 the one-pass interval is the gradient itself, so R(x) = norm of max(|a|, |b|), with
+[a, b] the interval over B(x, eps), is GReg's quantity, and for eps > 0 it is one that holds on the whole ball. Ranges
+of derivatives of piecewise linear activations are locally constant, everything else is smooth or a maximum: R is
+differentiable in the parameters almost everywhere.
+
 References:
     Weng et al., "Towards Fast Computation of Certified Robustness for ReLU Networks" (Fast-Lip), ICML 2018;
     Zhang et al., "RecurJac", AAAI 2019.
@@ -24,14 +29,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from grood_cert.ball import Norm
+from grood_cert.ball import DUAL_ORDER, Ball, Norm
 from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.graph import Graph
-from grood_cert.bounds.hidden import ROUNDING, Interval, Preactivations
+from grood_cert.bounds.engine import ROUNDING, Interval
+from grood_cert.bounds.graph import Graph, live_graph
+from grood_cert.bounds.hidden import Preactivations, preactivations
 from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
-from grood_cert.bounds.simplex import Weights
+from grood_cert.bounds.simplex import SoftmaxWeights
 
 Refinement = Callable[[int, Tensor, Tensor], Interval]
 
@@ -52,7 +58,7 @@ def _through_linear(operation: LinearMap, lower: Tensor, upper: Tensor) -> Inter
     return center - radius - margin, center + radius + margin
 
 
-def _head(operation: LinearMap, weights: Weights, shape: tuple[int, ...]) -> Interval:
+def _head(operation: LinearMap, weights: SoftmaxWeights, shape: tuple[int, ...]) -> Interval:
     """W^T p over P, exactly: each entry is a linear function of p."""
     classes = weights.lower.shape[1]
     identity = torch.eye(classes, dtype=weights.lower.dtype, device=weights.lower.device)
@@ -63,7 +69,7 @@ def _head(operation: LinearMap, weights: Weights, shape: tuple[int, ...]) -> Int
 
 
 def gradient_intervals(
-    graph: Graph, slopes: tuple[Interval, ...], weights: Weights, refine: Refinement | None = None
+    graph: Graph, slopes: tuple[Interval, ...], weights: SoftmaxWeights, refine: Refinement | None = None
 ) -> Interval:
     r"""Intervals of the gradient of p . f with respect to the image, for all p in P and all slopes in their ranges.
 
@@ -117,8 +123,7 @@ def gradient_intervals(
 def norm_of_box(lower: Tensor, upper: Tensor, norm: Norm) -> Tensor:
     """The largest dual norm of a vector in a box: the norm of max(|a|, |b|); last axis, norm of the ball."""
     largest = torch.maximum(lower.abs(), upper.abs())
-    order = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
-    length: Tensor = torch.linalg.vector_norm(largest, ord=order, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(largest, ord=DUAL_ORDER[norm], dim=-1)
     return length
 
 
@@ -127,7 +132,7 @@ def jacobian_intervals(graph: Graph, slopes: tuple[Interval, ...], batch: int) -
     classes = graph.classes
     heads = torch.eye(classes, dtype=torch.float64, device=graph.device).repeat(batch, 1)
     repeated = tuple((low.repeat_interleave(classes, 0), high.repeat_interleave(classes, 0)) for low, high in slopes)
-    lower, upper = gradient_intervals(graph, repeated, Weights.fixed(heads))
+    lower, upper = gradient_intervals(graph, repeated, SoftmaxWeights.fixed(heads))
     return lower.flatten(1).reshape(batch, classes, -1), upper.flatten(1).reshape(batch, classes, -1)
 
 
@@ -149,3 +154,21 @@ def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Te
     once_low, once_high = gradient_intervals(graph, known.slopes, known.weights)
     low, high = torch.maximum(low, once_low.flatten(1)), torch.minimum(high, once_high.flatten(1))
     return hull * (1 + ROUNDING), norm_of_box(low, high, norm) * (1 + ROUNDING)
+
+
+def interval_lipschitz(network: nn.Module, ball: Ball) -> Tensor:
+    r"""Differentiable upper bound of the local Lipschitz constant of S; formula and proof above.
+
+    In float64 it is a certificate like the others; in float32, as used in training, it is one up to rounding.
+
+    Args:
+        network: f in any mode; BatchNorm is read with its running statistics.
+        ball: Batch of balls in the network's floating-point type.
+
+    Returns:
+        Shape (B,), carries the graph to the network's parameters.
+    """
+    graph = live_graph(network, tuple(ball.center.shape[1:]))
+    known = preactivations(graph, ball, "ibp")
+    lower, upper = gradient_intervals(graph, known.slopes, known.weights)
+    return norm_of_box(lower.flatten(1), upper.flatten(1), ball.norm)

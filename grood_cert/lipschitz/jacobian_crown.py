@@ -44,11 +44,12 @@ from torch import Tensor
 
 from grood_cert.ball import Norm
 from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.engine import ROUNDING, Interval
 from grood_cert.bounds.graph import Graph
-from grood_cert.bounds.hidden import DEFAULT_MEMORY, ROUNDING, Interval, Preactivations
+from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.linear_rows import UnitRows, over_rows, unit_blocks
 from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
-from grood_cert.bounds.simplex import Weights
+from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
 
 
@@ -90,7 +91,7 @@ def chords(slopes: Interval, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tens
 class _Backward:
     """Upper bounds of rows of gradients, through the nonlinear layers whose gradients are already bounded."""
 
-    def __init__(self, graph: Graph, slopes: tuple[Interval, ...], weights: Weights, memory: int) -> None:
+    def __init__(self, graph: Graph, slopes: tuple[Interval, ...], weights: SoftmaxWeights, memory: int) -> None:
         self._graph = graph
         self._slopes = dict(zip(graph.nonlinear, slopes, strict=True))
         self._weights = weights
@@ -204,7 +205,7 @@ def _norm(backward: _Backward, lower: Tensor, upper: Tensor, norm: Norm) -> Tens
 
 
 def jacobian_crown(
-    graph: Graph, known: Preactivations, norm: Norm, weights: Weights | None = None, memory: int = DEFAULT_MEMORY
+    graph: Graph, known: Preactivations, norm: Norm, weights: SoftmaxWeights | None = None, memory: int = DEFAULT_MEMORY
 ) -> Tensor:
     r"""Upper bound of sup ||J(x')^T p||_q over the ball and P; formulas and proof at the top of this module.
 
@@ -213,7 +214,7 @@ def jacobian_crown(
         known: Bounds over the balls.
         norm: Norm of the balls; "linf" gives the l1 norm of the gradient, "l2" the l2 norm, "l1" the linf norm.
         weights: P; by default the softmax weights that the logits' bounds allow, which bounds the Lipschitz constant
-            of S. `Weights.fixed(p0)` bounds that of p0 . f.
+            of S. `SoftmaxWeights.fixed(p0)` bounds that of p0 . f.
         memory: Bytes that blocks of rows may take.
 
     Returns:
@@ -251,7 +252,7 @@ def jacobian_crown_corners(graph: Graph, known: Preactivations, norm: Norm, memo
     lower, upper = known.weights.lower, known.weights.upper
     budget = (1 - lower.sum(1, keepdim=True)).clamp(min=0)
     corners = lower.unsqueeze(1) + budget.unsqueeze(1) * torch.eye(graph.classes).to(lower)
-    found = [jacobian_crown(graph, known, norm, Weights.fixed(corner), memory) for corner in corners.unbind(1)]
+    found = [jacobian_crown(graph, known, norm, SoftmaxWeights.fixed(corner), memory) for corner in corners.unbind(1)]
     share = torch.where(budget > 0, (upper - lower) / budget, torch.ones_like(lower)) * (1 + ROUNDING)
-    shares = Weights(torch.zeros_like(lower), share.clamp(max=1))
+    shares = SoftmaxWeights(torch.zeros_like(lower), share.clamp(max=1))
     return shares.maximum(torch.stack(found, 1).unsqueeze(1)).squeeze(1) * (1 + ROUNDING)

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grood_cert.ball import Norm
+from grood_cert.ball import DUAL_ORDER, ORDER, Norm
 from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.engine import ROUNDING, Interval
 from grood_cert.bounds.graph import Graph
-from grood_cert.bounds.hidden import ROUNDING, Interval, Preactivations
+from grood_cert.bounds.hidden import Preactivations
 from grood_cert.bounds.operations import Addition, Convolution, LinearMap, MaxPool
 
 _UNROLLED_ENTRIES = 2**22
@@ -37,8 +38,7 @@ def matrix_norm(matrix: Tensor, norm: Norm) -> float:
     """||M||_{p->p}, exactly up to rounding, moved up by 1e-12: row sums, singular values or column sums."""
     if not matrix.numel():
         return 0.0
-    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
-    return float(torch.linalg.matrix_norm(matrix, ord=order)) * (1 + ROUNDING)
+    return float(torch.linalg.matrix_norm(matrix, ord=ORDER[norm])) * (1 + ROUNDING)
 
 
 def torus_norm(convolution: Convolution) -> float:
@@ -178,8 +178,8 @@ class _Product:
         last = states[-1]
         if last.matrix is None:
             return last.factor  # ||p^T J||_q <= ||J||_{p->p}, as the largest entry is below the p-norm
-        order = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
-        return last.factor * float(torch.linalg.vector_norm(last.matrix, ord=order, dim=1).max()) * (1 + ROUNDING)
+        rows = torch.linalg.vector_norm(last.matrix, ord=DUAL_ORDER[norm], dim=1)
+        return last.factor * float(rows.max()) * (1 + ROUNDING)
 
 
 def product_bound(graph: Graph, norm: Norm) -> float:

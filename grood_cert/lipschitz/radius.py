@@ -21,10 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grood_cert.bounds.engine import ROUNDING
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import running_minimum
 
-_DOWN = 1 - 1e-12
+_DOWN = 1 - ROUNDING
 
 
 def margins(score: Tensor, gamma: float, accepted: bool) -> Tensor:

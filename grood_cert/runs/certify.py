@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ import numpy as np
 import torch
 
 from grood_cert import attacks
-from grood_cert.ball import DEFAULT_EPS, Norm, largest_eps
+from grood_cert.ball import DEFAULT_EPS, Ball, Norm, largest_eps
+from grood_cert.bounds.crosscheck import cross_check
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engines import Choice, build, lirpa_version
 from grood_cert.certification.cascade import OUTCOMES, STAGES, Certifier, Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
+from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.results import rows
 from grood_cert.results.rows import GRID_COLUMNS, TEXT_GRID_COLUMNS, Rows, grid_column
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
-from grood_cert.system.files import replacing
+from grood_cert.system.files import check_writable, replacing
 from grood_cert.system.memory import batch_for_memory, peak_memory
 
 _SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6)  # of the median attack radius
 _PROBED = 16
+_CHECKED = 2  # images of each set
 
 
 def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed: int = 0) -> tuple[float, ...]:
@@ -143,6 +149,35 @@ def balls_within(certifier: Certifier, images: ImageSet, memory: int) -> int:
     return 1 << (fitting.bit_length() - 1)
 
 
+def cross_checked(choice: Choice, sets: Sequence[ImageSet], eps: Sequence[float], norm: Norm) -> dict[str, Any]:
+    """How far auto_LiRPA agrees with the native engine on the first images of each set, at both ends of the grid.
+
+    The balls depend on the sets and the grid alone: every shard of a run checks the same.
+
+    Returns:
+        What the manifest says: the engine and its version, the number of balls, how many of them had to agree to
+        rounding, and the largest disagreement; or why the check was left out.
+
+    Raises:
+        SoundnessError: If the engines contradict each other.
+    """
+    native = choice.bounded
+    if not isinstance(native, NativeNetwork):
+        return {"left_out": "auto_LiRPA itself gives the bounds"}
+    if lirpa_version() is None:
+        return {"left_out": "auto_LiRPA is not installed"}
+    try:
+        other = build("auto_lirpa", native.network, native.shape, native.method).bounded
+    except (InputError, RunError) as error:
+        return {"left_out": str(error)}
+    images = [
+        images[None] for whole in sets for images in whole.images[:_CHECKED].to(next(native.network.parameters()))
+    ]
+    ends = dict.fromkeys((eps[0], eps[-1]))
+    found = cross_check(native, other, (Ball(image, value, norm) for image in images for value in ends))
+    return {"engine": "auto_lirpa", "version": lirpa_version(), **asdict(found)}
+
+
 def run(
     detector: Detector,
     model: Path,
@@ -181,10 +216,22 @@ def run(
     Raises:
         InputError: If settings, sets or folder are unusable.
         RunError: If the bound engine is missing or cannot convert the network.
-        SoundnessError: If an attack contradicts a proof; the evidence is saved as `counterexample.npz`.
+        SoundnessError: If an attack contradicts a proof, or the engines contradict each other; the evidence is saved
+            as `counterexample.npz`.
     """
     settings.check(detector.shape)
     certifier = Certifier(detector, settings)
+    settings = certifier.settings
+    check = None
+    if settings.engine == "auto":
+        check_writable(out)
+        try:
+            check = cross_checked(certifier.choice, sets, settings.eps, settings.norm)
+        except SoundnessError as error:
+            runs.save_evidence(error, out)
+            raise
+        if shard.leads and certifier.choice.note:
+            report(certifier.choice.note)
     if memory:
         certifier.together = balls_within(certifier, max(sets, key=len), memory)
     adversarial = out / "adversarial" if save_adversarial else None
@@ -196,6 +243,8 @@ def run(
         runs.manifest(detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
+            "bounded_by": certifier.choice.engine,
+            "cross_check": check,
             "largest_eps": largest_eps(detector.shape, settings.norm),
         },
         lambda: Counter(certifier.failures),
@@ -207,6 +256,22 @@ def run(
         report=report,
     )
     return rows.read(path)
+
+
+def agreement(check: Mapping[str, Any]) -> str:
+    """A line about the cross-check of a manifest.
+
+    Example:
+        >>> agreement({"engine": "auto_lirpa", "version": "0.3", "balls": 8, "same_lines": 8, "largest_disagreement": 2e-12})
+        'bounds cross-checked by auto_LiRPA 0.3 on 8 balls: largest disagreement 2e-12'
+        >>> agreement({"left_out": "auto_LiRPA is not installed"})
+        'no cross-check of the bounds: auto_LiRPA is not installed'
+    """
+    if "left_out" in check:
+        return f"no cross-check of the bounds: {check['left_out']}"
+    largest = check["largest_disagreement"]
+    found = "intervals meet" if largest is None else f"largest disagreement {largest:.2g}"
+    return f"bounds cross-checked by auto_LiRPA {check['version']} on {check['balls']} balls: {found}"
 
 
 def balls_decided(found: Rows) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from grood_cert.bounds import auto_lirpa
+from grood_cert.bounds.engines import lirpa_version
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError, RunError, SoundnessError
@@ -227,7 +227,10 @@ class Progress:
 
 
 _PROGRESS = {item.name for item in dataclasses.fields(Progress)}
-_ELSEWHERE = {"model.path", "device", "machine", "versions.python", "versions.numpy"}  # may change as a run goes on
+_ELSEWHERE = {  # may change as a run goes on
+    *("model.path", "device", "machine", "versions.python", "versions.numpy"),
+    "cross_check.largest_disagreement",
+}
 _FORCE = "choose another --out, or add --force to overwrite it"
 _WAIT = datetime.timedelta(days=365)  # the other shards may have far more to do; one that dies ends the wait at once
 
@@ -399,6 +402,13 @@ def _remove(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def save_evidence(error: SoundnessError, folder: Path) -> None:
+    """Save what shows a contradiction as `counterexample.npz`."""
+    error.counterexample = folder / "counterexample.npz"
+    with replacing(error.counterexample) as temporary:
+        np.savez(temporary, **error.evidence)
+
+
 @contextlib.contextmanager
 def _evidence(path: Path) -> Iterator[None]:
     """Save the evidence of a `SoundnessError` beside the rows, remove the rows, and let the error go on."""
@@ -406,9 +416,7 @@ def _evidence(path: Path) -> Iterator[None]:
         yield
     except SoundnessError as error:
         _remove(path)
-        error.counterexample = path.parent / "counterexample.npz"
-        with replacing(error.counterexample) as temporary:
-            np.savez(temporary, **error.evidence)
+        save_evidence(error, path.parent)
         raise
 
 
@@ -531,6 +539,6 @@ def manifest(
         **dataclasses.asdict(settings),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
-        "versions": {**versions(), "auto_LiRPA": auto_lirpa.version()},
+        "versions": {**versions(), "auto_LiRPA": lirpa_version()},
         "machine": platform.machine(),
     }

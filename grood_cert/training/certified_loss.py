@@ -29,32 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.backward import Interval, Rows
+from grood_cert.bounds.backward import Pullback
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import Graph, live_graph
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.bounds.graph import live_graph
+from grood_cert.bounds.intervals import intervals
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
 from grood_cert.scores import energy
-
-
-def _intervals(graph: Graph, ball: Ball) -> list[Interval]:
-    """Bounds of the value of every node, without the margins for rounding that a certificate needs."""
-    found = [(ball.lower, ball.upper)]
-    for node in graph.nodes[1:]:
-        operation, (lower, upper) = node.operation, found[node.inputs[0]]
-        if isinstance(operation, LinearMap):
-            center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)
-            found.append((center - radius, center + radius))
-        elif isinstance(operation, Addition):
-            others = found[node.inputs[1]]
-            found.append((lower + others[0], upper + others[1]))
-        elif isinstance(operation, Activation):
-            found.append(operation.values(lower, upper))
-        else:
-            assert isinstance(operation, MaxPool)
-            found.append((operation(lower), operation(upper)))
-    return found
 
 
 def energy_interval(network: nn.Module, ball: Ball, method: str) -> tuple[Tensor, Tensor]:
@@ -79,14 +59,14 @@ def energy_interval(network: nn.Module, ball: Ball, method: str) -> tuple[Tensor
         True
     """
     graph = folded(live_graph(network, tuple(ball.center.shape[1:])))
-    intervals = _intervals(graph, ball)
-    low, high = intervals[-1]
+    found = intervals(graph, ball)
+    low, high = found[-1]
     lower, upper = energy(high), energy(low)
     if method == "ibp":
         return lower, upper
-    relaxed = Rows(graph, ball)
+    relaxed = Pullback(graph, ball)
     for number in graph.nonlinear:
-        relaxed.add(number, *intervals[graph.nodes[number].inputs[0]])
+        relaxed.add(number, *found[graph.nodes[number].inputs[0]])
     weights, slopes = torch.softmax(graph(ball.center), 1), chord_slopes(low, high)
     rows = relaxed.upper(len(graph.nodes) - 1, torch.stack([-weights, slopes], 1))
     return (

@@ -21,7 +21,7 @@ channel.
 Whose slope it is, and how its norm is differentiated, is in `grood_cert.training.penalty`. With `penalty = "stochastic"`
 a random share of the active samples stands for all of them, n_active / n_drawn times: an unbiased estimate of L_grad
 and of its derivative. The point gradient says nothing about the ball around a sample; with `slope = "interval"` the
-same loss averages a formal bound of the local Lipschitz constant (`grood_cert.lipschitz.regulariser`), at radius 0 it
+same loss averages a formal bound of the local Lipschitz constant (`grood_cert.lipschitz.interval`), at radius 0 it
 is GReg. L_certified, which bounds S itself over a ball, is in `grood_cert.training.certified_loss`.
 
 References:
@@ -41,7 +41,7 @@ from torch.nn import functional
 
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
-from grood_cert.lipschitz.regulariser import interval_lipschitz
+from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.penalty import Method, SampleWise, pixels_per_unit, scores
 

@@ -36,7 +36,7 @@ from grood_cert.ball import Ball
 from grood_cert.data import Experiment, ImageSet, experiment_of
 from grood_cert.detector import Architecture, Detector, Provenance
 from grood_cert.errors import InputError, RunError
-from grood_cert.lipschitz.regulariser import interval_lipschitz
+from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.weights import load_pretrained
 from grood_cert.recipe import OptimizerSection, Recipe
 from grood_cert.scores import SCORES, energy, gradient_norm_estimate

@@ -12,7 +12,7 @@ from analysis import cost_growth
 from benchmarks import certification as benchmark
 from grood_cert import detector
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import OUTCOMES, Settings
@@ -34,7 +34,7 @@ def test_the_plain_way_bounds_the_score(loaded, sets):
     images, eps = sets[0].images[:3].double(), 0.03
     plain = benchmark.PlainScore(loaded.network, images[:1])
     ball = Ball(images, torch.full((3,), eps, dtype=torch.float64), "linf")
-    ours = score_bounds(BoundedNetwork(loaded.network, loaded.shape, "crown"), ball)
+    ours = score_bounds(LirpaNetwork(loaded.network, loaded.shape, "crown"), ball)
     corners = ball.lower + (ball.upper - ball.lower) * torch.randint(0, 2, (200, *images.shape)).double()
     seen = energy(loaded.network(corners.flatten(0, 1))).reshape(200, 3)
     for image, low, high, lower, upper in zip(images, seen.amin(0), seen.amax(0), ours.lower, ours.upper, strict=True):
@@ -52,7 +52,7 @@ def test_radii_of_a_linear_score(kind, sign):
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -2.0, 0.5, 0.5]]))
         layer.bias.zero_()
-    network = torch.nn.Sequential(torch.nn.Flatten(), layer).requires_grad_(False)
+    network = torch.nn.Sequential(torch.nn.Flatten(), layer).eval().requires_grad_(False)
     images = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
     gamma, exact = float(energy(network(images[:1]))) + sign * 0.4, 0.1
     furthest = torch.tensor([exact, torch.inf], dtype=torch.float64)

@@ -9,8 +9,9 @@ from torch import nn
 
 from grood_cert import attacks
 from grood_cert.ball import NORMS, Ball
-from grood_cert.bounds.alpha_crown import Domains, Objective, Relaxation, emptied, optimise, optimised_bounds, tightened
-from grood_cert.bounds.backward import Rows
+from grood_cert.bounds.alpha_crown import ScoreProof, optimise, optimised_bounds
+from grood_cert.bounds.backward import Pullback
+from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.score import gibbs_upper
@@ -74,7 +75,7 @@ def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
     graph, ball = trace(network, SHAPE), balls(norm)
     hidden = preactivations(graph, ball)
     seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), ball.center, ball.center)
-    relaxed = Rows(graph, ball)
+    relaxed = Pullback(graph, ball)
     for number, interval in zip(graph.nonlinear, hidden.inputs, strict=True):
         relaxed.add(number, *interval)
     weights = torch.softmax(network(ball.center), -1)
@@ -149,7 +150,7 @@ def test_any_admissible_multiplier_bounds_the_domain(build):
             torch.where(layer < 0, upper.clamp(max=0), upper),
         )
     assert bool((inside.sum(0) > 5).all())
-    relaxation = Relaxation(graph, ball, inputs, torch.cat(signs, 1))
+    relaxation = FreePullback(graph, ball, inputs, torch.cat(signs, 1))
     logits = torch.stack([value[-1] for value in values])
     for _ in range(30):
         row = torch.randn(4, 1, 3, dtype=torch.float64, generator=generator)
@@ -170,7 +171,7 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     points = points_in(ball, 3000)
     score = sign * torch.stack([energy(network(part)) for part in points])
     level = float(score.flatten().quantile(0.9))
-    objective = Objective(domains, side)
+    objective = ScoreProof(domains, side)
     _, values, _ = optimise(objective, 10)
     places = [0, 1, 2]
     found, empty = emptied(tightened(domains, places, 4, values[:, :20], objective.condition(values, level)))

@@ -11,8 +11,9 @@ from torch.nn import functional
 from benchmarks import engines
 from grood_cert.ball import NORMS, Ball
 from grood_cert.bounds import backward
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
-from grood_cert.bounds.crown import METHODS, NativeNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engine import METHODS
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.operations import Convolution, Scale
@@ -120,7 +121,7 @@ def test_auto_lirpa_agrees(name):
     """
     network = build(name)
     engines = {
-        method: (NativeNetwork(network, SHAPE, method), BoundedNetwork(network, SHAPE, method)) for method in METHODS
+        method: (NativeNetwork(network, SHAPE, method), LirpaNetwork(network, SHAPE, method)) for method in METHODS
     }
     for norm, scale in itertools.product(NORMS, (0.2, 1.0)):
         ball, rows = ball_of(norm, scale=scale), rows_of(3)
@@ -289,7 +290,7 @@ def test_folding_keeps_the_function_and_leaves_no_diagonal_layer_behind_a_linear
 
 def test_hand_arithmetic():
     # z = (x1 + x2, x1 - x2) in [.8, 1.2] x [-.2, .2], f = relu(z1) + relu(z2); see test_native_graph
-    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).requires_grad_(False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval().requires_grad_(False)
     network[1].weight[:], network[1].bias[:] = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), 0.0
     network[3].weight[:], network[3].bias[:] = 1.0, 0.0
     ball = Ball(torch.full((1, 1, 1, 2), 0.5).double(), torch.tensor([0.1]).double(), "linf")
@@ -309,7 +310,7 @@ def test_dead_units_zero_weights_and_one_logit(norm):
     network = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4), nn.ReLU(), nn.Linear(4, 1)
     )
-    network.double().requires_grad_(False)
+    network.double().eval().requires_grad_(False)
     network[0].weight[0], network[0].bias[0] = 0.0, 0.0  # z = 0 identically
     network[0].weight[1], network[0].bias[1] = 0.0, -1.0  # dead
     network[3].weight[0], network[3].bias[0] = 0.0, 0.0
@@ -324,7 +325,8 @@ def test_dead_units_zero_weights_and_one_logit(norm):
 
 
 def test_overflow_proves_nothing_for_its_sample_only():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    layers = [nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)]
+    network = nn.Sequential(*layers).eval()
     images = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
     images[0, 0, 0, 0] = 0.0
     for norm, method in itertools.product(NORMS, METHODS):
@@ -350,30 +352,32 @@ def test_a_hidden_bound_that_is_not_proved_makes_its_sample_nan():
 def test_score_bounds_runs_on_it():
     network, ball = build("residual"), ball_of()
     ours = score_bounds(NativeNetwork(network, SHAPE, "crown"), ball)
-    theirs = score_bounds(BoundedNetwork(network, SHAPE, "crown"), ball)
+    theirs = score_bounds(LirpaNetwork(network, SHAPE, "crown"), ball)
     for name in ("lower", "upper", "lower_per_logit", "upper_per_logit"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-6)
 
 
 def test_the_network_is_copied_and_evaluated_in_float64():
-    network = build("batch norm").float().train()
+    network = build("batch norm").float()
     native = NativeNetwork(network, SHAPE, "crown")
-    assert network.training and next(network.parameters()).dtype == torch.float32
+    assert next(network.parameters()).dtype == torch.float32
     assert not native.network.training and next(native.network.parameters()).dtype == torch.float64
     lower, _ = native.relax(Ball(ball_of().center.float(), torch.zeros(3), "linf")).rows(rows_of(3).float())
     assert lower.dtype == torch.float64
+    with pytest.raises(InputError, match=r"is in train mode; call network\.eval\(\) first"):
+        NativeNetwork(network.train(), SHAPE, "crown")
 
 
 def test_wrong_calls_are_refused():
     network = build("conv")
-    with pytest.raises(InputError, match=r"no alpha-crown; use grood_cert.bounds.alpha_crown"):
+    with pytest.raises(InputError, match="unknown method 'alpha-crown'; use one of ibp, crown-ibp, crown"):
         NativeNetwork(network, SHAPE, "alpha-crown")
     with pytest.raises(InputError, match="unknown method 'crwon'; use one of ibp, crown-ibp, crown"):
         NativeNetwork(network, SHAPE, "crwon")
     with pytest.raises(InputError, match="positive number of bytes"):
         NativeNetwork(network, SHAPE, "crown", memory=0)
     with pytest.raises(InputError, match="layer 1: PReLU cannot be bounded"):
-        NativeNetwork(nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(72, 2)), SHAPE, "crown")
+        NativeNetwork(nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(72, 2)).eval(), SHAPE, "crown")
     native = NativeNetwork(network, SHAPE, "crown")
     with pytest.raises(InputError, match=r"expected images of shape \(2, 6, 6\), got \(2, 6, 5\)"):
         native.relax(Ball(torch.rand(1, 2, 6, 5), torch.zeros(1), "linf"))

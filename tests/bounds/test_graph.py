@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import logit_rows, preactivations
 from grood_cert.errors import InputError, RunError
@@ -132,7 +132,7 @@ def test_crown_agrees_with_auto_lirpa():
     ball = ball_of(images, 0.02)
     known = preactivations(trace(network, (1, 8, 8)), ball)
     rows = torch.eye(4, dtype=torch.float64).expand(4, -1, -1)
-    lower, upper = BoundedNetwork(network, (1, 8, 8), "crown").relax(ball).rows(rows)
+    lower, upper = LirpaNetwork(network, (1, 8, 8), "crown").relax(ball).rows(rows)
     torch.testing.assert_close(known.logits[0], lower, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(known.logits[1], upper, rtol=1e-6, atol=1e-8)
 
@@ -143,7 +143,7 @@ def test_bounds_on_top_of_auto_lirpa_are_those_on_top_of_our_crown(norm):
     network = build("conv-small", (1, 8, 8), 4, [0.3], [0.4], width=2).double().eval().requires_grad_(False)
     graph = trace(network, (1, 8, 8))
     ball = Ball(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0.0, 0.01, 0.05]).double(), norm)
-    relaxation = BoundedNetwork(network, (1, 8, 8), "crown").relax(ball)
+    relaxation = LirpaNetwork(network, (1, 8, 8), "crown").relax(ball)
     rows = relaxation.rows(logit_rows(4).expand(3, -1, -1))
     known = preactivations(graph, ball, "ibp", given=relaxation.preactivations(), given_rows=rows)
     assert bool(known.proved.all())

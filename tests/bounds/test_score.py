@@ -10,13 +10,13 @@ from torch import nn
 
 from grood_cert import attacks
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import METHODS, BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
+from grood_cert.bounds.engine import METHODS
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper, score_bounds
 from grood_cert.networks import architectures
 from grood_cert.scores import energy
 
 # Linear networks have nothing to optimise, and auto_LiRPA 0.3 cannot optimise residual ones: it says so and goes on.
-pytestmark = pytest.mark.filterwarnings("ignore:alpha-crown fails on this network")
 
 
 def ball_around(images, eps, norm="linf"):
@@ -29,7 +29,7 @@ def linear(weight, bias):
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-    return nn.Sequential(nn.Flatten(), layer).double()
+    return nn.Sequential(nn.Flatten(), layer).double().eval()
 
 
 def random_network(name, seed, scale=1.0, classes=4, **options):
@@ -92,7 +92,7 @@ def test_one_linear_logit_is_exact(method, norm):
     network = linear(weight, torch.tensor([0.3]))
     images = 0.3 + 0.4 * torch.rand(5, 1, 3, 3, generator=generator).double()
     eps = 0.05
-    bounds = score_bounds(BoundedNetwork(network, (1, 3, 3), method), ball_around(images, eps, norm))
+    bounds = score_bounds(LirpaNetwork(network, (1, 3, 3), method), ball_around(images, eps, norm))
     score = -(images.flatten(1) @ weight.double().T).squeeze(1) - network[1].bias
     move = eps * weight.double().norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm])
     if method == "ibp" and norm != "linf":  # interval propagation only knows the box around the ball
@@ -112,7 +112,7 @@ def test_large_logits_neither_overflow_nor_clip(offset):
     weight = torch.tensor([[2.0, -1.0]]).double()
     network = linear(torch.cat([weight, -weight]), torch.tensor([offset, offset]))
     images = torch.tensor([[[[0.5, 0.5]]]]).double()
-    bounds = score_bounds(BoundedNetwork(network, (1, 1, 2), "crown"), ball_around(images, 0.1))
+    bounds = score_bounds(LirpaNetwork(network, (1, 1, 2), "crown"), ball_around(images, 0.1))
     low, high = 0.5 - 0.3, 0.5 + 0.3  # w . x at the centre, and eps ||w||_1
     exact_upper = -offset - torch.log(2 * torch.cosh(torch.tensor(low, dtype=torch.float64)))
     exact_lower = -offset - torch.log(2 * torch.cosh(torch.tensor(high, dtype=torch.float64)))
@@ -138,7 +138,7 @@ def test_one_dimensional_networks_against_a_fine_grid(method):
     network = nn.Sequential(nn.Flatten(), nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
     images = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.77, 1.0]).double().reshape(-1, 1, 1, 1)
     for eps in (0.0, 1e-9, 0.05, 0.3):
-        bounds = score_bounds(BoundedNetwork(network, (1, 1, 1), method), ball_around(images, eps))
+        bounds = score_bounds(LirpaNetwork(network, (1, 1, 1), method), ball_around(images, eps))
         minimum, maximum = exact_extremes(network, images, eps)
         assert bool((bounds.lower <= minimum).all()) and bool((maximum <= bounds.upper).all())
         if eps <= 1e-9:
@@ -159,7 +159,7 @@ def test_no_attacked_or_sampled_point_escapes(name, norm, method):
     for seed, (scale, eps) in enumerate([(1.0, 0.05), (3.0, 0.02), (1e-3, 0.3)][: 1 if name == "resnet18" else 3]):
         network = random_network(name, seed, scale, **options)
         images = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).double().round(decimals=1)
-        bounded = BoundedNetwork(network, (1, 6, 6), method)
+        bounded = LirpaNetwork(network, (1, 6, 6), method)
         ball = ball_around(images, eps, norm)
         bounds = score_bounds(bounded, ball)
         assert bool(torch.isfinite(bounds.lower).all()) and bool(torch.isfinite(bounds.upper).all())
@@ -175,7 +175,7 @@ def test_vertices_of_small_balls_stay_inside():
     network = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3)).double().eval()
     image = torch.full((1, 1, 3, 3), 0.5).double()
     corners = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=9))).double().reshape(-1, 1, 3, 3)
-    bounded = BoundedNetwork(network, (1, 3, 3), "crown")
+    bounded = LirpaNetwork(network, (1, 3, 3), "crown")
     for eps in (0.01, 0.1, 0.5):
         bounds = score_bounds(bounded, ball_around(image, eps))
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_joint_bounds_gain_where_logits_share_their_movement():
     weight = torch.randn(5, 9)
     network = linear(weight - weight.mean(0), torch.zeros(5))  # sum of the logits is constant
     image = torch.full((1, 1, 3, 3), 0.5).double()
-    bounds = score_bounds(BoundedNetwork(network, (1, 3, 3), "crown"), ball_around(image, 0.1))
+    bounds = score_bounds(LirpaNetwork(network, (1, 3, 3), "crown"), ball_around(image, 0.1))
     score = energy(network(image)).item()
     assert bounds.upper.item() - score < 0.6 * (bounds.upper_per_logit.item() - score)
 
@@ -200,10 +200,10 @@ def test_joint_bounds_gain_where_logits_share_their_movement():
 def test_adding_a_constant_to_all_logits_shifts_the_bounds():
     network = random_network("mlp", 0, width=12)
     images = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
-    before = score_bounds(BoundedNetwork(network, (1, 6, 6), "crown"), ball_around(images, 0.05))
+    before = score_bounds(LirpaNetwork(network, (1, 6, 6), "crown"), ball_around(images, 0.05))
     with torch.no_grad():
         network[-1].bias.add_(7.0)
-    after = score_bounds(BoundedNetwork(network, (1, 6, 6), "crown"), ball_around(images, 0.05))
+    after = score_bounds(LirpaNetwork(network, (1, 6, 6), "crown"), ball_around(images, 0.05))
     torch.testing.assert_close(after.lower, before.lower - 7, rtol=0, atol=1e-9)
     torch.testing.assert_close(after.upper, before.upper - 7, rtol=0, atol=1e-9)
 
@@ -211,7 +211,7 @@ def test_adding_a_constant_to_all_logits_shifts_the_bounds():
 def test_a_sample_is_bounded_alike_alone_and_in_a_batch():
     network = random_network("conv-small", 0, width=4)
     images = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
-    bounded = BoundedNetwork(network, (1, 6, 6), "crown")
+    bounded = LirpaNetwork(network, (1, 6, 6), "crown")
     together = score_bounds(bounded, ball_around(images, 0.03))
     for index in range(6):
         alone = score_bounds(bounded, ball_around(images[index : index + 1], 0.03))

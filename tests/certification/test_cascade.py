@@ -11,6 +11,7 @@ from torch import nn
 from grood_cert import detector
 from grood_cert.ball import Ball
 from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engines import ENGINES
 from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification import cascade
 from grood_cert.certification.cascade import OUTCOMES, Certifier, Envelope, Settings, search_radius
@@ -54,7 +55,7 @@ def one_logit(weight, bias=0.0):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("kind", ["id", "ood"])
-@pytest.mark.parametrize("engine", cascade.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("stage", ["crown", "crown-ibp"])
 def test_radius_of_one_linear_logit_is_exact(norm, kind, stage, engine):
     """K = 1, f = w.x + b: the certified radius is |S - gamma| / ||w||_q, to 1e-9."""
@@ -229,7 +230,9 @@ def test_skipping_what_is_decided_costs_no_radius(loaded, images):
 
 def test_engines_agree(loaded, images):
     settings = Settings(eps=(0.01, 0.03), stages=("ibp", "crown"))
-    one, other = (certify(loaded, dataclasses.replace(settings, engine=name), images[:6]) for name in cascade.ENGINES)
+    one, other = (
+        certify(loaded, dataclasses.replace(settings, engine=name), images[:6]) for name in ("native", "auto_lirpa")
+    )
     for name in ("s_lb", "s_ub"):
         torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one["radius_certified"], other["radius_certified"], rtol=2e-2, atol=0)
@@ -351,7 +354,7 @@ def test_interruption_is_not_swallowed(loaded, monkeypatch):
         ({"effort": "heroic"}, "unknown effort 'heroic'; use one of fast, default, max"),
         ({"stages": ("magic",)}, "unknown stage 'magic'; use some of ibp, crown-ibp, crown, lipschitz"),
         ({"stages": ("alpha-crown",)}, "the stages need one of ibp, crown-ibp, crown"),
-        ({"engine": "steam"}, "unknown engine 'steam'; use one of auto_lirpa, native"),
+        ({"engine": "steam"}, "unknown engine 'steam'; use one of auto, native, auto_lirpa"),
         ({"time_limit": -1.0}, "time limit must be 0"),
         ({"precision": 0.0}, "precision must lie between 0 and 1"),
         ({"batch_size": 0}, "batch size must be 1 or more"),

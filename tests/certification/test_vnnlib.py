@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grood_cert import detector
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.certification import vnnlib as export
 from grood_cert.certification.vnnlib import Instance, Specification, Verdict
 from grood_cert.data import experiment_of
@@ -56,7 +56,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def bounded(network):
-    return BoundedNetwork(network, (1, 2, 2), "crown")
+    return LirpaNetwork(network, (1, 2, 2), "crown")
 
 
 def points_of(prop, number=4000):
@@ -322,7 +322,7 @@ def test_the_exported_network_is_the_network_followed_by_the_rows(undecided, mod
     """onnx's own reference evaluator runs the file; the properties of the folder refer to its outputs."""
     reference = pytest.importorskip("onnx.reference", reason="needs the optional package onnx")
     loaded, read, sets, eps = undecided
-    bounded = BoundedNetwork(loaded.network, loaded.shape, "crown")
+    bounded = LirpaNetwork(loaded.network, loaded.shape, "crown")
     instances = export.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
     session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

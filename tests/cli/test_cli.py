@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -160,7 +161,7 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--norm", "l"], "unknown norm 'l'"),
         (["--stages", "crown,magic"], "unknown stage 'magic'; use some of ibp, crown-ibp, crown, lipschitz"),
         (["--effort", "heroic"], "unknown effort 'heroic'; use one of fast, default, max"),
-        (["--engine", "steam"], "unknown engine 'steam'; use one of auto_lirpa, native"),
+        (["--engine", "steam"], "unknown engine 'steam'; use one of auto, native, auto_lirpa"),
         (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
         (["--gamma", "nan"], "gamma must be a finite number"),
@@ -372,8 +373,13 @@ def test_a_missing_engine_says_how_to_get_it(call, model, tmp_path, monkeypatch)
     for function in vars(auto_lirpa).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-    code, out, err = call("certify", model, "--out", tmp_path)
+    code, out, err = call("certify", model, "--engine", "auto_lirpa", "--out", tmp_path / "named")
     assert (code, out) == (1, "") and "pip install --no-deps auto-LiRPA==0.3" in err and err.count("\n") == 1
+    options = ["--eps", "0.01", "--stages", "ibp", "--effort", "fast", "--limit", "2", "--out", tmp_path]
+    code, out, err = call("certify", model, *options)
+    assert code == 0 and "no cross-check of the bounds: auto_LiRPA is not installed\n" in out
+    manifest = json.loads((tmp_path / "rows.json").read_text())
+    assert manifest["versions"]["auto_LiRPA"] is None and manifest["bounded_by"] == "native"
 
 
 def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_interval_slope_at_radius_zero_is_greg():
     labels = torch.arange(6) % 4
     found = []
     for slope in ("gradient-norm", "interval"):
-        weights = objective.Weights(0.1, 0.5, -1.0, -2.0, slope=slope, slope_eps=0.0)
+        weights = objective.SoftmaxWeights(0.1, 0.5, -1.0, -2.0, slope=slope, slope_eps=0.0)
         network.zero_grad()
         terms = objective.objective(network, images, labels, outliers, weights)
         terms.total.backward()
@@ -197,7 +197,7 @@ def test_interval_slope_grows_with_its_radius():
                 images,
                 torch.zeros(6).long(),
                 outliers,
-                objective.Weights(0.1, 1.0, 9.0, -9.0, slope="interval", slope_eps=eps),
+                objective.SoftmaxWeights(0.1, 1.0, 9.0, -9.0, slope="interval", slope_eps=eps),
             ).gradient
         )
         for eps in (0.0, 0.05, 0.2)

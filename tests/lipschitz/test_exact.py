@@ -11,7 +11,7 @@ from torch import nn
 from grood_cert.ball import Ball, dual_norm
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
-from grood_cert.bounds.simplex import Weights, difference_rows, softmax_weights
+from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, softmax_weights
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.jacobian_crown import chords, jacobian_crown
 from grood_cert.lipschitz.product import operator_norm, product_bound, torus_norm, unrolled
@@ -266,7 +266,7 @@ def test_knapsack_equals_the_linear_programme():
         rows = torch.randn(1, 3, classes, generator=generator, dtype=torch.float64)
         if trial % 3 == 0:
             rows[..., 0] = rows[..., -1]  # ties
-        found = Weights(lower, upper).maximum(rows)[0]
+        found = SoftmaxWeights(lower, upper).maximum(rows)[0]
         for row, value in zip(rows[0], found, strict=True):
             limits = list(zip(lower[0].tolist(), upper[0].tolist(), strict=True))
             exact = linprog(-row.numpy(), A_eq=np.ones((1, classes)), b_eq=[1.0], bounds=limits)
@@ -391,7 +391,7 @@ def test_corners_equal_the_fixed_head_when_the_weights_are_known():
     images = torch.rand(3, 1, 6, 6, dtype=torch.float64)
     known = preactivations(graph, ball_of(images, 0.05, "linf"))
     point = torch.softmax(graph(images), 1)
-    fixed = jacobian_crown(graph, known, "linf", Weights.fixed(point))
+    fixed = jacobian_crown(graph, known, "linf", SoftmaxWeights.fixed(point))
     wide = jacobian_crown(graph, known, "linf")
     assert bool((fixed <= wide * (1 + 1e-9)).all())
 

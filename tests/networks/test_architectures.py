@@ -10,7 +10,7 @@ from torch import nn
 
 from grood_cert import recipe
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import InputError
@@ -202,7 +202,7 @@ def test_scores_can_be_bounded(name, method):
     network.eval()
     images = images_for(name, 2)
     ball = Ball(images, torch.full((2,), 0.01, dtype=torch.float64), "linf")
-    bounds = score_bounds(BoundedNetwork(network, SMALL[name][0], method), ball)
+    bounds = score_bounds(LirpaNetwork(network, SMALL[name][0], method), ball)
     generator = torch.Generator().manual_seed(2)
     for _ in range(20):
         move = 0.02 * torch.rand(images.shape, dtype=torch.float64, generator=generator) - 0.01

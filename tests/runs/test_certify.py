@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,9 @@ import torch
 
 from grood_cert import detector
 from grood_cert.ball import Ball
-from grood_cert.bounds import auto_lirpa
-from grood_cert.bounds.auto_lirpa import BoundedNetwork
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
+from grood_cert.bounds.crown import NativeRelaxation
+from grood_cert.bounds.engines import lirpa_version
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification import cascade
 from grood_cert.certification.cascade import Settings
@@ -59,7 +61,7 @@ def test_each_radius_is_proved_again_by_a_fresh_engine(loaded, result):
         mask = result.of_kind(kind) & (result["status"] == "certified")
         eps = torch.tensor(result["radius_certified"][mask])
         ball = Ball(images_of(loaded, result, mask), eps, "linf")
-        bounds = score_bounds(BoundedNetwork(loaded.network, (1, 8, 8), "crown"), ball)
+        bounds = score_bounds(LirpaNetwork(loaded.network, (1, 8, 8), "crown"), ball)
         proved = bounds.upper < loaded.gamma if kind == "id" else bounds.lower > loaded.gamma
         assert bool(proved.all())
 
@@ -86,9 +88,12 @@ def test_radii_agree_with_the_grid(result):
 def test_the_manifest_says_what_was_done(result, model, loaded):
     manifest = result.manifest
     assert manifest["model"]["sha256"] and manifest["gamma"] == loaded.gamma
-    assert (manifest["norm"], manifest["engine"], manifest["dtype"]) == ("linf", "auto_lirpa", "float64")
+    assert (manifest["norm"], manifest["engine"], manifest["dtype"]) == ("linf", "auto", "float64")
     assert manifest["stages"] == ["ibp", "crown"]
-    assert manifest["versions"]["auto_LiRPA"] == auto_lirpa.version()
+    assert manifest["versions"]["auto_LiRPA"] == lirpa_version()
+    check, sets = manifest["cross_check"], len(manifest["data"])
+    assert (manifest["bounded_by"], check["engine"], check["version"]) == ("native", "auto_lirpa", lirpa_version())
+    assert check["balls"] == check["same_lines"] == 4 * sets and 0 < check["largest_disagreement"] < 1e-9
     assert {entry["set"] for entry in manifest["data"]} == set(result["set"])
     assert manifest["failures"] == {} and manifest["seconds"] > 0 and manifest["limit"] == 12
 
@@ -122,6 +127,64 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
     assert np.abs(evidence["counterexample"] - evidence["image"]).max() <= 0.1 + 1e-12
     assert len(loaded.score(points)) == len(bounds)
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_engines_that_contradict_each_other_end_the_run(loaded, monkeypatch, tmp_path, model):
+    """A native bound that is too tight by a millionth: no attack comes that close, the other engine does."""
+    rows_of = NativeRelaxation.rows
+
+    def shifted(self, coefficients, method=None):
+        lower, upper = rows_of(self, coefficients, method)
+        return lower, upper - 1e-6
+
+    monkeypatch.setattr(NativeRelaxation, "rows", shifted)
+    images, settings = experiment_of(loaded.recipe).test, Settings(eps=(0.01, 0.03), stages=("ibp", "crown"))
+    (tmp_path / "rows.csv").write_text("precious")
+    with pytest.raises(SoundnessError, match="the bound engines contradict each other") as caught:
+        certification.run(loaded, model, [images], settings, tmp_path, limit=4)
+    with np.load(caught.value.counterexample) as archive:
+        assert archive["eps"].tolist() == [0.01] and archive["image"].shape == (1, 1, 8, 8)
+        assert (np.abs(archive["native_upper"] - archive["other_upper"]) > 1e-7).any()
+    assert (tmp_path / "rows.csv").read_text() == "precious"
+
+
+def test_a_named_engine_is_not_cross_checked_and_a_missing_one_is_left_out(loaded, monkeypatch, tmp_path, model):
+    images, settings = experiment_of(loaded.recipe).test, Settings(eps=(0.01,), stages=("ibp",), effort="fast")
+    for engine in ("native", "auto_lirpa"):
+        chosen = dataclasses.replace(settings, engine=engine)
+        found = certification.run(loaded, model, [images], chosen, tmp_path / engine, limit=2)
+        assert (found.manifest["bounded_by"], found.manifest["cross_check"]) == (engine, None)
+    monkeypatch.setattr(certification, "lirpa_version", lambda: None)
+    found = certification.run(loaded, model, [images], settings, tmp_path / "auto", limit=2)
+    assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA is not installed"}
+
+
+class Untraceable(torch.nn.Module):
+    """The same function, with a condition that torch.fx cannot follow."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        if images.shape[0] < 0:
+            raise ValueError
+        return self.network(images)
+
+
+def test_where_the_native_engine_cannot_auto_lirpa_bounds_and_the_run_says_so(loaded, tmp_path, model):
+    images, said = experiment_of(loaded.recipe).test, []
+    strange = dataclasses.replace(loaded, network=Untraceable(loaded.network).eval())
+    settings = Settings(eps=(0.01, 0.03))
+    found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, report=said.append)
+    assert said[0].startswith("bounds by auto_LiRPA, since the native engine cannot take the network: ")
+    assert found.manifest["bounded_by"] == "auto_lirpa" and found.manifest["stages"] == ["ibp", "crown"]
+    assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA itself gives the bounds"}
+    named = dataclasses.replace(settings, engine="auto_lirpa", stages=("ibp", "crown"))
+    again = certification.run(loaded, model, [images], named, tmp_path / "named", limit=4)
+    assert (found["radius_certified"] == again["radius_certified"]).all() and (found["radius_certified"] > 0).any()
+    with pytest.raises(InputError, match="cannot be traced"):
+        certification.run(strange, model, [images], dataclasses.replace(settings, engine="native"), tmp_path / "native")
 
 
 def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):

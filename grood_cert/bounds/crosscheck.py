@@ -1,0 +1,160 @@
+r"""Both engines bound the same balls: they share no code, so an error in one of them shows.
+
+Compared are, by the same method, S_lb, S_ub and the bounds l_k, u_k of every logit.
+
+* *The same lines.* Where rows are pulled back to the image through (leaky) ReLUs whose inputs are bounded alike, both
+  engines compute the same numbers and differ by rounding only, in both directions: the native margins, 1e-12 of the
+  magnitude m of what was summed, enter at each of n layers, directly and through the lines around it, so
+
+      |a - b| <= 1e-8 (1 + |b|) + 2e-12 n m.
+
+  Typical are 1e-13 to 1e-10. Not so for a sample with a neuron whose two lower lines are equally good, where rounding chooses, or whose interval ends so
+  near 0 that the library's clamps of 1e-8 matter; nor, for l_2 and l_1 balls, in a network that adds paths, whose
+  intervals the native engine takes over the ball in place of its box.
+* *Other lines* (intervals, sigmoid, tanh, maximum pools). One engine may be looser than the other, which contradicts
+  nothing; but both enclose S and the logits, so the intervals must meet.
+* *Points.* Whatever the lines, S and the logits at the centre and at both ends of the steepest line through it lie
+  inside the bounds of both engines.
+
+A bound that is NaN, or an engine that raises, proves nothing and contradicts nothing: such balls are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grood_cert import attacks
+from grood_cert.ball import Ball
+from grood_cert.bounds.activations import LeakyReLU
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engine import ROUNDING, BoundedNetwork, Interval, Method, way_of
+from grood_cert.bounds.operations import Addition
+from grood_cert.bounds.score import score_bounds
+from grood_cert.errors import SoundnessError
+from grood_cert.scores import energy, energy_gradient
+
+TOLERANCE = 1e-8
+_CLAMPED = 1e-7  # distance to 0 below which the library's clamps may matter
+_TIED = 1e-9  # distance of a chord's slope to 1/2 below which rounding may choose the lower line
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a cross-check found.
+
+    Attributes:
+        balls: Balls bounded by both engines.
+        same_lines: How many of them had to agree to rounding; of the others the intervals meet.
+        largest_disagreement: Over these, |a - b| / (1 + |b|) of any bound; None if there are none.
+    """
+
+    balls: int
+    same_lines: int
+    largest_disagreement: float | None
+
+
+def cross_check(
+    native: NativeNetwork, other: BoundedNetwork, balls: Iterable[Ball], method: Method | None = None
+) -> Agreement:
+    """Compare both engines on some balls.
+
+    Args:
+        native: The network inside the native engine.
+        other: The same network inside the other one.
+        balls: Batches of balls.
+        method: Method to compare if it differs from the native engine's own.
+
+    Raises:
+        SoundnessError: If they disagree beyond rounding, or a bound does not hold at a point of its ball.
+    """
+    method = method or native.method
+    count = 0
+    found: list[float] = []
+    for ball in balls:
+        ours, theirs = (_bounds(engine, ball, method) for engine in (native, other))
+        known = torch.isfinite(torch.cat([*ours, *theirs], 1)).all(1)
+        if not bool(known.any()):
+            continue
+        gap = torch.stack([(one - two).abs() / (1 + two.abs()) for one, two in zip(ours, theirs, strict=True)])
+        apart = gap.amax((0, 2))
+        same, rounding = _same_lines(native, ball, method)
+        same = same & known
+        fits = torch.where(same, apart <= TOLERANCE + rounding, _meet(ours, theirs))
+        wrong = known & ~(fits & _hold(native, ball, ours) & _hold(native, ball, theirs))
+        if bool(wrong.any()):
+            raise SoundnessError(
+                f"the bound engines contradict each other on {int(wrong.sum())} balls of eps "
+                f"{float(ball.eps[wrong][0]):g}: no bound of this run can be trusted",
+                {
+                    "image": ball.center[wrong].cpu().numpy(),
+                    "eps": ball.eps[wrong].cpu().numpy(),
+                    **{
+                        f"{engine}_{side}": bound[wrong].cpu().numpy()
+                        for engine, bounds in (("native", ours), ("other", theirs))
+                        for side, bound in zip(("lower", "upper"), bounds, strict=True)
+                    },
+                },
+            )
+        count += int(known.sum())
+        found += apart[same].tolist()
+    return Agreement(count, len(found), max(found, default=None))
+
+
+def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method) -> Interval:
+    """Bounds of S and of the logits, shape (B, 1 + K) each; NaN where the engine raises."""
+    with torch.no_grad():
+        classes = bounded.network(ball.center[:1]).shape[1]
+    try:
+        score = score_bounds(bounded, ball, method)
+        rows = torch.eye(classes).to(ball.center).expand(len(ball.center), -1, -1)
+        lower, upper = bounded.relax(ball).rows(rows, method)
+    except Exception:  # noqa: BLE001  (whatever it is, nothing was proved)
+        nothing = ball.center.new_full((len(ball.center), 1 + classes), torch.nan)
+        return nothing, nothing
+    return torch.cat([score.lower[:, None], lower], 1), torch.cat([score.upper[:, None], upper], 1)
+
+
+def _same_lines(native: NativeNetwork, ball: Ball, method: Method) -> tuple[Tensor, Tensor]:
+    """Whether both engines take the same lines for a sample, and what the native margins may add, shape (B,) each."""
+    nodes, nonlinear = native.graph.nodes, native.graph.nonlinear
+    hidden = native.relax(ball).hidden(method)
+    rounding = 2 * len(nodes) * ROUNDING * hidden.magnitudes[-1].amax(1)
+    alike = torch.ones_like(ball.eps, dtype=torch.bool)
+    if way_of(method).rows == "ibp" or not all(isinstance(nodes[i].operation, LeakyReLU) for i in nonlinear):
+        return ~alike, rounding
+    if ball.norm != "linf" and any(isinstance(node.operation, Addition) for node in nodes):
+        return ~alike, rounding
+    for number, (lower, upper) in hidden.inputs.items():
+        operation = nodes[number].operation
+        assert isinstance(operation, LeakyReLU)
+        unstable = (lower < 0) & (upper > 0)
+        clamped = (lower < 0) & (lower > -_CLAMPED) | (unstable & (upper < _CLAMPED))
+        tied = unstable & (((upper - operation.slope * lower) / (upper - lower) - 0.5).abs() < _TIED)
+        alike = alike & ~(clamped | tied).flatten(1).any(1)
+    return alike, rounding
+
+
+def _slack(bound: Tensor) -> Tensor:
+    return TOLERANCE * (1 + bound.abs())
+
+
+def _meet(first: Interval, second: Interval) -> Tensor:
+    lower, upper = torch.maximum(first[0], second[0]), torch.minimum(first[1], second[1])
+    return (lower <= upper + _slack(upper)).all(1)
+
+
+def _hold(native: NativeNetwork, ball: Ball, bounds: Interval) -> Tensor:
+    """Whether bounds enclose S and the logits at some points of the ball, shape (B,)."""
+    _, gradient = energy_gradient(native.network, ball.center)
+    inside = torch.ones_like(ball.eps, dtype=torch.bool)
+    for points in (ball.center, attacks.towards(gradient, ball), attacks.towards(-gradient, ball)):
+        with torch.no_grad():
+            logits = native.network(points)
+        found = torch.cat([energy(logits)[:, None], logits], 1)
+        above, below = found <= bounds[1] + _slack(found), found >= bounds[0] - _slack(found)
+        inside = inside & (above & below).all(1)
+    return inside

@@ -1,0 +1,388 @@
+r"""Parts of balls on which some neurons keep one sign, and optimised linear bounds on them.
+
+Below an unstable leaky ReLU (l < 0 < u) any line through 0 with a slope alpha between the leak and 1 is sound. The parts
+of a ball on which some neurons keep one sign s_j and the logits stay in an interval are bounded as a ball is; what is
+known there enters with Lagrange multipliers beta, mu, nu >= 0 (beta-CROWN):
+
+    max { a . z : s_j z_j >= 0, l <= f <= u }  <=  max a . z + sum_j beta_j s_j z_j + mu . (f - l) + nu . (u - f).
+
+A neuron has a slope while it is unstable and a multiplier once its sign is fixed, so one number each is stored. All of
+them are optimised by projected Adam steps through the backward pass; every iterate is a proof, the best one is kept.
+
+*Tightening.* Intervals of hidden neurons and of logits are optimised rows. Where it is enough to look at a part V of
+the domain on which a linear condition c . f + d >= 0 holds,
+
+    max { z_j : x in V }  <=  max z_j + lambda (c . f + d)        for all lambda >= 0,
+
+and a crossed interval proves V empty (INVPROP).
+
+Bounds are moved outward by 1e-12 of the size of what was summed.
+
+References:
+    Wang et al., "Beta-CROWN", NeurIPS 2021; Kotha et al., "Provably Bounding Neural Network Preimages", NeurIPS 2023
+    (INVPROP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.activations import Activation, LeakyReLU
+from grood_cert.bounds.engine import ROUNDING, Interval, crossed, ordered
+from grood_cert.bounds.graph import Graph, Node
+from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
+from grood_cert.bounds.linear_rows import over_rows, through_pool
+from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.errors import InputError
+
+Condition = tuple[Tensor, Tensor]
+SLOPE_RATE = 0.3  # first step of Adam, per parameter
+_LAST_STEP = 0.5  # relative to the first one
+_FIRST_PRICE = 0.5  # lambda to start from, in units of width / depth of the condition at x
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Parts of balls on which some neurons keep one sign.
+
+    Attributes:
+        graph: The network.
+        ball: The balls, one a domain.
+        inputs: Bounds of the input of every nonlinear layer on the domain, shape (B, *layer) each.
+        signs: Fixed signs of the neurons of all leaky ReLUs, one layer after the other, shape (B, N): 1 for z >= 0, -1
+            for z <= 0, 0 for open.
+        logits: Bounds of the logits on the domain, shape (B, K) each.
+    """
+
+    graph: Graph
+    ball: Ball
+    inputs: tuple[Interval, ...]
+    signs: Tensor
+    logits: Interval
+
+    def __len__(self) -> int:
+        return len(self.signs)
+
+    def at(self, index: Tensor) -> Domains:
+        """Some of the domains."""
+        return Domains(
+            self.graph,
+            Ball(self.ball.center[index], self.ball.eps[index], self.ball.norm),
+            tuple((lower[index], upper[index]) for lower, upper in self.inputs),
+            self.signs[index],
+            (self.logits[0][index], self.logits[1][index]),
+        )
+
+
+def neurons(graph: Graph) -> int:
+    """Number of leaky ReLUs in the network, N."""
+    return sum(
+        graph.nodes[number].size for number in graph.nonlinear if isinstance(graph.nodes[number].operation, LeakyReLU)
+    )
+
+
+@dataclass
+class Passage:
+    """What a row met on its way back to the image, filled in by the backward pass: for branching and rounding.
+
+    Attributes:
+        image: Its coefficients at the image, shape (B, R, d).
+        coefficients: Its coefficients behind every nonlinear layer it crossed, shape (B, R, *layer) each.
+        biases: Sum of |a| |b| over the biases b it met, shape (B, R).
+    """
+
+    image: Tensor | None = None
+    coefficients: dict[int, Tensor] = field(default_factory=dict)
+    biases: Tensor | float = 0.0
+
+
+class FreePullback:
+    r"""The backward pass over domains, differentiable in the parameters of its lines.
+
+    Args:
+        graph: The network.
+        ball: Balls.
+        inputs: Bounds of the inputs of the first nonlinear layers, all that rows will cross.
+        signs: Fixed signs, see `Domains`.
+
+    Attributes:
+        start: CROWN's parameters, shape (B, N): a slope for an unstable neuron, 0 for any other.
+        largest: Largest admissible parameters: 1, infinity for multipliers, 0 where there is nothing to choose.
+        smallest: Smallest admissible parameters.
+    """
+
+    def __init__(self, graph: Graph, ball: Ball, inputs: Sequence[Interval], signs: Tensor) -> None:
+        self.graph, self.ball, self.signs = graph, ball, signs
+        self.inputs = dict(zip(graph.nonlinear, inputs, strict=False))
+        self.lines: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.places: dict[int, slice] = {}
+        self.unstable: dict[int, Tensor] = {}
+        self.start = torch.zeros_like(signs)
+        self.smallest = torch.zeros_like(signs)
+        self.largest = torch.zeros_like(signs).masked_fill(signs != 0, torch.inf)
+        place = 0
+        for number, (lower, upper) in self.inputs.items():
+            operation = graph.nodes[number].operation
+            if not isinstance(operation, Activation):
+                continue
+            self.lines[number] = operation.lines(lower, upper)
+            if not isinstance(operation, LeakyReLU):
+                continue
+            part = slice(place, place + graph.nodes[number].size)
+            self.places[number], place = part, part.stop
+            self.unstable[number] = (lower < 0) & (upper > 0)
+            open_ = self.unstable[number].flatten(1)
+            self.start[:, part] = torch.where(open_, self.lines[number][0].flatten(1), 0.0)
+            self.smallest[:, part] = open_.to(signs) * operation.slope
+            self.largest[:, part].masked_fill_(open_, 1.0)
+
+    def slopes(self, number: int, values: Tensor) -> Tensor:
+        """Slope of the line below each neuron of a leaky ReLU, shape (B, R, *layer); values of shape (B, R, N)."""
+        own = values[..., self.places[number]].unflatten(-1, self.graph.nodes[number].shape)
+        return torch.where(self.unstable[number].unsqueeze(1), own, self.lines[number][0].unsqueeze(1))
+
+    def upper(self, rows: Mapping[int, Tensor], values: Tensor, passage: Passage | None = None) -> Tensor:
+        r"""UB of the sum of a . value(node) over some nodes, on each domain.
+
+        Args:
+            rows: a for each node, shape (B, R, *layer).
+            values: Admissible parameters, shape (B, R, N) or (B, 1, N).
+            passage: Filled with what the rows met.
+
+        Returns:
+            Shape (B, R).
+        """
+        graph = self.graph
+        pending = dict(rows)
+        constants: Tensor | float = 0.0
+        for number in range(max(pending), 0, -1):
+            if number not in pending:
+                continue
+            row = pending.pop(number)
+            current = graph.nodes[number]
+            operation, dimensions = current.operation, len(current.shape)
+            if isinstance(operation, LinearMap):
+                if operation.bias is not None:
+                    axes = tuple(range(-dimensions, 0))
+                    constants = constants + (row * operation.bias).sum(axes)
+                    if passage is not None:
+                        passage.biases = passage.biases + (row.abs() * operation.bias.abs()).sum(axes)
+                row = over_rows(operation.transpose, row, dimensions)
+            elif not isinstance(operation, Addition):
+                if passage is not None:
+                    passage.coefficients[number] = row
+                if isinstance(operation, MaxPool):
+                    lower, upper = self.inputs[number]
+                    alone = (operation.routing(lower, upper)[0] > 0).any(2)
+                    row, term = through_pool(
+                        operation, row.flatten(3), upper, operation.leaders(lower, upper)[0], alone
+                    )
+                else:
+                    row, term = self._through_activation(number, row, values)
+                constants = constants + term
+            for target in current.inputs:
+                pending[target] = pending[target] + row if target in pending else row
+        image = pending[0].flatten(2)
+        if passage is not None:
+            passage.image = image
+        return (image @ self.ball.center.flatten(1).unsqueeze(-1)).squeeze(-1) + self.ball.support(image) + constants
+
+    def _through_activation(self, number: int, row: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        slope_low, constant_low, slope_high, constant_high = (line.unsqueeze(1) for line in self.lines[number])
+        positive, negative = row.clamp(min=0), row.clamp(max=0)
+        constant = (positive.flatten(2) @ constant_high.flatten(2).mT).squeeze(-1)
+        if number not in self.places:
+            constant = constant + (negative.flatten(2) @ constant_low.flatten(2).mT).squeeze(-1)
+            return positive * slope_high + negative * slope_low, constant
+        shape = self.graph.nodes[number].shape
+        push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)
+        row = positive * slope_high + negative * self.slopes(number, values) + push.unflatten(-1, shape)
+        return row, constant
+
+    def margin(self, passage: Passage) -> Tensor:
+        """Rounding: 1e-12 of the size of what was summed on the way, shape (B, R)."""
+        farthest = torch.maximum(self.ball.lower.abs(), self.ball.upper.abs()).flatten(1)
+        assert passage.image is not None
+        size = (passage.image.abs() @ farthest.unsqueeze(-1)).squeeze(-1) + passage.biases
+        for number, row in passage.coefficients.items():
+            lower, upper = self.inputs[number]
+            reach = torch.maximum(lower.abs(), upper.abs()).flatten(1)
+            if isinstance(self.graph.nodes[number].operation, MaxPool):
+                size = size + row.abs().flatten(2).sum(2) * reach.amax(1, keepdim=True)
+            else:
+                size = size + (row.abs().flatten(2) @ reach.unsqueeze(-1)).squeeze(-1)
+        return ROUNDING * size
+
+
+def descend(
+    function: Callable[[Tensor], Tensor],
+    start: Tensor,
+    smallest: Tensor,
+    largest: Tensor,
+    rate: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Projected Adam steps on a sum of independent functions; the best iterate of each.
+
+    Args:
+        function: Values of shape (..., P) to one number each, shape (...).
+        start: First iterate, admissible.
+        smallest: Lower ends of the admissible box.
+        largest: Upper ends.
+        rate: First step of each parameter; the last one is half of it.
+        steps: Steps.
+
+    Returns:
+        Smallest numbers, shape (...), and where they were found, shape (..., P).
+
+    Example:
+        >>> zero = torch.zeros(1, 1)
+        >>> best, where = descend(lambda v: (v - 3).square().sum(-1), zero, zero, zero + 2, torch.ones(1), 9)
+        >>> where
+        tensor([[2.]])
+    """
+    values = start
+    best, where = torch.full_like(start[..., 0], torch.inf), start
+    first, second = torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(steps + 1):
+        with torch.set_grad_enabled(step < steps):
+            values = values.detach().requires_grad_(step < steps)
+            found = function(values)
+        better = found.detach() < best
+        best = torch.where(better, found.detach(), best)
+        where = torch.where(better.unsqueeze(-1), values.detach(), where)
+        if not found.requires_grad:  # the last step, or nothing to choose
+            break
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(found.sum(), values)
+        slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+        first, second = first.lerp(slope, 0.1), second.lerp(slope.square(), 0.01)
+        move = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+        values = torch.maximum(
+            torch.minimum(values.detach() - rate * _LAST_STEP ** (step / steps) * move, largest), smallest
+        )
+    return best, where
+
+
+def _unit_rows(index: Tensor, origin: Node) -> Tensor:
+    """Rows +e_i, then -e_i, for the units i of a node; index of shape (B, U)."""
+    rows = torch.zeros(*index.shape, origin.size, dtype=torch.float64, device=index.device)
+    rows.scatter_(2, index.unsqueeze(-1), 1.0)
+    both: Tensor = torch.cat([rows, -rows], 1).unflatten(-1, origin.shape)
+    return both
+
+
+def tightened(
+    domains: Domains,
+    places: Sequence[int],
+    steps: int,
+    start: Tensor | None = None,
+    condition: Condition | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Domains:
+    r"""Both ends of every unstable neuron of some layers, or of every logit, as optimised rows.
+
+    Args:
+        domains: The domains.
+        places: Which nonlinear layers, counted in execution order; their number stands for the logits.
+        steps: Adam steps.
+        start: First parameters of every row, shape (B, N); CROWN's if absent.
+        condition: c, shape (B, K), and d, shape (B,), with c . f + d >= 0 wherever it matters: the result holds there.
+        memory: Bytes that blocks of rows may take.
+
+    Returns:
+        The domains with their intervals intersected with what was found; ends may cross, see `emptied`.
+    """
+    graph, output = domains.graph, len(domains.graph.nodes) - 1
+    widest = max(node.size for node in graph.nodes)
+    for place in places:
+        last = place == len(graph.nonlinear)
+        node = output if last else graph.nodes[graph.nonlinear[place]].inputs[0]
+        interval = domains.logits if last else domains.inputs[place]
+        lower, upper = (end.flatten(1) for end in interval)
+        needed = torch.ones_like(lower, dtype=torch.bool) if last else (lower < 0) & (upper > 0)
+        count = int(needed.sum(1).max())
+        order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        for index in order.split(max(1, memory // (8 * 2 * len(domains) * widest)), 1) if count else ():
+            low, high = _row_bounds(domains, node, index, steps, start, condition)
+            own = needed.gather(1, index)  # the others only fill up the rows of samples that need fewer
+            low, high = torch.where(own, low, -torch.inf), torch.where(own, high, torch.inf)
+            lower = lower.scatter(1, index, torch.fmax(lower.gather(1, index), low))
+            upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))
+        found = lower.reshape(interval[0].shape), upper.reshape(interval[1].shape)
+        if last:
+            domains = replace(domains, logits=found)
+        else:
+            domains = replace(domains, inputs=(*domains.inputs[:place], found, *domains.inputs[place + 1 :]))
+    return domains
+
+
+def _row_bounds(
+    domains: Domains, node: int, index: Tensor, steps: int, start: Tensor | None, condition: Condition | None
+) -> Interval:
+    """Bounds of some units of a node, shape (B, U); each row has lines and a multiplier lambda of its own."""
+    graph, output = domains.graph, len(domains.graph.nodes) - 1
+    pullback = FreePullback(graph, domains.ball, domains.inputs, domains.signs)
+    rows = _unit_rows(index, graph.nodes[node])
+    lines = pullback.start.shape[1]
+    unit = torch.zeros_like(rows.flatten(2)[..., 0])
+    if condition is not None:
+        coefficients, constant = condition
+        with torch.no_grad():
+            depth = ((coefficients * graph(domains.ball.center)).sum(1) + constant).abs().clamp(min=1e-3)
+            reach = pullback.upper({node: rows}, pullback.start.unsqueeze(1))
+        unit = (reach[:, : index.shape[1]] + reach[:, index.shape[1] :]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
+
+    def bound(parameters: Tensor, passage: Passage | None = None) -> Tensor:
+        sources, extra = {node: rows}, torch.zeros_like(unit)
+        if condition is not None:
+            price = parameters[..., lines] * unit
+            pushed = price.unsqueeze(-1) * coefficients.unsqueeze(1)
+            sources[output] = sources[output] + pushed if node == output else pushed
+            extra = price * constant.unsqueeze(1)
+        value = pullback.upper(sources, parameters[..., :lines], passage) + extra
+        return value if passage is None else value + pullback.margin(passage) + ROUNDING * extra.abs()
+
+    def extended(part: Tensor, price: float) -> Tensor:
+        return functional.pad(part, (0, 1), value=price).unsqueeze(1).expand(-1, rows.shape[1], -1)
+
+    smallest, largest = extended(pullback.smallest, 0.0), extended(pullback.largest, torch.inf)
+    first = extended(pullback.start if start is None else start, _FIRST_PRICE)
+    first = torch.maximum(torch.minimum(first, largest), smallest)
+    rate = torch.full_like(first[0, 0], SLOPE_RATE)
+    _, parameters = descend(bound, first, smallest, largest, rate, steps)
+    with torch.no_grad():
+        value = bound(parameters, Passage())
+    return -value[:, index.shape[1] :], value[:, : index.shape[1]]
+
+
+def emptied(domains: Domains) -> tuple[Domains, Tensor]:
+    """Domains with their intervals in order, and which of them an interval crossed beyond rounding proves empty."""
+    empty = torch.zeros(len(domains), dtype=torch.bool, device=domains.signs.device)
+    for lower, upper in (*domains.inputs, domains.logits):
+        empty = empty | crossed(lower, upper).flatten(1).any(1)
+    inputs = tuple((torch.minimum(*ends), torch.maximum(*ends)) for ends in domains.inputs)
+    logits = torch.minimum(*domains.logits), torch.maximum(*domains.logits)
+    return replace(domains, inputs=inputs, logits=logits), empty
+
+
+def root(graph: Graph, ball: Ball, hidden: Preactivations | Sequence[Interval]) -> tuple[Domains, Tensor]:
+    """The balls as domains, and which of them have finite ordered bounds."""
+    signs = torch.zeros(len(ball.center), neurons(graph), dtype=torch.float64, device=ball.center.device)
+    if isinstance(hidden, Preactivations):
+        return Domains(graph, ball, hidden.inputs, signs, hidden.logits), hidden.proved
+    if len(hidden) != len(graph.nonlinear):
+        raise InputError(f"expected bounds of {len(graph.nonlinear)} nonlinear layers, got {len(hidden)}")
+    infinite = torch.full((len(signs), graph.classes), torch.inf, dtype=torch.float64, device=signs.device)
+    domains = Domains(graph, ball, tuple(hidden), signs, (-infinite, infinite))
+    domains = tightened(domains, [len(graph.nonlinear)], 0)
+    proved = torch.ones_like(signs[:, 0] if signs.shape[1] else infinite[:, 0], dtype=torch.bool)
+    for lower, upper in (*domains.inputs, domains.logits):
+        proved = proved & ordered(lower, upper)
+    return domains, proved

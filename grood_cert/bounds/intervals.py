@@ -1,0 +1,59 @@
+r"""Interval arithmetic through a network, one layer at a time.
+
+|x - c| <= r gives |W x - W c| <= |W| r coordinate by coordinate; monotone functions map ends to ends. Nothing is moved
+outward here: `hidden` does so where a certificate is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.activations import Activation
+from grood_cert.bounds.engine import Interval
+from grood_cert.bounds.graph import Graph, Operation
+from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+
+
+def through(operation: Operation | None, inputs: Sequence[Interval]) -> Interval:
+    """Bounds of a layer's value from those of what it reads."""
+    lower, upper = inputs[0]
+    if isinstance(operation, LinearMap):
+        center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)
+        return center - radius, center + radius
+    if isinstance(operation, Addition):
+        return lower + inputs[1][0], upper + inputs[1][1]
+    if isinstance(operation, Activation):
+        return operation.values(lower, upper)
+    assert isinstance(operation, MaxPool)
+    return operation(lower), operation(upper)
+
+
+def magnitude(operation: Operation | None, inputs: Sequence[Tensor], read: Interval, value: Interval) -> Tensor:
+    """Size of what is summed to get a layer's value, of which rounding is a share.
+
+    Args:
+        operation: The layer.
+        inputs: The same of what it reads.
+        read: Bounds of what it reads. Lines around a flat activation cancel terms of this size.
+        value: Bounds of its value.
+    """
+    if isinstance(operation, LinearMap):
+        return operation.absolute()(inputs[0])
+    if isinstance(operation, Addition):
+        return inputs[0] + inputs[1]
+    before = torch.maximum(read[0].abs(), read[1].abs())
+    if isinstance(operation, MaxPool):
+        before = operation(before)
+    return torch.maximum(torch.maximum(value[0].abs(), value[1].abs()), before)
+
+
+def intervals(graph: Graph, ball: Ball) -> list[Interval]:
+    """Bounds of the value of every node over a batch of balls, up to rounding; differentiable."""
+    found = [(ball.lower, ball.upper)]
+    for node in graph.nodes[1:]:
+        found.append(through(node.operation, [found[origin] for origin in node.inputs]))
+    return found
