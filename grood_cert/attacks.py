@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
 from grood_cert.errors import InputError
+from grood_cert.networks.checks import check_eval
 from grood_cert.scores import energy
 
 _BISECTIONS = 26  # 1 / 2^26 of the distance is left
@@ -335,6 +336,7 @@ def extremes(
         Extremes over the centre, the projected starts, the best point of each search, and the point towards which its
         gradient there leads, all evaluated in the ball's floating-point type.
     """
+    check_eval(network)
     search = _single(network)
     coarse = Ball(ball.center.float(), ball.eps.float(), ball.norm)
     with torch.no_grad():
@@ -463,6 +465,7 @@ def minimum_norm(
         >>> found.radius.round(decimals=6)
         tensor([0.1000], dtype=torch.float64)
     """
+    check_eval(network)
     with torch.no_grad():
         logits = network(images)
     accepted, ranking = energy(logits) <= gamma, logits.argsort(1, descending=True)

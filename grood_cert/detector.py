@@ -24,7 +24,7 @@ from grood_cert import recipe
 from grood_cert.errors import InputError
 from grood_cert.metrics import calibrated_threshold
 from grood_cert.networks import architectures
-from grood_cert.networks.checks import check_eval
+from grood_cert.networks.checks import check_eval, check_pixels
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
 from grood_cert.system.files import replacing
@@ -300,36 +300,6 @@ class Detector:
             raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
         with replacing(path) as temporary:
             temporary.write_bytes(stream.getbuffer())
-
-
-def check_pixels(images: Tensor, shape: tuple[int, int, int] | None = None) -> None:
-    """Refuse what is no batch of images.
-
-    Args:
-        images: Pixels in [0, 1], shape (N, C, H, W).
-        shape: (C, H, W), if one is expected.
-
-    Raises:
-        InputError: Naming what is wrong.
-
-    Example:
-        >>> check_pixels(torch.rand(2, 3, 8, 8), (3, 8, 8))
-    """
-    if not isinstance(images, Tensor):
-        raise InputError(f"expected a tensor of images, got {type(images).__name__}")
-    found, wanted = tuple(images.shape), "N, C, H, W" if shape is None else f"N, {', '.join(map(str, shape))}"
-    if len(found) != 4 or (shape is not None and found[1:] != shape):
-        hint = "; add the axis of the batch: images[None]" if found == shape or (not shape and len(found) == 3) else ""
-        raise InputError(f"expected images of shape ({wanted}), got {found}{hint}")
-    if not len(images):
-        raise InputError("expected one image or more, got none")
-    if not images.is_floating_point():
-        raise InputError(f"images have pixels of type {images.dtype}; divide them by 255 as floats")
-    low, high = (float(value) for value in images.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise InputError(
-            f"images have pixels from {low:g} to {high:g}; all must lie in [0, 1], normalisation is a layer of the model"
-        )
 
 
 def _single(tensor: Tensor) -> Tensor:

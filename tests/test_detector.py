@@ -347,12 +347,12 @@ def test_calibration_puts_the_normalisation_in_front():
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        (torch.rand(99, 1, 2, 2) * 255, {}, r"pixels from .* to 25\d.*; all must lie in \[0, 1\]"),
+        (torch.rand(99, 1, 2, 2) * 255, {}, r"images: pixels from .* to 25\d.*; all must lie in \[0, 1\]"),
         (torch.zeros(99, 1, 2, 2, dtype=torch.uint8), {}, "type torch.uint8; divide them by 255"),
         (torch.full((99, 1, 2, 2), math.nan), {}, r"all must lie in \[0, 1\]"),
         (torch.rand(1, 2, 2), {}, r"shape \(N, C, H, W\), got \(1, 2, 2\); add the axis of the batch"),
         (torch.rand(0, 1, 2, 2), {}, "got none"),
-        (np.zeros((99, 1, 2, 2)), {}, "expected a tensor of images, got ndarray"),
+        (np.zeros((99, 1, 2, 2)), {}, "expected a tensor, got ndarray"),
         (torch.rand(99, 1, 3, 3), {}, r"does not take images of shape \(1, 3, 3\)"),
         (torch.rand(18, 1, 2, 2), {}, "18 calibration scores cannot hold a 95 % quantile; use at least 19"),
         (torch.rand(99, 1, 2, 2), {"tpr": 0.95}, "percent: expected a whole number from 1 to 99, got 0.95"),

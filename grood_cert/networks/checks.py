@@ -1,8 +1,8 @@
-"""What every proof, attack and score asks of a network before it looks at one."""
+"""What every proof, attack and score asks of a network and of images before it looks at them."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from grood_cert.errors import InputError
 
@@ -20,3 +20,35 @@ def check_eval(network: nn.Module) -> None:
         if module.training:
             what = f"module {name}" if name else f"the network ({type(module).__name__})"
             raise InputError(f"{what} is in train mode; call network.eval() first")
+
+
+def check_pixels(images: Tensor, shape: tuple[int, ...] | None = None, name: str = "images") -> None:
+    """Refuse what is no batch of images.
+
+    Args:
+        images: Pixels in [0, 1], shape (N, C, H, W).
+        shape: (C, H, W), if one is expected.
+        name: What the message calls them.
+
+    Raises:
+        InputError: Naming what is wrong.
+
+    Example:
+        >>> import torch
+        >>> check_pixels(torch.rand(2, 3, 8, 8), (3, 8, 8))
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"{name}: expected a tensor, got {type(images).__name__}")
+    found, wanted = tuple(images.shape), "N, C, H, W" if shape is None else f"N, {', '.join(map(str, shape))}"
+    if len(found) != 4 or (shape is not None and found[1:] != shape):
+        hint = "; add the axis of the batch: x[None]" if found == shape or (not shape and len(found) == 3) else ""
+        raise InputError(f"{name}: expected shape ({wanted}), got {found}{hint}")
+    if not len(images):
+        raise InputError(f"{name}: expected one image or more, got none")
+    if not images.is_floating_point():
+        raise InputError(f"{name}: pixels of type {images.dtype}; divide them by 255 as floats")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"{name}: pixels from {low:g} to {high:g}; all must lie in [0, 1], normalisation is a layer of the model"
+        )
