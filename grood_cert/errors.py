@@ -1,10 +1,19 @@
-"""The three ways in which grood-cert refuses to go on."""
+"""The three ways in which grood-cert refuses to go on, and what other libraries say."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def said(error: BaseException) -> str:
+    r"""What an exception of another library says, on one line.
+
+    >>> said(ValueError("not\n  this")), said(KeyError())
+    ('not this', 'KeyError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class InputError(Exception):

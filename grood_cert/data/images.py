@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -79,6 +80,15 @@ def as_index(indices: Indices) -> Tensor:
     return chosen if chosen.dtype == torch.bool else chosen.long()
 
 
+def taken(names: tuple[str, ...], indices: Indices) -> tuple[str, ...]:
+    """Those of the names; none of none.
+
+    >>> taken(("a", "b", "c"), [2, 0]), taken((), [2, 0])
+    (('c', 'a'), ())
+    """
+    return tuple(np.array(names, dtype=object)[as_index(indices).numpy()]) if names else ()
+
+
 def chunk(shape: Sequence[int]) -> int:
     """How many images of a set of shape (N, C, H, W) to look at together, for about 64 MB."""
     return max(1, _CHUNK // math.prod(shape[1:]))
@@ -87,6 +97,36 @@ def chunk(shape: Sequence[int]) -> int:
 def held(images: StoredImages) -> Tensor:
     """The images as a tensor if that takes a gigabyte or less; stored as they are, and used like a tensor, if more."""
     return images[:] if 4 * math.prod(images.shape) <= IN_MEMORY else cast(Tensor, images)
+
+
+def to_channels(images: Tensor, channels: int) -> Tensor:
+    """Grey as RGB, or RGB as grey (ITU-R 601); images (N, C, H, W) that have the channels are left alone."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.repeat(1, 3, 1, 1)
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).clamp(0, 1)[:, None]
+
+
+class Request(NamedTuple):
+    """What a loader is asked for; see `grood_cert.data.load_set`."""
+
+    source: str
+    split: Literal["train", "test"]
+    shape: tuple[int, int, int] | None
+    root: Path
+    download: bool
+    seed: int
+
+
+class Contents(NamedTuple):
+    """All images of a source; the fields are those of `ImageSet`."""
+
+    images: StoredImages
+    labels: Array
+    class_names: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +139,7 @@ class ImageSet:
         images: float32 (N, C, H, W), pixels in [0, 1]; `StoredImages` in place of a tensor above a gigabyte.
         labels: int64 (N,), index into ``class_names``; 0 where the source has no labels.
         class_names: One name per class.
+        files: Where the set is a folder of pictures, the path of each within it, such as ``cat/7.png``; empty otherwise.
     """
 
     name: str
@@ -106,6 +147,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,7 +163,7 @@ class ImageSet:
         chosen = as_index(indices)
         images: Tensor | StoredImages = self.images
         images = held(images.take(chosen)) if isinstance(images, StoredImages) else images[chosen]
-        return replace(self, images=images, labels=self.labels[chosen])
+        return replace(self, images=images, labels=self.labels[chosen], files=taken(self.files, chosen))
 
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over all pixels, float64 (C,), in units of [0, 1]."""
