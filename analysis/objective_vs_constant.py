@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from grood_cert.cli import run_script
 from grood_cert.errors import InputError
-from grood_cert.lipschitz.analyser import Analysis, read
 from grood_cert.results import figures
+from grood_cert.results.table import Table
 from grood_cert.system.files import write_csv
 
 CURVES = {
@@ -31,13 +31,13 @@ CURVES = {
 COLUMNS = ("lambda_grad", "kind", "eps", *CURVES)
 
 
-def points(analyses: Sequence[Analysis], eps: float | None = None) -> list[dict[str, float | str]]:
+def points(analyses: Sequence[Table], eps: float | None = None) -> list[dict[str, float | str]]:
     """Medians at one eps, for each lambda_grad and kind, with the keys of `COLUMNS`; the largest eps by default."""
     records: list[dict[str, float | str]] = []
     for analysis in analyses:
         weight = float(analysis.manifest["recipe"]["objective"]["lambda_grad"])
         for kind in ("id", "ood"):
-            pages = {page["eps"]: page for page in analysis.summary(kind)} if kind in analysis.kinds() else {}
+            pages = {page["eps"]: page for page in analysis.summary() if page["kind"] == kind}
             chosen = max(pages, default=0.0) if eps is None else eps
             if chosen not in pages:
                 raise InputError(f"an analysis has no {kind} rows at eps {chosen:g}; its eps are {sorted(pages)}")
@@ -86,7 +86,7 @@ def main(
     eps: Annotated[float | None, typer.Option(help="Radius, on every grid. [default: the largest]")] = None,
 ) -> None:
     """Draw objective against formal constant."""
-    analyses = [read(path) for path in rows]
+    analyses = [Table.read(path, "lipschitz") for path in rows]
     records = points(analyses, eps)
     norm = figures.common_norm({str(index): analysis for index, analysis in enumerate(analyses)})
     figures.save(figure(records, norm), out)

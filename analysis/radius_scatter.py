@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 
 from grood_cert.cli import run_script
 from grood_cert.results import figures
-from grood_cert.results.rows import Rows, read
+from grood_cert.results.table import Table
 
 
-def figure(rows: Rows) -> Figure:
+def figure(rows: Table) -> Figure:
     """One panel for the right decisions of each kind, axes in units of the run's norm."""
     with mpl.rc_context(figures.STYLE):
         drawing = Figure(figsize=(7.2, 3.4), layout="constrained")
@@ -50,7 +50,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg.")],
 ) -> None:
     """Draw estimate and certificate against the attack radius."""
-    figures.save(figure(read(rows)), out)
+    figures.save(figure(Table.read(rows, "certification")), out)
     typer.echo(f"wrote {out}")
 
 

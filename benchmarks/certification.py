@@ -42,7 +42,6 @@ from grood_cert.bounds.engines import ENGINES, Engine
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import (
     EFFORTS,
-    OUTCOMES,
     Certifier,
     Envelope,
     Settings,
@@ -52,7 +51,7 @@ from grood_cert.cli import run_script
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
-from grood_cert.results import rows
+from grood_cert.results.columns import KINDS, OUTCOMES
 from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 from grood_cert.system.files import write_csv
@@ -345,14 +344,14 @@ def tightness(
     cost = (time.process_time() - start) / len(found)
     right = found["status"] != "misdecided"
     medians, stages = [], []
-    for kind in [name for name in rows.KINDS if bool(found.of_kind(name).any())]:
+    for kind in [name for name in KINDS if bool(found.of_kind(name).any())]:
         mask = found.of_kind(kind) & right
         certified, attacked = found["radius_certified"][mask], found["radius_attack"][mask]
         share = certified / attacked
         values = len(share), *(float(value) for value in (np.median(share), share.min()))
         radii = float(np.median(certified)), float(np.median(attacked))
         medians.append(dict(zip(TIGHTNESS_COLUMNS[1:], (settings.effort, kind, *values, *radii, cost), strict=True)))
-        counts = Counter(found.outcomes[found.of_kind(kind)].ravel().tolist())
+        counts = Counter(found.grid["outcome"][found.of_kind(kind)].ravel().tolist())
         stages.append({"effort": settings.effort, "kind": kind, **{name: counts[name] for name in OUTCOMES}})
     return medians, stages
 

@@ -95,13 +95,13 @@ def measure(
         result = analysis.run(loaded, folder / "model.pt", sets, settings, folder / norm, limit=samples, force=True)
         for kind in ("id", "ood"):
             for eps in values:
-                rows = [row for row in result.records if row["kind"] == kind and row["eps"] == eps]
-                reference = np.array([row["ascended_estimate"] for row in rows])
+                chosen = result.of_kind(kind) & (result["eps"] == eps)
+                reference = result["ascended_estimate"][chosen]
                 record = {"network": name, "training": how, "accuracy": loaded.origin.metrics["accuracy"], "kind": kind}
                 record |= {"norm": norm, "eps": eps, "ascended_estimate": float(np.median(reference))}
                 for method in ("auto", *METHODS):
                     column = "bound" if method == "auto" else f"bound_{method}"
-                    record[method] = float(np.median(np.array([row[column] for row in rows]) / reference))
+                    record[method] = float(np.median(result[column][chosen] / reference))
                 images = sets[0].images[:batch].double()
                 record["cost"] = cost(loaded, images, norm, eps, repeats) if kind == "id" else None
                 records.append(record)

@@ -15,14 +15,15 @@ from grood_cert.detector import Detector
 from grood_cert.metrics import mean_over_sets
 from grood_cert.recipe import Recipe
 from grood_cert.results import curves, figures
-from grood_cert.results.rows import Rows
+from grood_cert.results.summary import RADII, radius_summary
+from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.system.files import write_csv
 from grood_cert.training import run as training
 
 EPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 SHOWN_EPS = (0.01, 0.03, 0.05)
-_RADII = {key: words for key, words in curves.RADII.items() if "lipschitz" not in key}
+_RADII = {key: words for key, words in RADII.items() if "lipschitz" not in key}
 QUANTITIES: dict[str, str] = {
     "accuracy": "ID accuracy",
     "auroc": "AUROC",
@@ -58,13 +59,13 @@ class Demonstration:
     files: dict[Path, str]
 
 
-def summarise(name: str, detector: Detector, rows: Rows) -> dict[str, Any]:
+def summarise(name: str, detector: Detector, rows: Table) -> dict[str, Any]:
     """One record on a certified model: `model` and the keys of `QUANTITIES`."""
     real = [record for record in detector.origin.metrics["ood"].values() if record["kind"] == "ood"]
     record: dict[str, Any] = {"model": name}
     record |= {key: detector.origin.metrics[key] for key in ("accuracy", "gradient_norm_id", "gradient_norm_ood")}
     record |= {key: mean_over_sets([values[key] for values in real]) for key in ("auroc", "fpr95_id")}
-    radii = curves.radius_summary(rows)
+    radii = radius_summary(rows)
     for kind in ("id", "ood"):
         for key in _RADII:
             values = [item[key] for item in radii if item["kind"] == kind and item[key] is not None]
@@ -109,7 +110,7 @@ def run(
         "greg": replace(greg, name="greg"),
     }
     settings = Settings(eps=EPS, stages=("ibp", "crown"), per_logit=True)
-    certifications: dict[str, Rows] = {}
+    certifications: dict[str, Table] = {}
     summary: list[dict[str, Any]] = []
     for name, chosen in recipes.items():
         folder = out / name
@@ -134,8 +135,8 @@ def run(
             advance=lambda samples, counts: advance(samples),
         )
         summary.append(summarise(name, detector, certifications[name]))
-    figures.save(figures.robustness_figure(certifications), out / "curves.png")
-    figures.write_table(certifications, "ood", out / "curves.csv")
+    figures.save(figures.robustness(certifications), out / "curves.png")
+    figures.write_numbers(figures.numbers(certifications), out / "curves.csv")
     write_csv(out / "summary.csv", ["model", *QUANTITIES], summary)
     files = {
         out / "curves.png": "the figure: certified and attacked FPR95, radii, robustness against FPR",

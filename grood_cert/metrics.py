@@ -18,9 +18,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from grood_cert.errors import InputError
+
+TPR_PERCENT = 95  # the level of every threshold here and in the whole package
 
 
 def checked(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
@@ -49,13 +50,12 @@ def auroc(score_id: ArrayLike, score_ood: ArrayLike) -> float:
         >>> auroc([0.0, 1.0], [1.0, 2.0])
         0.875
     """
-    inside, outside = checked(score_id, "ID scores"), checked(score_ood, "OOD scores")
-    ranks = rankdata(np.concatenate([inside, outside]))
-    wins = ranks[len(inside) :].sum() - len(outside) * (len(outside) + 1) / 2
-    return float(wins / (len(inside) * len(outside)))
+    inside, outside = np.sort(checked(score_id, "ID scores")), checked(score_ood, "OOD scores")
+    below, up_to = np.searchsorted(inside, outside, "left").sum(), np.searchsorted(inside, outside, "right").sum()
+    return float((below + up_to) / (2 * len(inside) * len(outside)))
 
 
-def threshold_at_tpr(score_id: ArrayLike, percent: int = 95) -> float:
+def threshold_at_tpr(score_id: ArrayLike, percent: int = TPR_PERCENT) -> float:
     r"""Smallest score t such that at least `percent` % of the scores are <= t, counted in integers.
 
     Args:
@@ -103,7 +103,7 @@ def fpr95_ood(score_id: ArrayLike, score_ood: ArrayLike) -> float:
     return fpr95_id(-checked(score_ood, "OOD scores"), -checked(score_id, "ID scores"))
 
 
-def calibrated_threshold(score_id: ArrayLike, percent: int = 95) -> float:
+def calibrated_threshold(score_id: ArrayLike, percent: int = TPR_PERCENT) -> float:
     r"""Threshold gamma: the ceil(percent (n + 1) / 100)-th smallest calibration score (split-conformal quantile).
 
     A fresh ID sample from the same distribution is then accepted with probability at least percent/100, over the

@@ -7,14 +7,14 @@ import numpy as np
 from analysis import objective_vs_constant, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
-from grood_cert.results import rows
+from grood_cert.results.table import Table
 from train import sweep
 
 
 def test_radius_scatter(rows_file, tmp_path):
     radius_scatter.main(rows_file, tmp_path / "scatter.png")
     assert (tmp_path / "scatter.png").read_bytes()[:4] == b"\x89PNG"
-    drawing = radius_scatter.figure(rows.read(rows_file))
+    drawing = radius_scatter.figure(Table.read(rows_file))
     for axes in drawing.axes:
         assert axes.get_legend_handles_labels()[1][1] == "certified: 0% refuted"
 

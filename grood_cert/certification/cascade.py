@@ -27,7 +27,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -45,11 +45,10 @@ from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
+from grood_cert.results.columns import OUTCOMES, STAGES, Stage
 from grood_cert.scores import energy, energy_gradient
 from grood_cert.system.memory import split_on_memory_error
 
-Stage = Literal["ibp", "crown-ibp", "crown", "lipschitz", "alpha-crown", "branch-and-bound"]
-STAGES: tuple[str, ...] = get_args(Stage)
 LINEAR: tuple[str, ...] = tuple(METHODS)
 
 _EVALUATIONS = 12
@@ -58,7 +57,6 @@ _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows not
 _BEYOND = {"alpha-crown": 1.1, "branch-and-bound": 1.02}  # attack radii: how far they try, so that a wrong bound shows
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
 _GROWTH = 1.3  # log-log slope of the bound's deviation in eps, until two points tell
-OUTCOMES: tuple[str, ...] = ("undecided", *STAGES, "misdecision", "attack", "timeout")
 _CODE = {name: code for code, name in enumerate(OUTCOMES)}
 
 
@@ -359,7 +357,7 @@ class Certifier:
         self._limit = largest_eps(shape, settings.norm)
 
     def certify(self, images: Tensor, kind: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """The columns of `grood_cert.results.rows` that are computed, and `right`, each of shape (B,) or (B, len(eps)).
+        """The columns of a certification that are computed, and `right`, each of shape (B,) or (B, len(eps)).
 
         Args:
             images: Shape (B, C, H, W), pixels in [0, 1].

@@ -51,7 +51,7 @@ from grood_cert.bounds.score import chord_slopes
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
-from grood_cert.results.rows import Rows
+from grood_cert.results.table import Table
 from grood_cert.scores import energy
 from grood_cert.system.files import check_writable, replacing, sha256, write_csv, write_json
 
@@ -258,7 +258,7 @@ def vnnlib(instance: Instance, output: int, outputs: int, image: Tensor, eps: fl
     return "\n".join(lines) + "\n"
 
 
-def undecided(rows: Rows, eps: float, limit: int = 0) -> list[int]:
+def undecided(rows: Table, eps: float, limit: int = 0) -> list[int]:
     """Positions of the rows that are right at x, not certified at eps, and not refuted there by an attack.
 
     Args:
@@ -349,7 +349,7 @@ def write_onnx(network: nn.Module, rows: Sequence[Sequence[float]], images: Tens
 def export(
     detector: Detector,
     model: Path,
-    rows: Rows,
+    rows: Table,
     sets: Sequence[ImageSet],
     bounded: BoundedNetwork,
     eps: float,

@@ -69,8 +69,9 @@ def certify(
     from grood_cert import detector
     from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.engines import Engine
-    from grood_cert.certification.cascade import Settings, Stage
+    from grood_cert.certification.cascade import Settings
     from grood_cert.errors import InputError
+    from grood_cert.results.columns import Stage
     from grood_cert.runs import certify as certification
 
     if gamma is not None and not math.isfinite(gamma):
@@ -131,12 +132,11 @@ def certify(
 
 def print_summary(rows: Any) -> None:
     """Print what was decided of each set, and by which stages."""
-    from grood_cert.results import curves
-    from grood_cert.runs import certify as certification
+    from grood_cert.results.summary import RADII, balls_decided
 
     title = f"medians over the samples that are right at x: radius in {rows.norm}, gamma {rows.gamma:.4f}"
-    output.print_across(curves.radius_summary(rows), "set", _COUNTS | curves.RADII, title)
-    decided = certification.balls_decided(rows)
+    output.print_across(rows.summary(), "set", _COUNTS | RADII, title)
+    decided = balls_decided(rows)
     words = {name: name if name in _NOT_DECIDED else f"decided by {name}" for name in decided[0]}
     balls = f"balls: samples x {len(rows.eps)} eps from {rows.eps[0]:g} to {rows.eps[-1]:g}"
     output.print_across(decided, "set", {name: words[name] for name in words if name != "set"}, balls)
@@ -147,7 +147,7 @@ def _draw(rows: Any, path: Path) -> None:
     from grood_cert.results import figures
 
     try:
-        figures.save(figures.robustness_figure({str(rows.manifest["model"]["name"]): rows}), path)
+        figures.save(figures.robustness({str(rows.manifest["model"]["name"]): rows}), path)
     except InputError as error:  # of what the curves need, something was not certified
         typer.echo(f"no figure: {error}", err=True)
     else:

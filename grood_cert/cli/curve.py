@@ -27,31 +27,14 @@ def curve(
     """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
     from typing import cast
 
-    from grood_cert.errors import InputError
-    from grood_cert.lipschitz import analyser as analysis
-    from grood_cert.results import figures, smoothed_rows
-    from grood_cert.results import rows as results
+    from grood_cert.results import figures
     from grood_cert.results.curves import Perturbed
+    from grood_cert.results.table import Table, labelled
 
     figures.check_format(out)
-    table = out.with_suffix(".csv")
-    kinds = {next((kind for kind in ("lipschitz", "smoothing") if path.name.startswith(kind)), "rows") for path in rows}
-    if len(kinds) > 1:
-        raise InputError(f"{' and '.join(sorted(kinds))} make different figures; give files of one kind")
-    (kind,) = kinds
-    if kind != "rows" and not (perturb is None and at is None):
-        raise InputError(f"--perturb and --at are for certifications, not for {kind}; leave them out")
-    if kind == "lipschitz":
-        analyses = results.labelled([analysis.read(path) for path in rows], rows, label or [])
-        figures.save(figures.lipschitz_figure(analyses), out)
-        figures.write_lipschitz_table(analyses, table)
-    elif kind == "smoothing":
-        smoothed = results.labelled([smoothed_rows.read(path) for path in rows], rows, label or [])
-        figures.save(figures.smoothing_figure(smoothed), out)
-        figures.write_smoothing_table(smoothed, table)
-    else:
-        certifications = results.labelled([results.read(path) for path in rows], rows, label or [])
-        side = cast(Perturbed, perturb or "ood")
-        figures.save(figures.robustness_figure(certifications, side, at), out)
-        figures.write_table(certifications, side, table)
-    typer.echo(f"wrote {out} and {table}")
+    tables = labelled([Table.read(path) for path in rows], rows, label or [])
+    side = cast(Perturbed | None, perturb)
+    figures.save(figures.draw(tables, side, at), out)
+    numbers = out.with_suffix(".csv")
+    figures.write_numbers(figures.numbers(tables, side), numbers)
+    typer.echo(f"wrote {out} and {numbers}")

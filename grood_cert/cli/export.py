@@ -31,10 +31,10 @@ def export(
     from grood_cert.bounds.engine import Method, way_of
     from grood_cert.bounds.engines import build
     from grood_cert.certification import vnnlib as exporting
-    from grood_cert.results import rows as results
+    from grood_cert.results.table import Table
 
     way_of(method)
-    read = results.read(rows)
+    read = Table.read(rows, "certification")
     exporting.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)

@@ -36,6 +36,7 @@ def lipschitz(
     from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.engine import Method
     from grood_cert.lipschitz import analyser as analysis
+    from grood_cert.results.summary import SLOPES
 
     loaded = detector.load(model, options.device_name(device))
     ball = options.norm_named(norm)
@@ -69,7 +70,8 @@ def lipschitz(
         )
     if not part.leads:
         return
-    for kind in result.kinds():
+    records = result.summary()
+    for kind in dict.fromkeys(record["kind"] for record in records):
         title = f"{kind}: local Lipschitz constant of S at each eps, medians, {ball} ball, per pixel unit"
-        output.print_across(result.summary(kind), "eps", analysis.QUANTITIES, title)
+        output.print_across([record for record in records if record["kind"] == kind], "eps", SLOPES, title)
     typer.echo(f"wrote {part.result(folder / 'lipschitz.csv')} and its manifest")

@@ -17,7 +17,7 @@ def merge(
 ) -> None:
     """Put the shards of a run together, as if it had been run in one piece."""
     from grood_cert.errors import InputError
-    from grood_cert.results.rows import manifest_path
+    from grood_cert.results.table import manifest_path
     from grood_cert.runs import saving as runs
 
     if out.resolve() in [shard.resolve() for shard in shards]:

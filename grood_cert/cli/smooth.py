@@ -52,7 +52,7 @@ def smooth(
 
     from grood_cert import detector
     from grood_cert.certification import smoothing
-    from grood_cert.results import smoothed_rows
+    from grood_cert.results.summary import DETECTION, detection
     from grood_cert.runs import smooth as run_smoothing
 
     loaded = detector.load(model, options.device_name(device))
@@ -89,6 +89,6 @@ def smooth(
     if not part.leads:
         return
     title = f"smoothed detector, sigma {settings.sigma:g}: each row holds with probability {1 - settings.alpha:g}"
-    output.print_across(smoothed_rows.summary(rows), "set", _SUMMARY, title)
-    output.print_across(smoothed_rows.detection(rows), "set", smoothed_rows.DETECTION, "clean, base and smoothed")
+    output.print_across(rows.summary(), "set", _SUMMARY, title)
+    output.print_across(detection(rows), "set", DETECTION, "clean, base and smoothed")
     typer.echo(f"wrote {part.result(folder / 'smoothing.csv')} and its manifest")

@@ -19,15 +19,15 @@ def threshold(
     """Read a certification at another threshold. A look-up: nothing is verified again."""
     from grood_cert.cli.certify import print_summary
     from grood_cert.errors import InputError
-    from grood_cert.results import rows as results
     from grood_cert.results import thresholds
+    from grood_cert.results.table import Table
 
     target = out or rows.with_name(f"{rows.stem}-gamma{gamma:g}{rows.suffix}")
     if target.resolve() == rows.resolve():
         raise InputError(f"{target} is what is read; choose another --out")
     if target.exists() and not force:
         raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
-    found = thresholds.at_gamma(results.read(rows), gamma)
-    results.write(found, target)
+    found = thresholds.at_gamma(Table.read(rows, "certification"), gamma)
+    found.write(target)
     print_summary(found)
     typer.echo(f"wrote {target}, looked up in {rows}: nothing was verified again")

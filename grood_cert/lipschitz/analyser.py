@@ -1,7 +1,7 @@
 r"""A Lipschitz analysis: every estimate and every bound of the local constant, for each sample and each eps.
 
-The product is one row for each sample and eps in `lipschitz.csv`, with a manifest beside it. `COLUMNS` is the one
-place where the columns are documented. Constants are per pixel unit, in the dual of the ball's norm.
+The product is one row for each sample and eps in `lipschitz.csv`, with a manifest beside it. The
+columns are documented in `grood_cert.results.columns`. Constants are per pixel unit, in the dual of the ball's norm.
 
 On every batch the chain (gradient norm, sampled, ascended, secant) <= every bound is checked; a violation raises
 `SoundnessError`. CLEVER extrapolates and may exceed the truth, so it is outside the chain.
@@ -9,13 +9,11 @@ On every batch the chain (gradient norm, sampled, ascended, secant) <= every bou
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ from grood_cert.bounds.hidden import DEFAULT_MEMORY, engine_preactivations
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.lipschitz.bound import METHODS, local_lipschitz, running_minimum
+from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.clever import clever_estimate
 from grood_cert.lipschitz.estimates import (
     ascended_gradient_norm_estimate,
@@ -36,50 +34,16 @@ from grood_cert.lipschitz.estimates import (
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
-from grood_cert.results.rows import read_files
+from grood_cert.results.columns import header
+from grood_cert.results.table import Table
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
 
-COLUMNS: dict[str, str] = {
-    "set": "name of the image set",
-    "kind": "id, ood or noise",
-    "index": "position of the image in its test set",
-    "score": "S(x)",
-    "eps": "radius of the ball, pixel units",
-    "gradient_norm_estimate": "estimate from below: ||grad S(x)||_q, what GReg penalises",
-    "sampled_estimate": "estimate from below: largest gradient norm at points sampled in the ball",
-    "ascended_estimate": "estimate from below: largest gradient norm found by ascent; the reference for tightness",
-    "secant_estimate": "estimate from below: largest |S(x') - S(x)| / ||x' - x||_p seen",
-    "clever_estimate": "estimate, neither below nor above: extreme-value fit (CLEVER)",
-    "clever_p_value": "goodness of that fit (Kolmogorov-Smirnov); nan where there is none",
-    "clever_fitted": "1 if the fit was usable, 0 if the sample maximum stands in",
-    **{f"bound_{name.replace('-', '_')}": f"formal upper bound: {name}; nan if not proved" for name in METHODS},
-    "bound": "formal upper bound: the smallest of all, and of those at larger eps; inf if nothing was proved",
-    "provenance": "the method that gave the bound at this eps",
-    "bound_fixed_head": "formal, upwards only: S(x') <= S(x) + bound ||x' - x||_p; enough for ID",
-}
-_TEXT = ("set", "kind", "provenance")
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
 _SHARES = (0.01, 0.1, 0.3, 0.6, 1.0)  # of the way to where an attack or the ascent ended: where secants are taken
 _SLACK = 1e-9
 _COPIES = 8  # arrays of the size of a layer that interval propagation holds for each logit
-
-
-QUANTITIES: dict[str, str] = {
-    "samples": "samples",
-    "gradient_norm_estimate": "gradient norm at x (estimate)",
-    "sampled_estimate": "sampled maximum (estimate)",
-    "ascended_estimate": "ascended maximum (estimate)",
-    "clever_estimate": "CLEVER (estimate)",
-    "bound": "best bound (proved)",
-    "bound_jacobian_crown": "Jacobian-CROWN (proved)",
-    "bound_interval": "intervals (proved)",
-    "bound_hull": "softmax hull (proved)",
-    "bound_product_active": "product, active neurons (proved)",
-    "bound_product": "product of norms (proved)",
-    "tightness": "best bound / ascended maximum",
-}
 
 
 @dataclass(frozen=True)
@@ -152,7 +116,7 @@ class Analyser:
         return max(1, min(self.settings.batch_size, self.settings.memory // sample))
 
     def analyse(self, images: Tensor, batch: int = 0) -> list[dict[str, Any]]:
-        """All columns but `set`, `kind` and `index`, as one dictionary of lists for each eps.
+        """All columns but those that name a sample, as one dictionary of lists for each eps.
 
         Args:
             images: Shape (B, C, H, W), pixels in [0, 1].
@@ -230,7 +194,7 @@ def analyse(analyser: Analyser, batch: runs.Batch) -> list[dict[str, Any]]:
         batch: Images and their names.
 
     Returns:
-        One record for each sample and eps, with the columns of `COLUMNS`.
+        One record for each sample and eps, with the columns of a Lipschitz analysis.
 
     Raises:
         SoundnessError: If an estimate from below exceeds a formal bound.
@@ -241,63 +205,6 @@ def analyse(analyser: Analyser, batch: runs.Batch) -> list[dict[str, Any]]:
         for position, name in enumerate(batch.names)
         for page in pages
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Analysis:
-    """An analysis, or as much of it as has been saved.
-
-    Attributes:
-        manifest: What the run was: model, norm, method, eps, data, versions, ...
-        records: One for each sample and eps, with the columns of `COLUMNS`.
-    """
-
-    manifest: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
-
-    @property
-    def norm(self) -> str:
-        """Norm of the balls."""
-        return str(self.manifest["norm"])
-
-    def kinds(self) -> list[str]:
-        """The kinds of image sets, in the order of the file."""
-        return list(dict.fromkeys(record["kind"] for record in self.records))
-
-    def summary(self, kind: str) -> list[dict[str, Any]]:
-        """Medians over the samples of one kind: one record for each eps, with the keys `eps` and `QUANTITIES`."""
-        found = []
-        for eps in dict.fromkeys(record["eps"] for record in self.records):
-            chosen = [record for record in self.records if record["eps"] == eps and record["kind"] == kind]
-            page: dict[str, Any] = {"eps": eps, "samples": len(chosen)}
-            page |= {
-                name: float(np.median([record[name] for record in chosen])) for name in QUANTITIES if name in COLUMNS
-            }
-            slopes = [(record["bound"], record["ascended_estimate"]) for record in chosen]
-            ratios = [bound / found for bound, found in slopes if found > 0]
-            page["tightness"] = float(np.median(ratios)) if ratios else None
-            found.append(page)
-        return found
-
-
-def read(path: Path) -> Analysis:
-    """Read a `lipschitz.csv` and its manifest.
-
-    Raises:
-        InputError: If a file is missing, empty, or not what an analysis writes.
-    """
-    try:
-        manifest, rows = read_files(path, "lipschitz")
-        kinds: dict[str, type] = dict.fromkeys(_TEXT, str) | {"index": int}
-        records = [{name: kinds.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
-        if not {"norm", "model"} <= manifest.keys():
-            raise ValueError("a manifest that no analysis writes")
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not the rows of a Lipschitz analysis ({reason})") from None
-    if not records:
-        raise InputError(f"{path}: holds no rows; analyse at least one sample")
-    return Analysis(manifest, records)
 
 
 def run(
@@ -313,7 +220,7 @@ def run(
     begin: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
     report: Callable[[str], None] = lambda line: None,
-) -> Analysis:
+) -> Table:
     """Analyse a detector and write `lipschitz.csv` and its manifest `lipschitz.json` to a folder.
 
     An analysis that was interrupted goes on where it was.
@@ -342,10 +249,10 @@ def run(
     analyser = Analyser(detector, settings)
     path = runs.execute(
         out / "lipschitz.csv",
-        list(COLUMNS),
+        header("lipschitz", settings.eps),
         runs.batches(sets, limit, analyser.batch_size, settings.seed),
         lambda batch: analyse(analyser, batch),
-        runs.manifest(detector, model, sets, limit, settings),
+        runs.manifest("lipschitz", detector, model, sets, limit, settings),
         dict,
         shard=shard,
         force=force,
@@ -353,4 +260,4 @@ def run(
         advance=lambda samples, counts: advance(samples),
         report=report,
     )
-    return read(path)
+    return Table.read(path, "lipschitz")

@@ -1,6 +1,6 @@
-r"""Curves read off certification rows; pure functions, no verification is run again.
+r"""Curves read off tables; pure functions, nothing is verified again.
 
-With gamma the threshold, S_lb and S_ub the formal envelopes and "attack" the witnesses found, for one OOD set:
+*Certifications.* With gamma the threshold, S_lb and S_ub the formal envelopes and "attack" the witnesses found, for one OOD set:
 
     FPR_cert(eps)   = 1 - mean[S_lb(x; eps) > gamma]          proved: at most this share can be made to pass as ID
     FPR_attack(eps) = mean[S_attack_min(x; eps) <= gamma]     shown: at least this share can
@@ -8,6 +8,9 @@ With gamma the threshold, S_lb and S_ub the formal envelopes and "attack" the wi
 The true worst-case FPR lies between the two; what lies between is undecided. Rates count what was *proved*, so NaN,
 a timeout or an unknown operation count against the detector. Several OOD sets are averaged without weights; noise sets
 are never part of a mean.
+
+*Smoothing.* The same of the smoothed detector, true with the probability that its rows state: each errs with probability
+at most alpha, so rates are certified up to alpha on average.
 
 References:
     Bitterwolf et al., "Certifiably Adversarially Robust Detection of OOD Data" (GOOD), NeurIPS 2020.
@@ -20,25 +23,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 from grood_cert.errors import InputError
-from grood_cert.metrics import threshold_at_tpr
-from grood_cert.results.rows import Rows
+from grood_cert.metrics import TPR_PERCENT, threshold_at_tpr
+from grood_cert.results.table import Table
 
 Perturbed = Literal["ood", "id", "both"]
 PERTURBED: tuple[str, ...] = get_args(Perturbed)
-TPR_PERCENT = 95
-RADII: dict[str, str] = {  # what `radius_summary` takes medians of, in words
-    "radius_gradient_norm_estimate": "gradient-norm estimate",
-    "radius_certified_per_logit": "certified, per logit",
-    "radius_certified": "certified",
-    "radius_lipschitz_fixed_point": "Lipschitz, fixed point",
-    "radius_lipschitz_path": "Lipschitz, path integral",
-    "radius_attack": "attack",
-    "certified_to_attack_per_logit": "ratio per logit / attack",
-    "certified_to_attack": "ratio certified / attack",
-}
 _Floats = NDArray[np.float64]
 
 
@@ -59,7 +50,7 @@ class FprCurve:
     sets: tuple[dict[str, Any], ...]
 
 
-def ood_sets(rows: Rows) -> dict[str, NDArray[np.bool_]]:
+def ood_sets(rows: Table) -> dict[str, NDArray[np.bool_]]:
     """Masks of the OOD sets that count in means.
 
     Raises:
@@ -73,18 +64,18 @@ def ood_sets(rows: Rows) -> dict[str, NDArray[np.bool_]]:
     return sets
 
 
-def _with_clean(rows: Rows, name: str, mask: NDArray[np.bool_]) -> _Floats:
+def _with_clean(rows: Table, name: str, mask: NDArray[np.bool_], clean: str = "score") -> _Floats:
     """A grid column preceded by the clean score, shape (n, 1 + len(eps)); eps = 0 is left out of the grid."""
     grid = rows.grid[name][mask][:, np.array(rows.eps) > 0]
-    return np.concatenate([rows["score"][mask][:, None], grid], axis=1)
+    return np.concatenate([rows[clean][mask][:, None], grid], axis=1)
 
 
-def grid_with_zero(rows: Rows) -> _Floats:
+def grid_with_zero(rows: Table) -> _Floats:
     """0 and the positive eps of the grid."""
     return np.array([0.0, *(value for value in rows.eps if value > 0)])
 
 
-def fpr_curve(rows: Rows, perturbed: Perturbed = "ood") -> FprCurve:
+def fpr_curve(rows: Table, perturbed: Perturbed = "ood") -> FprCurve:
     r"""FPR at 95 % TPR as eps grows.
 
     Args:
@@ -96,6 +87,8 @@ def fpr_curve(rows: Rows, perturbed: Perturbed = "ood") -> FprCurve:
     Raises:
         InputError: If `perturbed` is unknown, or ID or OOD rows are missing.
     """
+    from scipy.stats import binomtest
+
     if perturbed not in PERTURBED:
         raise InputError(f"unknown side {perturbed!r}; perturb one of {', '.join(PERTURBED)}")
     sets = ood_sets(rows)
@@ -149,7 +142,7 @@ def _share_up_to(radii: ArrayLike, eps: _Floats) -> _Floats:
     return np.searchsorted(ordered, eps, side="right") / len(ordered)
 
 
-def radius_curve(rows: Rows, kind: Literal["id", "ood"], points: int = 400) -> RadiusCurve:
+def radius_curve(rows: Table, kind: Literal["id", "ood"], points: int = 400) -> RadiusCurve:
     """Distribution of radii over ID samples, or its mean over the OOD sets.
 
     Raises:
@@ -190,7 +183,7 @@ class RobustnessCurve:
     attacked: _Floats
 
 
-def robustness_curve(rows: Rows, eps: float | None = None) -> RobustnessCurve:
+def robustness_curve(rows: Table, eps: float | None = None) -> RobustnessCurve:
     """Sweep gamma at one eps of the grid.
 
     Args:
@@ -222,30 +215,28 @@ def robustness_curve(rows: Rows, eps: float | None = None) -> RobustnessCurve:
     )
 
 
-def radius_summary(rows: Rows) -> list[dict[str, Any]]:
-    """One record a set: how many samples were decided how, and medians over those that are right at x.
+def not_certified(rows: Table, mask: NDArray[np.bool_], eps: _Floats) -> _Floats:
+    """Share of the samples whose right decision is not certified against perturbations of length eps.
+
+    At the smoothed gamma: for OOD it bounds the worst-case FPR from above, for ID 1 - TPR. Abstentions and wrong
+    decisions count as not certified at every eps. Shape (len(eps),); each row errs with probability at most alpha.
+    """
+    return np.asarray((rows["radius_smoothed"][mask][:, None] <= eps).mean(0))
+
+
+def fpr95_curve(rows: Table) -> tuple[_Floats, _Floats]:
+    """FPR at 95 % TPR of the smoothed detector as OOD moves: 1 - mean[s_lb_smoothed > gamma'], mean over OOD sets.
+
+    gamma' accepts 95 % of the clean ID medians (estimates). The bounds of a row hold all together, whatever gamma', so
+    it may be chosen after the draws.
 
     Returns:
-        Records with `set`, `kind`, `samples`, `certified`, `undecided`, `misdecided`, the medians of the radii,
-        `certified_to_attack` (median ratio of certified and attack radius; an unfound attack counts with ratio 0) and
-        `certified_to_attack_per_logit`. Medians of no sample are None.
+        eps, from 0, and the certified FPR, both of shape (J,); at 0 it is the clean FPR of the estimated medians.
+
+    Raises:
+        InputError: If there are no ID or no OOD rows, or an ID median is NaN.
     """
-    records = []
-    for kind in ("id", "ood", "noise"):
-        for name, mask in rows.sets(kind).items():
-            status = rows["status"][mask]
-            right = mask & (rows["status"] != "misdecided")
-            record: dict[str, Any] = {"set": name, "kind": kind, "samples": int(mask.sum())}
-            record |= {value: int((status == value).sum()) for value in ("certified", "undecided", "misdecided")}
-            for column in (name for name in RADII if name.startswith("radius")):
-                radii = rows[column][right & ~np.isnan(rows[column])]
-                record[column] = float(np.median(radii)) if len(radii) else None
-            for label, column in (
-                ("certified_to_attack", "radius_certified"),
-                ("certified_to_attack_per_logit", "radius_certified_per_logit"),
-            ):
-                known = right & ~np.isnan(rows[column])
-                ratio = rows[column][known] / rows["radius_attack"][known]
-                record[label] = float(np.median(ratio)) if len(ratio) else None
-            records.append(record)
-    return records
+    sets = ood_sets(rows)
+    gamma = threshold_at_tpr(rows["median_estimate"][rows.of_kind("id")], TPR_PERCENT)
+    lower = [_with_clean(rows, "s_lb_smoothed", mask, "median_estimate") for mask in sets.values()]
+    return grid_with_zero(rows), np.asarray(np.mean([1 - (bounds > gamma).mean(0) for bounds in lower], axis=0))

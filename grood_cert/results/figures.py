@@ -14,20 +14,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from grood_cert.errors import InputError
-from grood_cert.lipschitz.analyser import QUANTITIES, Analysis
 from grood_cert.results.curves import (
     FprCurve,
     Perturbed,
     RadiusCurve,
     RobustnessCurve,
+    fpr95_curve,
     fpr_curve,
+    not_certified,
     radius_curve,
     robustness_curve,
 )
-from grood_cert.results.rows import Rows
-from grood_cert.results.smoothed_rows import SmoothedRows, fpr95_curve, not_certified
+from grood_cert.results.table import Table
 from grood_cert.system.files import replacing, write_csv
 
+_DRAWN = ("certification", "lipschitz", "smoothing")
 FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito, "Color Universal Design", 2008; ordered so that neighbours also differ in lightness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -51,18 +52,6 @@ STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "svg.hashsalt": "grood-cert",
 }
 NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
-TABLE_COLUMNS = (
-    "model",
-    "set",
-    "eps",
-    "samples",
-    "fpr95_id_certified",
-    "fpr95_id_certified_low",
-    "fpr95_id_certified_high",
-    "fpr95_id_attacked",
-    "fpr95_id_attacked_low",
-    "fpr95_id_attacked_high",
-)
 
 
 def _percent(axes: Axes, label: str) -> None:
@@ -91,13 +80,13 @@ def _draw_robustness(axes: Axes, curve: RobustnessCurve, colour: str) -> None:
     axes.plot(curve.fpr, curve.tpr, color=colour, linestyle=":", linewidth=1.2)
 
 
-def common_norm(results: Mapping[str, Rows] | Mapping[str, Analysis] | Mapping[str, SmoothedRows]) -> str:
-    """The norm that all results share.
+def common_norm(tables: Mapping[str, Table]) -> str:
+    """The norm that all tables share.
 
     Raises:
         InputError: If they differ, or there is none.
     """
-    norms = {result.norm for result in results.values()}
+    norms = {table.norm for table in tables.values()}
     if not norms:
         raise InputError("no rows given; write some with: grood-cert certify MODEL --out FOLDER")
     if len(norms) > 1:
@@ -112,24 +101,22 @@ def _model_handles(names: Iterable[str]) -> list[Any]:
     ]
 
 
-def robustness_figure(
-    certifications: Mapping[str, Rows], perturbed: Perturbed = "ood", eps: float | None = None
-) -> Figure:
+def robustness(tables: Mapping[str, Table], perturbed: Perturbed = "ood", eps: float | None = None) -> Figure:
     """FPR95 against eps, radius distributions of ID and OOD, and ID robustness against FPR, several models on one axis.
 
     Args:
-        certifications: Rows by the name to print.
+        tables: Certifications by the name to print.
         perturbed: Which side moves in the first panel.
         eps: The eps of the last panel; must be on every grid. By default the middle of the first model's grid.
 
     Raises:
-        InputError: If the certifications cannot share an axis.
+        InputError: If they cannot share an axis.
     """
-    norm = NORM_LABELS[common_norm(certifications)]
+    norm = NORM_LABELS[common_norm(tables)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         panels: Sequence[Axes] = figure.subplots(2, 2).ravel().tolist()
-        for index, rows in enumerate(certifications.values()):
+        for index, rows in enumerate(tables.values()):
             colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
             _draw_fpr(panels[0], fpr_curve(rows, perturbed), colour, marker)
             _draw_radius(panels[1], radius_curve(rows, "id"), colour)
@@ -152,7 +139,7 @@ def robustness_figure(
         panels[3].set_xlabel("clean FPR as gamma sweeps")
         panels[3].set_xlim(0, 1)
         panels[3].xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-        handles = _model_handles(certifications)
+        handles = _model_handles(tables)
         handles += [
             Line2D([], [], color=_GREY, label="certified (proved)"),
             Patch(color=_GREY, alpha=0.2, label="undecided"),
@@ -164,24 +151,22 @@ def robustness_figure(
     return figure
 
 
-def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
+def lipschitz(tables: Mapping[str, Table]) -> Figure:
     """Local Lipschitz constant against eps, medians, ID and OOD apart: what was found, what was proved, what is open.
 
     Args:
-        analyses: Analyses by the name to print.
+        tables: Lipschitz analyses by the name to print.
 
     Raises:
-        InputError: If the analyses cannot share an axis.
+        InputError: If they cannot share an axis.
     """
-    norm = NORM_LABELS[common_norm(analyses)]
+    norm = NORM_LABELS[common_norm(tables)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("id", "ood"), strict=True):
-            for index, analysis in enumerate(analyses.values()):
-                if kind not in analysis.kinds():
-                    continue
+            for index, table in enumerate(tables.values()):
                 colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-                pages = analysis.summary(kind)
+                pages = [page for page in table.summary() if page["kind"] == kind]
                 eps, bound, found, center = (
                     [page[key] for page in pages]
                     for key in ("eps", "bound", "ascended_estimate", "gradient_norm_estimate")
@@ -196,7 +181,7 @@ def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
             axes.set_title({"id": "ID", "ood": "OOD"}[kind])
             axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
         figure.axes[0].set_ylabel("local Lipschitz constant of S")
-        handles = _model_handles(analyses)
+        handles = _model_handles(tables)
         handles += [
             Line2D([], [], color=_GREY, label="proved bound"),
             Patch(color=_GREY, alpha=0.2, label="open"),
@@ -205,6 +190,105 @@ def lipschitz_figure(analyses: Mapping[str, Analysis]) -> Figure:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def smoothing(tables: Mapping[str, Table]) -> Figure:
+    """Median smoothing: FPR95 as OOD moves, and the share of decisions not certified, against eps; several models.
+
+    Args:
+        tables: Results of smoothing by the name to print.
+
+    Raises:
+        InputError: If there is no ID or no OOD set, or no result at all.
+    """
+    norm = NORM_LABELS[common_norm(tables)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for index, rows in enumerate(tables.values()):
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            eps, rate = fpr95_curve(rows)
+            left.plot(eps, rate, color=colour, marker=marker, markersize=3.5)
+            left.plot(0, rate[0], color=colour, marker="*", markersize=11, markeredgecolor="white", clip_on=False)
+            grid = np.linspace(0, float(rows["radius_smoothed"].max()) * 1.02, 400)
+            for kind, line in (("id", "-"), ("ood", "--")):
+                shares = [not_certified(rows, mask, grid) for mask in rows.sets(kind).values()]
+                right.plot(grid, np.mean(shares, axis=0), color=colour, linestyle=line)
+        _percent(left, "FPR at 95 % TPR (OOD accepted)")
+        left.set_title("Certified FPR95, OOD moved")
+        _percent(right, "share not certified")
+        right.set_title("Decisions at gamma")
+        for axes in (left, right):
+            axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
+            axes.set_xlim(left=0)
+        handles = _model_handles(tables)
+        handles += [
+            Line2D([], [], color=_GREY, linestyle="", marker="*", markersize=10, label="clean (estimated medians)"),
+            Line2D([], [], color=_GREY, label="ID"),
+            Line2D([], [], color=_GREY, linestyle="--", label="OOD, mean over sets"),
+        ]
+        alphas = ", ".join(f"{alpha:g}" for alpha in sorted({float(rows["alpha"].max()) for rows in tables.values()}))
+        title = f"smoothed detectors; each sample with probability 1 - {alphas}"
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title=title)
+    return figure
+
+
+def draw(tables: Mapping[str, Table], perturbed: Perturbed | None = None, eps: float | None = None) -> Figure:
+    """The figure that goes with the kind of result: `robustness`, `lipschitz` or `smoothing`.
+
+    Args:
+        tables: Results of one kind by the name to print.
+        perturbed: Which side moves in the FPR95 curve; of certifications only. None: OOD.
+        eps: The eps of the gamma sweep; of certifications only. None: the middle of the grid.
+
+    Raises:
+        InputError: If the results are of several kinds, of a kind that is not drawn, or not to be drawn with these
+            options, or cannot share an axis.
+    """
+    kind = _common_kind(tables)
+    if kind == "certification":
+        return robustness(tables, perturbed or "ood", eps)
+    if perturbed is not None or eps is not None:
+        raise InputError(
+            f"the side that moves and the eps of the sweep are for certifications, not for {kind}; leave them out"
+        )
+    return lipschitz(tables) if kind == "lipschitz" else smoothing(tables)
+
+
+def numbers(tables: Mapping[str, Table], perturbed: Perturbed | None = None) -> list[dict[str, Any]]:
+    """The numbers behind the figure of `draw`.
+
+    Returns:
+        Of certifications one record a model, OOD set and eps: the FPR95 curves with exact 95 % binomial intervals. Of
+        Lipschitz analyses one a model, kind and eps: medians. Of smoothing one a model and eps: the certified FPR95.
+
+    Raises:
+        InputError: If the results are of several kinds, or of a kind that is not drawn.
+    """
+    kind = _common_kind(tables)
+    if kind == "smoothing":
+        return [
+            {"model": name, "eps": float(eps), "alpha": float(table["alpha"].max()), "fpr95_id_smoothed": float(rate)}
+            for name, table in tables.items()
+            for eps, rate in zip(*fpr95_curve(table), strict=True)
+        ]
+    return [
+        {"model": name, **record}
+        for name, table in tables.items()
+        for record in (fpr_curve(table, perturbed or "ood").sets if kind == "certification" else table.summary())
+    ]
+
+
+def _common_kind(tables: Mapping[str, Table]) -> str:
+    kinds = {table.kind for table in tables.values()}
+    if not kinds:
+        raise InputError("no results given; write some with: grood-cert certify MODEL --out FOLDER")
+    if len(kinds) > 1:
+        raise InputError(f"{' and '.join(sorted(kinds))} make different figures; give files of one kind")
+    kind = kinds.pop()
+    if kind not in _DRAWN:
+        raise InputError(f"there is no figure of {kind}; give {', '.join(_DRAWN)}")
+    return kind
 
 
 def check_format(path: Path) -> None:
@@ -229,79 +313,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format=path.suffix.lower()[1:], metadata=metadata)
 
 
-def write_table(certifications: Mapping[str, Rows], perturbed: Perturbed, path: Path) -> None:
-    """Write the FPR95 curves of every OOD set as CSV, with exact 95 % binomial intervals.
+def write_numbers(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the `numbers` behind a figure as CSV.
 
     Raises:
         InputError: If the file cannot be written.
     """
-    records = [
-        {"model": name, **record} for name, rows in certifications.items() for record in fpr_curve(rows, perturbed).sets
-    ]
-    write_csv(path, TABLE_COLUMNS, records)
-
-
-def write_lipschitz_table(analyses: Mapping[str, Analysis], path: Path) -> None:
-    """Write the medians behind a Lipschitz figure as CSV: one row for each model, kind and eps.
-
-    Raises:
-        InputError: If the file cannot be written.
-    """
-    records = [
-        {"model": name, "kind": kind} | page
-        for name, analysis in analyses.items()
-        for kind in analysis.kinds()
-        for page in analysis.summary(kind)
-    ]
-    write_csv(path, ("model", "kind", "eps", *QUANTITIES), records)
-
-
-def smoothing_figure(results: Mapping[str, SmoothedRows]) -> Figure:
-    """Median smoothing: FPR95 as OOD moves, and the share of decisions not certified, against eps; several models.
-
-    Args:
-        results: Rows by the name to print.
-
-    Raises:
-        InputError: If there is no ID or no OOD set, or no result at all.
-    """
-    norm = NORM_LABELS[common_norm(results)]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for index, rows in enumerate(results.values()):
-            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-            eps, rate = fpr95_curve(rows)
-            left.plot(eps, rate, color=colour, marker=marker, markersize=3.5)
-            left.plot(0, rate[0], color=colour, marker="*", markersize=11, markeredgecolor="white", clip_on=False)
-            grid = np.linspace(0, float(rows["radius_smoothed"].max()) * 1.02, 400)
-            for kind, line in (("id", "-"), ("ood", "--")):
-                shares = [not_certified(rows, mask, grid) for mask in rows.sets(kind).values()]
-                right.plot(grid, np.mean(shares, axis=0), color=colour, linestyle=line)
-        _percent(left, "FPR at 95 % TPR (OOD accepted)")
-        left.set_title("Certified FPR95, OOD moved")
-        _percent(right, "share not certified")
-        right.set_title("Decisions at gamma")
-        for axes in (left, right):
-            axes.set_xlabel(f"eps ({norm}, pixels in [0, 1])")
-            axes.set_xlim(left=0)
-        handles = _model_handles(results)
-        handles += [
-            Line2D([], [], color=_GREY, linestyle="", marker="*", markersize=10, label="clean (estimated medians)"),
-            Line2D([], [], color=_GREY, label="ID"),
-            Line2D([], [], color=_GREY, linestyle="--", label="OOD, mean over sets"),
-        ]
-        alphas = ", ".join(f"{alpha:g}" for alpha in sorted({float(rows["alpha"].max()) for rows in results.values()}))
-        title = f"smoothed detectors; each sample with probability 1 - {alphas}"
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title=title)
-    return figure
-
-
-def write_smoothing_table(results: Mapping[str, SmoothedRows], path: Path) -> None:
-    """The certified FPR95 against eps of the smoothing figure, one record a model and eps."""
-    records = [
-        {"model": name, "eps": float(eps), "alpha": float(rows["alpha"].max()), "fpr95_id_smoothed": float(rate)}
-        for name, rows in results.items()
-        for eps, rate in zip(*fpr95_curve(rows), strict=True)
-    ]
-    write_csv(path, ["model", "eps", "alpha", "fpr95_id_smoothed"], records)
+    write_csv(path, list(records[0]), records)

@@ -17,13 +17,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from grood_cert import metrics
 from grood_cert.errors import InputError
-from grood_cert.results.rows import Rows
+from grood_cert.results.columns import LOOKED_UP
+from grood_cert.results.table import Table
 
 _Floats = NDArray[np.float64]
 
 
-def at_gamma(rows: Rows, gamma: float) -> Rows:
+def at_gamma(rows: Table, gamma: float) -> Table:
     """The same certification read at another threshold.
 
     Args:
@@ -53,7 +55,7 @@ def at_gamma(rows: Rows, gamma: float) -> Rows:
     certified = np.maximum(np.where(proved, eps, 0.0).max(1), kept)
     attack = np.minimum(np.where(broken, eps, np.inf).min(1), np.where(easier, np.inf, rows["radius_attack"]))
     attack = np.where(right, attack, 0.0)
-    stage = np.where(kept >= certified, rows["stage"], "envelope")
+    stage = np.where(kept >= certified, rows["stage"], LOOKED_UP)
     unknown = np.full(len(rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         estimate = np.abs(score - gamma) / rows["gradient_norm_estimate"]
@@ -70,9 +72,18 @@ def at_gamma(rows: Rows, gamma: float) -> Rows:
     }
     decided = np.where(
         (0 < certified[:, None]) & (eps <= certified[:, None]),
-        "envelope",
+        LOOKED_UP,
         np.where(eps >= attack[:, None], "attack", "undecided"),
     )
     outcomes = np.where(right[:, None], decided, "misdecision")
-    manifest = dict(rows.manifest) | {"gamma": gamma, "gamma_certified_at": rows.gamma}
-    return Rows(manifest, rows.eps, columns, rows.grid, outcomes)
+    manifest = {**rows.manifest, "gamma": gamma, "gamma_certified_at": rows.gamma}
+    return Table(manifest, columns, {**rows.grid, "outcome": outcomes})
+
+
+def calibrated_gamma(medians: Table) -> float:
+    """Threshold of the smoothed score: the conformal quantile of the medians of a smoothing-calibration.
+
+    Raises:
+        InputError: If a median is NaN, or there are too few.
+    """
+    return metrics.calibrated_threshold(medians["median_estimate"], metrics.TPR_PERCENT)

@@ -21,12 +21,12 @@ from grood_cert.ball import DEFAULT_EPS, Ball, Norm, largest_eps
 from grood_cert.bounds.crosscheck import cross_check
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engines import Choice, build, lirpa_version
-from grood_cert.certification.cascade import OUTCOMES, STAGES, Certifier, Settings
+from grood_cert.certification.cascade import Certifier, Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError, SoundnessError
-from grood_cert.results import rows
-from grood_cert.results.rows import GRID_COLUMNS, TEXT_GRID_COLUMNS, Rows, grid_column
+from grood_cert.results.columns import OUTCOMES, SCHEMAS, STAGES, grid_column, header
+from grood_cert.results.table import Table
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
 from grood_cert.system.files import check_writable, replacing
@@ -83,7 +83,7 @@ def certify(certifier: Certifier, batch: runs.Batch, adversarial: Path | None = 
         adversarial: Folder in which the nearest points with the other decision are saved, one file a batch.
 
     Returns:
-        One record a sample, with the columns of `grood_cert.results.rows`.
+        One record a sample, with the columns of a certification.
 
     Raises:
         SoundnessError: If an attack contradicts a proof.
@@ -105,7 +105,7 @@ def certify(certifier: Certifier, batch: runs.Batch, adversarial: Path | None = 
     columns["outcome"] = [[OUTCOMES[code] for code in codes] for codes in columns["outcome"]]
     for position, record in enumerate(records):
         for name, values in columns.items():
-            if name in GRID_COLUMNS or name in TEXT_GRID_COLUMNS:
+            if name in SCHEMAS["certification"].grid:
                 record |= {grid_column(name, eps): v for eps, v in zip(settings.eps, values[position], strict=True)}
             else:
                 record[name] = values[position]
@@ -193,7 +193,7 @@ def run(
     begin: Callable[[int], None] = lambda samples: None,
     advance: runs.Advance = lambda samples, counts: None,
     report: Callable[[str], None] = lambda line: None,
-) -> Rows:
+) -> Table:
     """Certify a detector and write `rows.csv` and its manifest `rows.json` to a folder.
 
     A run that was interrupted goes on where it was.
@@ -237,10 +237,10 @@ def run(
     adversarial = out / "adversarial" if save_adversarial else None
     path = runs.execute(
         out / "rows.csv",
-        rows.header(settings.eps),
+        header("certification", settings.eps),
         runs.batches(sets, limit, settings.batch_size, settings.seed),
         lambda batch: certify(certifier, batch, adversarial),
-        runs.manifest(detector, model, sets, limit, settings)
+        runs.manifest("certification", detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
             "bounded_by": certifier.choice.engine,
@@ -255,7 +255,7 @@ def run(
         advance=advance,
         report=report,
     )
-    return rows.read(path)
+    return Table.read(path, "certification")
 
 
 def agreement(check: Mapping[str, Any]) -> str:
@@ -272,13 +272,3 @@ def agreement(check: Mapping[str, Any]) -> str:
     largest = check["largest_disagreement"]
     found = "intervals meet" if largest is None else f"largest disagreement {largest:.2g}"
     return f"bounds cross-checked by auto_LiRPA {check['version']} on {check['balls']} balls: {found}"
-
-
-def balls_decided(found: Rows) -> list[dict[str, Any]]:
-    """What became of the balls of the grid: one record a set, counts by the values of the column `outcome`."""
-    names = [name for name in (*OUTCOMES, "envelope") if (found.outcomes == name).any()]
-    return [
-        {"set": name, "kind": kind, **{outcome: int((found.outcomes[mask] == outcome).sum()) for outcome in names}}
-        for kind in rows.KINDS
-        for name, mask in found.sets(kind).items()
-    ]

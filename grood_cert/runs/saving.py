@@ -35,7 +35,8 @@ from grood_cert.bounds.engines import lirpa_version
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError, RunError, SoundnessError
-from grood_cert.results.rows import manifest_path, read_files
+from grood_cert.results.columns import SCHEMAS
+from grood_cert.results.table import manifest_path, read_cells
 from grood_cert.system.files import (
     appending,
     as_json,
@@ -100,8 +101,8 @@ class Batch:
 
     @property
     def names(self) -> list[dict[str, Any]]:
-        """The columns that name each sample: `set`, `kind`, `index`."""
-        return [{"set": self.source.name, "kind": self.source.kind, "index": index} for index in self.index]
+        """The columns that name each sample: `set`, `kind`, `index`, `file`."""
+        return [{"set": self.source.name, "kind": self.source.kind, "index": index, "file": ""} for index in self.index]
 
 
 def batches(sets: Sequence[ImageSet], limit: int, batch_size: int, seed: int) -> list[Batch]:
@@ -363,7 +364,7 @@ def _saved(
     if not manifest_path(path).exists():
         raise InputError(f"{path} exists already; {_FORCE}")
     try:
-        manifest, records = read_files(path, "certify")
+        manifest, records = read_cells(path)
         progress = Progress.of(manifest)
         difference = _difference(manifest, description)
         if not difference and records and list(records[0]) != list(columns):
@@ -470,7 +471,7 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
     parts: dict[str, tuple[Path, dict[str, Any], list[tuple[tuple[int, int], dict[str, str]]]]] = {}
     for path in paths:
         try:
-            manifest, records = read_files(path, "certify")
+            manifest, records = read_cells(path)
             progress = Progress.of(manifest)
             order = {(entry["set"], entry["kind"]): number for number, entry in enumerate(manifest["data"])}
             placed = [((order[record["set"], record["kind"]], int(record["index"])), record) for record in records]
@@ -521,12 +522,14 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
 
 
 def manifest(
-    detector: Detector, model: Path | None, sets: Sequence[ImageSet], limit: int, settings: Any
+    kind: str, detector: Detector, model: Path | None, sets: Sequence[ImageSet], limit: int, settings: Any
 ) -> dict[str, Any]:
-    """What a run is: model, data, settings, software and machine. `Progress` holds the other keys of a manifest."""
+    """What a run is: kind, model, data, settings, software, machine. `Progress` holds the other keys of a manifest."""
     weight, origin = next(detector.network.parameters()), detector.provenance
     file = {"path": str(model), "sha256": sha256(model)} if model else {"path": None, "sha256": None}
     return {
+        "kind": kind,
+        "schema": SCHEMAS[kind].version,
         "model": {**file, "name": detector.name},
         "recipe": origin.recipe.to_dict() if origin else None,
         "gamma": detector.gamma,

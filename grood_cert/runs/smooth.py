@@ -16,9 +16,10 @@ from grood_cert.certification.smoothing import Smoother, SmoothingSettings, medi
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.errors import RunError
-from grood_cert.results import smoothed_rows
-from grood_cert.results.rows import grid_column
-from grood_cert.results.smoothed_rows import CALIBRATION_COLUMNS, GRID_COLUMNS, TPR_PERCENT, SmoothedRows
+from grood_cert.metrics import TPR_PERCENT
+from grood_cert.results.columns import SCHEMAS, grid_column, header
+from grood_cert.results.table import Table
+from grood_cert.results.thresholds import calibrated_gamma
 from grood_cert.runs import saving as runs
 
 _GUARANTEE = (
@@ -32,7 +33,7 @@ def calibrate(smoother: Smoother, batch: runs.Batch) -> list[dict[str, Any]]:
     """Estimate the smoothed score of calibration images; gamma is the `metrics.calibrated_threshold` of all of them.
 
     Returns:
-        One record a sample, with `smoothed_rows.CALIBRATION_COLUMNS`.
+        One record a sample, with the columns of a smoothing-calibration.
 
     Raises:
         RunError: If a score is NaN, so that there is no gamma.
@@ -58,13 +59,13 @@ def certify(smoother: Smoother, gamma: float, batch: runs.Batch) -> list[dict[st
         batch: Images and their names; the `kind` says which decision is right.
 
     Returns:
-        One record a sample, with the columns of `grood_cert.results.smoothed_rows`.
+        One record a sample, with the columns of smoothing.
     """
     images, records = batch.images, batch.names
     for image, label, record in zip(images.images, images.labels.tolist(), records, strict=True):
         draws = smoother.draws(image, "test", record["set"], record["index"])
         found = smoother.certify(draws, gamma, images.kind)
-        for name in GRID_COLUMNS:
+        for name in SCHEMAS["smoothing"].grid:
             values = zip(smoother.settings.eps, found.pop(name), strict=True)
             record |= {grid_column(name, eps): value for eps, value in values}
         record |= {"label": label, "score": smoother.score(image)} | found
@@ -85,7 +86,7 @@ def run(
     begin: Callable[[str, int], None] = lambda stage, samples: None,
     advance: Callable[[int], None] = lambda samples: None,
     report: Callable[[str], None] = lambda line: None,
-) -> SmoothedRows:
+) -> Table:
     """Smooth a detector, calibrate it anew and certify it.
 
     Writes the medians of the calibration images to `smoothing-calibration.csv` and the rows to `smoothing.csv`, each
@@ -121,10 +122,11 @@ def run(
     about = {"norm": "l2", "method": settings.method, "gamma_base": detector.gamma, "dtype": settings.dtype}
     medians = runs.execute(
         out / "smoothing-calibration.csv",
-        CALIBRATION_COLUMNS,
+        header("smoothing-calibration", settings.eps),
         inside,
         functools.partial(calibrate, smoother),
-        runs.manifest(detector, model, [calibration], settings.calibration_limit, settings) | about,
+        runs.manifest("smoothing-calibration", detector, model, [calibration], settings.calibration_limit, settings)
+        | about,
         dict,
         shard=shard if shard.joint else runs.WHOLE,
         force=force,
@@ -132,7 +134,7 @@ def run(
         advance=lambda samples, counts: advance(samples),
         report=report,
     )
-    gamma = smoothed_rows.calibrated_gamma(medians)
+    gamma = calibrated_gamma(Table.read(medians, "smoothing-calibration"))
     about |= {
         "gamma": gamma,
         "calibration": {"set": calibration.name, "samples": samples, "percent": TPR_PERCENT},
@@ -140,10 +142,10 @@ def run(
     }
     path = runs.execute(
         out / "smoothing.csv",
-        smoothed_rows.header(settings.eps),
+        header("smoothing", settings.eps),
         tested,
         functools.partial(certify, smoother, gamma),
-        runs.manifest(detector, model, sets, limit, settings) | about,
+        runs.manifest("smoothing", detector, model, sets, limit, settings) | about,
         dict,
         shard=shard,
         force=force,
@@ -152,4 +154,4 @@ def run(
         advance=lambda samples, counts: advance(samples),
         report=report,
     )
-    return smoothed_rows.read(path)
+    return Table.read(path, "smoothing")

@@ -145,7 +145,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows under the given columns; floats keep all their digits, None is an empty cell.
+    """Write rows under the given columns, as `csv_text` does.
 
     Raises:
         InputError: If the file cannot be written.
@@ -157,15 +157,21 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:
     r"""Rows under the given columns as CSV, with or without the line of column names.
 
+    Floats keep all their digits, and whatever they are, pandas and polars read a column of them as floats; None is an
+    empty cell.
+
     Example:
-        >>> csv_text(["a", "b"], [{"a": 0.1, "b": None}, {"a": 1 / 3, "b": "x,y"}])
-        '0.1,\n0.3333333333333333,"x,y"\n'
+        >>> csv_text(["a", "b"], [{"a": 1.0, "b": None}, {"a": 1 / 3, "b": "x,y"}, {"a": math.nan, "b": -math.inf}])
+        '1.0,\n0.3333333333333333,"x,y"\nNaN,-inf\n'
     """
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {name: "NaN" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        for row in rows
+    )
     return stream.getvalue()
 
 

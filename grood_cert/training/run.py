@@ -52,7 +52,6 @@ _GRADIENT_BATCH = 256
 _WATCHED = 2000
 _PROBE_STEPS = 50
 _TERMS = [item.name for item in dataclasses.fields(Terms)]
-TPR_PERCENT = 95
 
 
 @dataclass(frozen=True)
@@ -674,7 +673,7 @@ def run(
         experiment = experiment_of(recipe, data_dir, download and first)
     check_images(experiment)
     _, calibration = _split_calibration(experiment.calibration, recipe)
-    metrics.calibrated_threshold(range(len(calibration)), TPR_PERCENT)  # refuses too small a split
+    metrics.calibrated_threshold(range(len(calibration)), metrics.TPR_PERCENT)  # refuses too small a split
     weights = _weights(recipe)  # refuses choices that do not go together
     _check_batches(recipe, experiment)
     architecture = architecture_of(recipe, experiment)
@@ -738,13 +737,13 @@ def run(
         scores = energy(detectors.logits(network, calibration.images)).numpy()
         result = Detector(
             network=network,
-            gamma=metrics.calibrated_threshold(scores, TPR_PERCENT),
+            gamma=metrics.calibrated_threshold(scores, metrics.TPR_PERCENT),
             shape=architecture.shape,
             class_names=experiment.train.class_names,
             architecture=architecture,
             provenance=Provenance(
                 recipe=recipe,
-                calibration={"samples": len(scores), "percent": TPR_PERCENT},
+                calibration={"samples": len(scores), "percent": metrics.TPR_PERCENT},
                 metrics=evaluate(network, experiment, recipe.evaluation.temperature),
                 versions=detectors.versions(),
             ),

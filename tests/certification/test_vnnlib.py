@@ -18,7 +18,7 @@ from grood_cert.certification import vnnlib as export
 from grood_cert.certification.vnnlib import Instance, Specification, Verdict
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
-from grood_cert.results import rows
+from grood_cert.results.table import Table
 from grood_cert.scores import energy
 
 
@@ -147,7 +147,7 @@ def test_single_precision_neighbours():
 @pytest.fixture(scope="module")
 def undecided(model, rows_file):
     """A detector, its sets, and an eps at which something is left open."""
-    loaded, read = detector.load(model), rows.read(rows_file)
+    loaded, read = detector.load(model), Table.read(rows_file)
     experiment = experiment_of(loaded.origin.recipe)
     gap = read["radius_attack"] - np.maximum(read["radius_certified"], 1e-3)
     at = int(np.argmax(np.where(read["status"] == "misdecided", -1, gap)))

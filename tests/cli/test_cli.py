@@ -15,7 +15,7 @@ import torch
 from grood_cert import cli, demo
 from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import cascade
-from grood_cert.results import rows
+from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 
 
@@ -96,7 +96,7 @@ def test_from_recipe_to_figure(call, tmp_path):
     assert content["recipe"]["objective"]["lambda_grad"] == 0.2 and content["recipe"]["name"] == "tiny"
     code, out, err = call("certify", tmp_path / "run/model.pt", "--eps", "0.01", "--eps", "0.05", "--limit", "4")
     assert code == 0 and "certified" in out and "attack" in out
-    result = rows.read(tmp_path / "run/rows.csv")
+    result = Table.read(tmp_path / "run/rows.csv")
     assert (len(result), result.eps, result.norm) == (12, (0.01, 0.05), "linf")
     code, out, _ = call("curve", tmp_path / "run/rows.csv", "--out", tmp_path / "figure.svg", "--perturb", "both")
     assert code == 0 and (tmp_path / "figure.svg").exists() and (tmp_path / "figure.csv").exists()
@@ -253,8 +253,8 @@ def test_another_threshold_is_looked_up(call, refused, rows_file, tmp_path):
     before = mine.read_bytes()
     code, out, _ = call("threshold", mine, "--gamma", "-4.5")
     assert code == 0 and "nothing was verified again" in out
-    looked_up = rows.read(tmp_path / "rows-gamma-4.5.csv")
-    assert looked_up.gamma == -4.5 and len(looked_up) == len(rows.read(mine))
+    looked_up = Table.read(tmp_path / "rows-gamma-4.5.csv")
+    assert looked_up.gamma == -4.5 and len(looked_up) == len(Table.read(mine))
     assert "exists already" in refused("threshold", mine, "--gamma", "-4.5")
     assert "is what is read" in refused("threshold", mine, "--gamma", "-4.5", "--out", mine, "--force")
     assert "gamma must be a finite number" in refused("threshold", mine, "--gamma", "nan")

@@ -16,7 +16,9 @@ from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.bound import METHODS
-from grood_cert.results import figures, rows
+from grood_cert.results import figures
+from grood_cert.results.columns import SCHEMAS
+from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 from grood_cert.scores import gradient_norm_estimate
@@ -45,18 +47,20 @@ def result_file(loaded, model, sets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(result_file):
-    return analysis.read(result_file)
+    return Table.read(result_file, "lipschitz")
 
 
 def column(result, name, **where):
-    chosen = [row for row in result.records if all(row[key] == value for key, value in where.items())]
-    return np.array([row[name] for row in chosen])
+    chosen = np.ones(len(result), bool)
+    for key, value in where.items():
+        chosen &= result[key] == value
+    return result[name][chosen]
 
 
 def test_one_row_for_each_sample_and_eps(result):
-    assert len(result.records) == 2 * 5 * 3
-    assert result.kinds() == ["id", "ood"]
-    assert all(set(row) == set(analysis.COLUMNS) for row in result.records)
+    assert len(result) == 2 * 5 * 3
+    assert list(dict.fromkeys(result["kind"])) == ["id", "ood"]
+    assert set(result.columns) == set(SCHEMAS["lipschitz"].columns)
     assert result.manifest["norm"] == "linf" and result.manifest["recipe"]["objective"]["lambda_grad"] == 0.1
 
 
@@ -144,19 +148,19 @@ def test_damaged_analyses_are_refused(result_file, tmp_path, damage):
     (tmp_path / "lipschitz.json").write_text(result_file.with_suffix(".json").read_text())
     (tmp_path / "lipschitz.csv").write_text(damage(result_file.read_text()))
     with pytest.raises(InputError, match=r"not the rows of a Lipschitz analysis|holds no rows"):
-        analysis.read(tmp_path / "lipschitz.csv")
+        Table.read(tmp_path / "lipschitz.csv", "lipschitz")
     with pytest.raises(InputError, match="no such file; write it with: grood-cert lipschitz"):
-        analysis.read(tmp_path / "other.csv")
+        Table.read(tmp_path / "other.csv", "lipschitz")
 
 
 def test_figure_and_table(result, tmp_path):
     models = {"one": result, "two": result}
-    drawing = figures.lipschitz_figure(models)
+    drawing = figures.lipschitz(models)
     drawn = [line.get_ydata() for line in drawing.axes[1].lines if line.get_linestyle() == "-"]
     expected = [np.median(column(result, "bound", kind="ood", eps=eps)) for eps in SETTINGS.eps]
     assert [list(values) for values in drawn] == [expected, expected]
     figures.save(drawing, tmp_path / "x.png")
-    figures.write_lipschitz_table(models, tmp_path / "x.csv")
+    figures.write_numbers(figures.numbers(models), tmp_path / "x.csv")
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
 
 
@@ -214,7 +218,7 @@ LIPSCHITZ = Settings(eps=(0.01,), stages=("crown", "lipschitz"), effort="fast")
 def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, norm):
     settings = Settings(eps=(0.02,), norm=norm, stages=("crown", "lipschitz"))
     certification.run(loaded, model, sets, settings, tmp_path, limit=6)
-    found = rows.read(tmp_path / "rows.csv")
+    found = Table.read(tmp_path / "rows.csv")
     right = found["status"] != "misdecided"
     for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):
         assert (found[name][right] > 0).all() and (found[name] <= found["radius_attack"]).all()
@@ -224,7 +228,7 @@ def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, 
 
 
 def test_lipschitz_radii_are_empty_unless_asked_for(rows_file):
-    found = rows.read(rows_file)
+    found = Table.read(rows_file)
     assert np.isnan(found["radius_lipschitz_path"]).all() and "lipschitz" not in found.manifest["stages"]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import math
 
 import numpy as np
@@ -8,44 +7,8 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.metrics import fpr95_id
-from grood_cert.results import curves, figures, rows
-
-EPS = (0.1, 0.2)
-
-
-def sample(kind, name, score, bounds, radius=0.0, attack=math.inf, status="certified"):
-    """One record; bounds = [(s_lb, s_ub, s_attack_min, s_attack_max) for each eps]."""
-    record = {"set": name, "kind": kind, "index": 0, "label": 0, "prediction": 0, "accepted": 0, "status": status}
-    record |= {"score": score, "radius_certified": radius, "radius_certified_per_logit": radius / 2}
-    record |= {"radius_lipschitz_fixed_point": math.nan, "radius_lipschitz_path": math.nan}
-    record |= {"radius_attack": attack, "radius_gradient_norm_estimate": 1.0, "gradient_norm_estimate": 1.0}
-    record["stage"] = "crown"
-    for eps, values in zip(EPS, bounds, strict=True):
-        record[rows.grid_column("outcome", eps)] = "crown"
-        record |= {rows.grid_column(name, eps): value for name, value in zip(rows.GRID_COLUMNS, values, strict=True)}
-    return record
-
-
-def certification(records, **manifest):
-    given = {"norm": "linf", "gamma": 0.0, "model": {"name": "m"}, "method": "crown", "eps": list(EPS)} | manifest
-    return rows.from_records(records, given)
-
-
-def random_certification(
-    seed, share_nan=0.0, samples=40, kinds=(("id", "in"), ("ood", "a"), ("ood", "b"), ("noise", "n"))
-):
-    generator = np.random.default_rng(seed)
-    records = []
-    for kind, name in kinds:
-        for _ in range(samples):
-            score = float(np.round(generator.normal(-2 if kind == "id" else 1, 1.5), 1))
-            steps = np.cumsum(generator.random((2, 4)) * [1, 1, 0.5, 0.5], axis=0)
-            bounds = [(score - a - c, score + b + d, score - c, score + d) for a, b, c, d in steps]
-            if generator.random() < share_nan:
-                bounds[1] = (math.nan, math.nan, *bounds[1][2:])
-            radius = float(generator.random() * (generator.random() < 0.9))
-            records.append(sample(kind, name, score, bounds, radius, radius + float(generator.random())))
-    return certification(records)
+from grood_cert.results import curves
+from tests.results.certifications import EPS, certification, random_certification, sample
 
 
 def smallest_threshold(scores):
@@ -151,21 +114,6 @@ def test_robustness_curve_by_brute_force():
     assert (curve.fpr[0], curve.fpr[-1], curve.tpr[-1]) == (0, 1, 1) or curve.fpr[-1] == 1
 
 
-def test_radius_summary():
-    records = [
-        sample("id", "in", -1.0, [(0.0,) * 4] * 2, radius=0.2, attack=0.4),
-        sample("id", "in", -1.0, [(0.0,) * 4] * 2, radius=0.3, attack=0.4),
-        sample("id", "in", -1.0, [(0.0,) * 4] * 2, radius=0.0, attack=0.5, status="undecided"),
-        sample("id", "in", 1.0, [(0.0,) * 4] * 2, radius=0.0, attack=0.0, status="misdecided"),
-        sample("ood", "a", -1.0, [(0.0,) * 4] * 2, radius=0.0, attack=0.0, status="misdecided"),
-    ]
-    inside, outside = curves.radius_summary(certification(records))
-    assert (inside["samples"], inside["certified"], inside["undecided"], inside["misdecided"]) == (4, 2, 1, 1)
-    assert inside["radius_certified"] == 0.2 and inside["radius_attack"] == 0.4
-    assert inside["certified_to_attack"] == pytest.approx(0.5)
-    assert outside["radius_certified"] is None and outside["certified_to_attack"] is None
-
-
 def test_what_curves_refuse():
     result = random_certification(0)
     with pytest.raises(InputError, match=r"eps 0\.5 is not on the grid of the rows; use one of 0\.1, 0\.2"):
@@ -177,64 +125,3 @@ def test_what_curves_refuse():
     for function in (curves.fpr_curve, curves.robustness_curve):
         with pytest.raises(InputError, match="no ID samples"):
             function(random_certification(0, kinds=(("ood", "a"),)))
-
-
-# Figures
-
-
-@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
-def test_figures_are_written_by_file_name_and_reproducible(tmp_path, suffix):
-    models = {"one": random_certification(0), "two": random_certification(1, 0.2)}
-    content = []
-    for name in ("a", "b"):
-        path = tmp_path / f"{name}{suffix}"
-        figures.save(figures.robustness_figure(models), path)
-        content.append(path.read_bytes())
-    assert content[0] == content[1]
-    assert content[0][:4] == {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xm"}[suffix.lower()]
-    assert [entry.name for entry in sorted(tmp_path.iterdir())] == [f"a{suffix}", f"b{suffix}"]
-
-
-def test_the_figure_draws_what_the_curves_say():
-    models = {"one": random_certification(0), "two": random_certification(1)}
-    figure = figures.robustness_figure(models, "both", 0.2)
-    first, inside, outside, sweep = figure.axes
-    drawn = [line.get_ydata() for line in first.lines if line.get_linestyle() == "-" and len(line.get_ydata()) == 3]
-    for values, result in zip(drawn, models.values(), strict=True):
-        np.testing.assert_array_equal(values, curves.fpr_curve(result, "both").certified)
-    np.testing.assert_array_equal(inside.lines[0].get_ydata(), curves.radius_curve(models["one"], "id").certified)
-    np.testing.assert_array_equal(outside.lines[0].get_ydata(), curves.radius_curve(models["one"], "ood").certified)
-    assert sweep.get_title().endswith("eps = 0.2")
-    colours = {line.get_color() for line in first.lines}
-    assert len(colours) == 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["one", "two"]
-
-
-def test_the_table_beside_the_figure(tmp_path):
-    models = {"one": random_certification(0), "two": random_certification(1)}
-    figures.write_table(models, "ood", tmp_path / "x.csv")
-    with (tmp_path / "x.csv").open() as stream:
-        records = list(csv.DictReader(stream))
-    assert len(records) == 2 * 2 * 3 and tuple(records[0]) == figures.TABLE_COLUMNS
-    means = [float(r["fpr95_id_certified"]) for r in records if r["model"] == "two" and float(r["eps"]) == 0.2]
-    assert np.mean(means) == pytest.approx(curves.fpr_curve(models["two"]).certified[2])
-
-
-def test_what_figures_refuse(tmp_path):
-    with pytest.raises(InputError, match=r"figures are written as \.png, \.pdf, \.svg"):
-        figures.check_format(tmp_path / "x.gif")
-    other = certification([sample("id", "in", 0.0, [(0.0,) * 4] * 2)], norm="l2")
-    with pytest.raises(InputError, match="different norms"):
-        figures.robustness_figure({"a": random_certification(0), "b": other})
-
-
-def test_labels(tmp_path):
-    one, two = random_certification(0), random_certification(1)
-    paths = [tmp_path / "a/rows.csv", tmp_path / "b/rows.csv"]
-    assert list(rows.labelled([one], paths[:1], [])) == ["m"]
-    assert list(rows.labelled([one, two], paths, [])) == ["a", "b"]
-    assert list(rows.labelled([one, two], paths, ["x", "y"])) == ["x", "y"]
-    with pytest.raises(InputError, match="2 labels for 1 rows files"):
-        rows.labelled([one], paths[:1], ["x", "y"])
-    with pytest.raises(InputError, match="same name"):
-        rows.labelled([one, two], paths, ["x", "x"])

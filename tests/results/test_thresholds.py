@@ -13,14 +13,15 @@ from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import Settings
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
-from grood_cert.results import rows
+from grood_cert.results.columns import SCHEMAS
+from grood_cert.results.table import Table
 from grood_cert.results.thresholds import at_gamma
 from grood_cert.runs import certify as certification
 
 
 @pytest.fixture(scope="module")
 def found(rows_file):
-    return rows.read(rows_file)
+    return Table.read(rows_file)
 
 
 @pytest.mark.parametrize("shift", [-2.0, -0.4, 0.4, 2.0])
@@ -54,9 +55,9 @@ def test_an_attack_at_another_gamma_is_one(found):
                 inside, found.grid["s_attack_max"][:, column] > gamma, found.grid["s_attack_min"][:, column] <= gamma
             )
             assert (moved["radius_attack"][broken] <= eps).all()
-            attacked = moved.outcomes[:, column] == "attack"
+            attacked = moved.grid["outcome"][:, column] == "attack"
             assert (moved["radius_attack"][attacked] <= eps).all()
-        assert ((moved.outcomes == "misdecision").all(1) == (moved["status"] == "misdecided")).all()
+        assert ((moved.grid["outcome"] == "misdecision").all(1) == (moved["status"] == "misdecided")).all()
 
 
 def test_the_look_up_never_beats_a_run_at_that_gamma(found, model, tmp_path):
@@ -67,7 +68,7 @@ def test_the_look_up_never_beats_a_run_at_that_gamma(found, model, tmp_path):
     settings = Settings(eps=found.eps, stages=("ibp", "crown"))
     sets = [experiment.test, *experiment.ood[:1]]
     certification.run(replace(loaded, gamma=gamma), model, sets, settings, tmp_path, limit=12)
-    fresh, moved = rows.read(tmp_path / "rows.csv"), at_gamma(found, gamma)
+    fresh, moved = Table.read(tmp_path / "rows.csv"), at_gamma(found, gamma)
     names = set(fresh["set"].tolist())
     mask = np.isin(moved["set"], list(names))
     assert (moved["index"][mask] == fresh["index"]).all()
@@ -80,11 +81,11 @@ def test_the_look_up_never_beats_a_run_at_that_gamma(found, model, tmp_path):
 def test_the_same_gamma_changes_nothing_and_files_read_back(found, tmp_path):
     assert at_gamma(found, found.gamma) is found
     moved = at_gamma(found, found.gamma + 0.25)
-    rows.write(moved, tmp_path / "moved.csv")
-    back = rows.read(tmp_path / "moved.csv")
+    moved.write(tmp_path / "moved.csv")
+    back = Table.read(tmp_path / "moved.csv")
     assert back.gamma == moved.gamma and back.manifest["gamma_certified_at"] == found.gamma
-    for name in rows.COLUMNS:
+    for name in SCHEMAS["certification"].columns:
         np.testing.assert_array_equal(back[name], moved[name])
-    np.testing.assert_array_equal(back.outcomes, moved.outcomes)
+    np.testing.assert_array_equal(back.grid["outcome"], moved.grid["outcome"])
     with pytest.raises(InputError, match="gamma must be a finite number"):
         at_gamma(found, float("nan"))

@@ -19,7 +19,8 @@ from grood_cert.certification import cascade
 from grood_cert.certification.cascade import Settings
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.results import rows
+from grood_cert.results.columns import SCHEMAS, header
+from grood_cert.results.table import Table, manifest_path
 from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 
@@ -33,7 +34,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def result(rows_file):
-    return rows.read(rows_file)
+    return Table.read(rows_file, "certification")
 
 
 def images_of(loaded, result, mask):
@@ -200,10 +201,10 @@ def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):
 
 def test_rows_read_back_what_was_written(rows_file, result):
     with rows_file.open() as stream:
-        header = next(csv.reader(stream))
-    assert header == rows.header(result.eps)
-    assert set(rows.COLUMNS) <= set(header)
-    assert json.loads(rows.manifest_path(rows_file).read_text())["eps"] == list(result.eps)
+        names = next(csv.reader(stream))
+    assert names == header("certification", result.eps)
+    assert set(SCHEMAS["certification"].columns) <= set(names)
+    assert json.loads(manifest_path(rows_file).read_text())["eps"] == list(result.eps)
 
 
 @pytest.mark.parametrize(
@@ -226,15 +227,15 @@ def test_damaged_rows_are_refused(rows_file, tmp_path, damage, message):
     path = tmp_path / "rows.csv"
     path.write_text(damage(rows_file.read_text()))
     with pytest.raises(InputError, match=message):
-        rows.read(path)
+        Table.read(path, "certification")
 
 
 def test_missing_or_foreign_manifest(rows_file, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(rows_file.read_text())
     with pytest.raises(InputError, match=r"rows\.json: no such file"):
-        rows.read(path)
+        Table.read(path, "certification")
     for text in ("nonsense", "[]", '{"eps": [0.1]}', '{"eps": [0.01, 0.03, 0.1]}'):
         path.with_suffix(".json").write_text(text)
         with pytest.raises(InputError, match="not the rows of a certification"):
-            rows.read(path)
+            Table.read(path, "certification")

@@ -23,13 +23,13 @@ from grood_cert.cli.merge import merge
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analyser as analysis
-from grood_cert.results import rows
+from grood_cert.results.table import Table, read_cells
 from grood_cert.runs import certify as certification
 from grood_cert.runs import saving as runs
 from grood_cert.runs.saving import Progress, Shard
 from grood_cert.system import files
 
-COLUMNS = ["set", "kind", "index", "value"]
+COLUMNS = ["set", "kind", "index", "file", "value"]
 
 
 def image_set(name, size, kind="id"):
@@ -88,7 +88,9 @@ def whole(tmp_path_factory):
 def test_batches_hold_every_sample_once_in_order():
     names = [name for batch in BATCHES for name in batch.names]
     assert names == [
-        {"set": images.name, "kind": images.kind, "index": index} for images in SETS for index in range(len(images))
+        {"set": images.name, "kind": images.kind, "index": index, "file": ""}
+        for images in SETS
+        for index in range(len(images))
     ]
     assert [batch.number for batch in BATCHES] == list(range(10)) and sum(map(len, BATCHES)) == 18
     assert torch.equal(torch.cat([batch.images.images for batch in BATCHES[:6]]), SETS[0].images)
@@ -120,7 +122,7 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path, last):
     with pytest.raises(KeyboardInterrupt):
         execute(tmp_path, first)
     path, seen, lines = tmp_path / "rows.csv", [], []
-    saved, records = rows.read_files(path, "certify")
+    saved, records = read_cells(path)
     assert (saved["complete"], saved["batches"], saved["rows"]) == (False, last, len(records))
     assert path.read_bytes() == whole.read_bytes()[: saved["bytes"]]
     execute(tmp_path, second, begin=seen.append, advance=lambda n, counts: seen.append(n), report=lines.append)
@@ -141,7 +143,7 @@ def test_a_torn_end_is_cut_off(whole, tmp_path):
     path = tmp_path / "rows.csv"
     with path.open("ab") as stream:
         stream.write(b'"torn,\xff\xfe' + whole.read_bytes()[-20:])
-    assert len(rows.read_files(path, "certify")[1]) == 6
+    assert len(read_cells(path)[1]) == 6
     execute(tmp_path)
     assert path.read_bytes() == whole.read_bytes()
 
@@ -173,7 +175,7 @@ def test_counts_are_those_of_all_rows(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         execute(tmp_path, Worker(4), tally=tally)
     path = execute(tmp_path, tally=tally, advance=lambda n, counts: seen.append((n, dict(counts))))
-    values = [float(record["value"]) for record in rows.read_files(path, "certify")[1]]
+    values = [float(record["value"]) for record in read_cells(path)[1]]
     done = 0
     for samples, counts in seen:
         done += samples
@@ -258,7 +260,7 @@ def test_a_full_disk_leaves_what_was_saved(whole, tmp_path, monkeypatch, writes)
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
             execute(tmp_path)
-    saved, records = rows.read_files(tmp_path / "rows.csv", "certify")
+    saved, records = read_cells(tmp_path / "rows.csv")
     done = (writes - 3) // 2  # before the first batch: the manifest, the header, the manifest
     assert saved["complete"] is False and saved["batches"] == done and len(records) == 2 * done
     assert execute(tmp_path).read_bytes() == whole.read_bytes()
@@ -409,7 +411,7 @@ def test_shards_of_a_lipschitz_analysis(model, tmp_path):
         analysis.run(loaded, model, sets, settings, tmp_path, limit=3, shard=Shard(index, 2))
     runs.merge(parts, tmp_path / "merged.csv")
     assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "lipschitz.csv").read_bytes()
-    assert len(analysis.read(tmp_path / "merged.csv").records) == len(whole.records) == 6
+    assert len(Table.read(tmp_path / "merged.csv", "lipschitz")) == len(whole) == 6
 
 
 # Real processes, really killed
@@ -501,7 +503,7 @@ def test_a_killed_certification_goes_on(undisturbed, script, model, tmp_path, nu
         if number == signal.SIGKILL
         else "certify.py: error: interrupted; the same command goes on (train: with --resume)\n"
     )
-    partial = rows.read(path)
+    partial = Table.read(path)
     assert not partial.complete and 2 <= len(partial) < 2 * LIMIT
     assert certify(model, tmp_path, LIMIT).complete
     assert path.read_bytes() == undisturbed.read_bytes()

@@ -14,7 +14,10 @@ from grood_cert import detector, metrics
 from grood_cert.certification.smoothing import SmoothingSettings, default_eps, smoothed_scores
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
-from grood_cert.results import rows, smoothed_rows
+from grood_cert.results.columns import DECISIONS, SCHEMAS, header
+from grood_cert.results.curves import fpr95_curve, not_certified
+from grood_cert.results.summary import detection
+from grood_cert.results.table import Table
 from grood_cert.runs import saving as runs
 from grood_cert.runs import smooth
 from grood_cert.scores import energy_gradient
@@ -72,10 +75,10 @@ def test_files_of_a_run(smoothed):
     assert smoothed.stages == [("calibrating", 60), ("certifying", len(result))] and sum(smoothed.steps) == 60 + len(
         result
     )
-    again = smoothed_rows.read(smoothed.folder / "smoothing.csv")
-    for name in smoothed_rows.COLUMNS:
+    again = Table.read(smoothed.folder / "smoothing.csv")
+    for name in SCHEMAS["smoothing"].columns:
         np.testing.assert_array_equal(again[name], result[name])
-    for name in smoothed_rows.GRID_COLUMNS:
+    for name in SCHEMAS["smoothing"].grid:
         np.testing.assert_array_equal(again.grid[name], result.grid[name])
     manifest = json.loads((smoothed.folder / "smoothing.json").read_text())
     expected = {"sigma": 0.3, "n": 200, "alpha": 0.01, "dtype": "float32", "norm": "l2", "method": "smoothing"}
@@ -90,9 +93,9 @@ def test_files_of_a_run(smoothed):
 
 
 def test_no_name_is_shared_with_deterministic_results():
-    identity = {"set", "kind", "index", "label", "score", "status"}
-    formal = {*rows.COLUMNS, *rows.GRID_COLUMNS}
-    assert formal & {*smoothed_rows.COLUMNS, *smoothed_rows.GRID_COLUMNS} == identity
+    identity = {"set", "kind", "index", "file", "label", "score", "status"}
+    formal, smoothed = ({*schema.columns, *schema.grid} for schema in (SCHEMAS["certification"], SCHEMAS["smoothing"]))
+    assert formal & smoothed == identity
 
 
 def test_decisions_radii_and_bounds_of_a_run_agree(smoothed):
@@ -103,7 +106,7 @@ def test_decisions_radii_and_bounds_of_a_run_agree(smoothed):
     right = np.where(result["kind"] == "id", accepted, rejected)
     assert ((result["status"] == "certified") == right).all() and ((result["radius_smoothed"] > 0) == right).all()
     assert ((result["status"] == "abstained") == ~(accepted | rejected)).all()
-    assert {"certified", "abstained"} <= set(result["status"]) and set(result["decision"]) == {*smoothed_rows.DECISIONS}
+    assert {"certified", "abstained"} <= set(result["status"]) and set(result["decision"]) == {*DECISIONS}
     lower, upper = result.grid["s_lb_smoothed"], result.grid["s_ub_smoothed"]
     proved = np.where((result["kind"] == "id")[:, None], upper < result.gamma, lower > result.gamma)
     eps = np.array(result.eps)
@@ -130,21 +133,21 @@ def test_no_attack_inside_a_certified_radius_succeeds(smoothed):
 def test_what_is_read_off_the_rows(smoothed):
     result = smoothed.rows
     inside = result["kind"] == "id"
-    counted = smoothed_rows.summary(result)
+    counted = result.summary()
     assert [record["set"] for record in counted] == list(dict.fromkeys(result["set"]))
     for record in counted:
         assert record["certified"] + record["abstained"] + record["misdecided"] == record["samples"] == 12
-    found = smoothed_rows.detection(result)
+    found = detection(result)
     for record in found:
         outside = result["set"] == record["set"]
         for column, label in (("score", "base"), ("median_estimate", "smoothed_estimate")):
             assert record[f"auroc_{label}"] == metrics.auroc(result[column][inside], result[column][outside])
             assert record[f"fpr95_id_{label}"] == metrics.fpr95_id(result[column][inside], result[column][outside])
-    eps, certified = smoothed_rows.fpr95_curve(result)
+    eps, certified = fpr95_curve(result)
     ood = [r["fpr95_id_smoothed_estimate"] for r in found if r["kind"] == "ood"]
     assert eps.tolist() == [0.0, *result.eps] and certified[0] == pytest.approx(np.mean(ood), abs=1e-15)
     assert (np.diff(certified) >= 0).all()
-    failed = smoothed_rows.not_certified(result, inside, np.array([0.0, 0.1, 9.0]))
+    failed = not_certified(result, inside, np.array([0.0, 0.1, 9.0]))
     assert (
         failed[0] == np.mean(result["status"][inside] != "certified")
         and failed[2] == 1
@@ -165,7 +168,7 @@ def test_an_interrupted_run_and_shards_give_the_same_rows(smoothed, tmp_path):
     work = smoothed.detector, smoothed.model, experiment.calibration, [experiment.test, *experiment.ood], settings
     with pytest.raises(Interrupted):  # in the second stage: the first has 8 batches
         smooth.run(*work, tmp_path, limit=12, advance=stop)
-    assert not smoothed_rows.read(tmp_path / "smoothing.csv").complete
+    assert not Table.read(tmp_path / "smoothing.csv").complete
     smooth.run(*work, tmp_path, limit=12, begin=lambda stage, samples: stages.append(stage))
     assert stages == ["certifying"]
     expected = (smoothed.folder / "smoothing.csv").read_bytes()
@@ -195,7 +198,7 @@ def test_foreign_rows_are_refused(smoothed, tmp_path, damage):
         text = text.replace(",certified,", ",undecided,")
     elif damage == "radius":
         line = next(line for line in text.splitlines() if ",certified," in line)
-        radius = line.split(",")[smoothed_rows.header(()).index("radius_smoothed")]
+        radius = line.split(",")[header("smoothing", ()).index("radius_smoothed")]
         text = text.replace(radius, "inf")
     elif damage == "column":
         text = text.replace("draws_below", "something")
@@ -206,4 +209,4 @@ def test_foreign_rows_are_refused(smoothed, tmp_path, damage):
     path.write_text(text)
     (tmp_path / "smoothing.json").write_text(manifest)
     with pytest.raises(InputError, match=r"smoothing\.csv"):
-        smoothed_rows.read(path)
+        Table.read(path)

@@ -1,0 +1,59 @@
+"""Certifications made up for tests."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from grood_cert.results.columns import grid_column
+from grood_cert.results.table import Table
+
+EPS = (0.1, 0.2)
+
+
+def sample(kind, name, score, bounds, radius=0.0, attack=math.inf, status="certified"):
+    """One record; bounds = [(s_lb, s_ub, s_attack_min, s_attack_max) for each eps]."""
+    record = {
+        "set": name,
+        "kind": kind,
+        "index": 0,
+        "file": "",
+        "label": 0,
+        "prediction": 0,
+        "accepted": 0,
+        "status": status,
+    }
+    record |= {"score": score, "radius_certified": radius, "radius_certified_per_logit": radius / 2}
+    record |= {"radius_lipschitz_fixed_point": math.nan, "radius_lipschitz_path": math.nan}
+    record |= {"radius_attack": attack, "radius_gradient_norm_estimate": 1.0, "gradient_norm_estimate": 1.0}
+    record["stage"] = "crown"
+    for eps, values in zip(EPS, bounds, strict=True):
+        record[grid_column("outcome", eps)] = "crown"
+        record |= {
+            grid_column(name, eps): value
+            for name, value in zip(("s_lb", "s_ub", "s_attack_min", "s_attack_max"), values, strict=True)
+        }
+    return record
+
+
+def certification(records, **manifest):
+    given = {"kind": "certification", "schema": 1, "norm": "linf", "gamma": 0.0, "model": {"name": "m"}}
+    return Table.of(records, given | {"method": "crown", "eps": list(EPS)} | manifest)
+
+
+def random_certification(
+    seed, share_nan=0.0, samples=40, kinds=(("id", "in"), ("ood", "a"), ("ood", "b"), ("noise", "n"))
+):
+    generator = np.random.default_rng(seed)
+    records = []
+    for kind, name in kinds:
+        for _ in range(samples):
+            score = float(np.round(generator.normal(-2 if kind == "id" else 1, 1.5), 1))
+            steps = np.cumsum(generator.random((2, 4)) * [1, 1, 0.5, 0.5], axis=0)
+            bounds = [(score - a - c, score + b + d, score - c, score + d) for a, b, c, d in steps]
+            if generator.random() < share_nan:
+                bounds[1] = (math.nan, math.nan, *bounds[1][2:])
+            radius = float(generator.random() * (generator.random() < 0.9))
+            records.append(sample(kind, name, score, bounds, radius, radius + float(generator.random())))
+    return certification(records)

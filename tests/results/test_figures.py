@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+from grood_cert.errors import InputError
+from grood_cert.results import curves, figures
+from tests.results.certifications import certification, random_certification, sample
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
+def test_figures_are_written_by_file_name_and_reproducible(tmp_path, suffix):
+    models = {"one": random_certification(0), "two": random_certification(1, 0.2)}
+    content = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}{suffix}"
+        figures.save(figures.robustness(models), path)
+        content.append(path.read_bytes())
+    assert content[0] == content[1]
+    assert content[0][:4] == {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xm"}[suffix.lower()]
+    assert [entry.name for entry in sorted(tmp_path.iterdir())] == [f"a{suffix}", f"b{suffix}"]
+
+
+def test_the_figure_draws_what_the_curves_say():
+    models = {"one": random_certification(0), "two": random_certification(1)}
+    figure = figures.robustness(models, "both", 0.2)
+    first, inside, outside, sweep = figure.axes
+    drawn = [line.get_ydata() for line in first.lines if line.get_linestyle() == "-" and len(line.get_ydata()) == 3]
+    for values, result in zip(drawn, models.values(), strict=True):
+        np.testing.assert_array_equal(values, curves.fpr_curve(result, "both").certified)
+    np.testing.assert_array_equal(inside.lines[0].get_ydata(), curves.radius_curve(models["one"], "id").certified)
+    np.testing.assert_array_equal(outside.lines[0].get_ydata(), curves.radius_curve(models["one"], "ood").certified)
+    assert sweep.get_title().endswith("eps = 0.2")
+    colours = {line.get_color() for line in first.lines}
+    assert len(colours) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["one", "two"]
+
+
+def test_the_table_beside_the_figure(tmp_path):
+    models = {"one": random_certification(0), "two": random_certification(1)}
+    figures.write_numbers(figures.numbers(models), tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open() as stream:
+        records = list(csv.DictReader(stream))
+    assert len(records) == 2 * 2 * 3 and list(records[0])[:4] == ["model", "set", "eps", "samples"]
+    means = [float(r["fpr95_id_certified"]) for r in records if r["model"] == "two" and float(r["eps"]) == 0.2]
+    assert np.mean(means) == pytest.approx(curves.fpr_curve(models["two"]).certified[2])
+
+
+def test_what_figures_refuse(tmp_path):
+    with pytest.raises(InputError, match=r"figures are written as \.png, \.pdf, \.svg"):
+        figures.check_format(tmp_path / "x.gif")
+    other = certification([sample("id", "in", 0.0, [(0.0,) * 4] * 2)], norm="l2")
+    with pytest.raises(InputError, match="different norms"):
+        figures.robustness({"a": random_certification(0), "b": other})
