@@ -1,5 +1,7 @@
 """Balls against exact convex solutions: vertices for l_inf, the optimality conditions and SLSQP for l_2 with a box."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,13 @@ def test_dual_norm_at_zero_has_a_gradient():
 def test_refuses_what_is_no_ball(center, eps, norm, message):
     with pytest.raises(InputError, match=message):
         Ball(center, eps, norm)
+
+
+def test_a_number_is_the_radius_of_all_balls():
+    images = torch.rand(3, 1, 2, 2, dtype=torch.float64)
+    for ball in (Ball(images, 0.02, "linf"), Ball(images, eps=0.02, norm="linf")):
+        assert ball.eps.dtype == torch.float64 and torch.equal(ball.eps, torch.full((3,), 0.02, dtype=torch.float64))
+    assert dataclasses.replace(ball, eps=1).eps.tolist() == [1.0, 1.0, 1.0]
+    for eps in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="eps must be finite and not negative"):
+            Ball(images, eps, "linf")

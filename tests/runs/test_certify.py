@@ -139,7 +139,7 @@ def test_engines_that_contradict_each_other_end_the_run(loaded, monkeypatch, tmp
         return lower, upper - 1e-6
 
     monkeypatch.setattr(NativeRelaxation, "rows", shifted)
-    images, settings = experiment_of(loaded.recipe).test, Settings(eps=(0.01, 0.03), stages=("ibp", "crown"))
+    images, settings = experiment_of(loaded.origin.recipe).test, Settings(eps=(0.01, 0.03), stages=("ibp", "crown"))
     (tmp_path / "rows.csv").write_text("precious")
     with pytest.raises(SoundnessError, match="the bound engines contradict each other") as caught:
         certification.run(loaded, model, [images], settings, tmp_path, limit=4)
@@ -150,7 +150,7 @@ def test_engines_that_contradict_each_other_end_the_run(loaded, monkeypatch, tmp
 
 
 def test_a_named_engine_is_not_cross_checked_and_a_missing_one_is_left_out(loaded, monkeypatch, tmp_path, model):
-    images, settings = experiment_of(loaded.recipe).test, Settings(eps=(0.01,), stages=("ibp",), effort="fast")
+    images, settings = experiment_of(loaded.origin.recipe).test, Settings(eps=(0.01,), stages=("ibp",), effort="fast")
     for engine in ("native", "auto_lirpa"):
         chosen = dataclasses.replace(settings, engine=engine)
         found = certification.run(loaded, model, [images], chosen, tmp_path / engine, limit=2)
@@ -174,7 +174,7 @@ class Untraceable(torch.nn.Module):
 
 
 def test_where_the_native_engine_cannot_auto_lirpa_bounds_and_the_run_says_so(loaded, tmp_path, model):
-    images, said = experiment_of(loaded.recipe).test, []
+    images, said = experiment_of(loaded.origin.recipe).test, []
     strange = dataclasses.replace(loaded, network=Untraceable(loaded.network).eval())
     settings = Settings(eps=(0.01, 0.03))
     found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, report=said.append)

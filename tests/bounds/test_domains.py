@@ -1,0 +1,94 @@
+"""Parts of balls: multipliers are sound, tightened intervals hold, and what is empty is seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grood_cert.bounds.alpha_crown import ScoreProof, optimise
+from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
+from grood_cert.bounds.graph import trace
+from grood_cert.bounds.hidden import preactivations
+from grood_cert.scores import energy
+from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mlp, points_in, residual
+
+
+@pytest.mark.parametrize("build", [mlp, leaky, residual])
+def test_any_admissible_multiplier_bounds_the_domain(build):
+    """A sign the wrong way round would put points of the domain above the bound."""
+    network = make(build, seed=3)
+    graph, ball = trace(network, SHAPE), balls("linf")
+    inputs = list(preactivations(graph, ball).inputs)
+    points = points_in(ball, 1000)
+    generator = torch.Generator().manual_seed(0)
+    values = [graph.values(part) for part in points]
+    signs, inside = [], torch.ones(len(points), 4, dtype=torch.bool)
+    for place, number in enumerate(graph.nonlinear):
+        lower, upper = inputs[place]
+        layer = torch.zeros_like(lower).flatten(1)
+        for sample in range(4):  # fix the most balanced neuron of each layer to the sign it has at a random point
+            balance = torch.minimum(-lower[sample], upper[sample]).flatten()
+            neuron = int(balance.argmax())
+            if float(balance[neuron]) > 0:
+                layer[sample, neuron] = values[7][graph.nodes[number].inputs[0]][sample].flatten()[neuron].sign()
+        signs.append(layer)
+        layer = layer.reshape(lower.shape)
+        at = torch.stack([value[graph.nodes[number].inputs[0]] for value in values])
+        inside &= (at * layer >= 0).flatten(2).all(2)
+        inputs[place] = (
+            torch.where(layer > 0, lower.clamp(min=0), lower),
+            torch.where(layer < 0, upper.clamp(max=0), upper),
+        )
+    assert bool((inside.sum(0) > 5).all())
+    pullback = FreePullback(graph, ball, inputs, torch.cat(signs, 1))
+    logits = torch.stack([value[-1] for value in values])
+    for _ in range(30):
+        row = torch.randn(4, 1, 3, dtype=torch.float64, generator=generator)
+        share = torch.rand(pullback.start.shape, dtype=torch.float64, generator=generator)
+        parameters = torch.minimum(pullback.smallest + share * 3, pullback.largest)
+        bound = pullback.upper({len(graph.nodes) - 1: row}, parameters.unsqueeze(1)).squeeze(1)
+        value = (logits * row.squeeze(1)).sum(-1).masked_fill(~inside, -torch.inf)
+        assert bool((value.amax(0) <= bound + 1e-9).all())
+
+
+@pytest.mark.parametrize("side", ["upper", "lower"])
+def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
+    network = make(mlp, seed=1)
+    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    sign = 1 if side == "upper" else -1
+    hidden = preactivations(graph, ball)
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits)
+    points = points_in(ball, 3000)
+    score = sign * torch.stack([energy(network(part)) for part in points])
+    level = float(score.flatten().quantile(0.9))
+    proof = ScoreProof(domains, side)
+    _, values, _ = optimise(proof, 10)
+    places = [0, 1, 2]
+    found, empty = emptied(tightened(domains, places, 4, values[:, :20], proof.condition(values, level)))
+    assert not bool((empty & (score >= level).any(0)).any())
+    narrower = 0
+    for place in range(3):
+        node = len(graph.nodes) - 1 if place == 2 else graph.nodes[graph.nonlinear[place]].inputs[0]
+        at = torch.stack([graph.values(part)[node] for part in points])
+        lower, upper = found.logits if place == 2 else found.inputs[place]
+        beyond = (score >= level).unsqueeze(-1)
+        assert bool(((at >= lower) & (at <= upper) | ~beyond).all())
+        narrower += int((((at < lower) | (at > upper)) & ~beyond).any(0).sum())
+    assert narrower > 3  # the level does cut something off
+
+
+def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
+    network = make(mlp)
+    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    hidden = preactivations(graph, ball)
+    lower, upper = (end.clone() for end in hidden.logits)
+    lower[0, 0] = upper[0, 0] + 1e-3
+    lower[1, 0] = upper[1, 0] + 1e-14
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), (lower, upper))
+    found, empty = emptied(domains)
+    assert empty.tolist() == [True, False, False]
+    assert bool((found.logits[0] <= found.logits[1]).all())
+    lower[2, 0] = torch.nan
+    assert not bool(emptied(replace(domains, logits=(lower, upper)))[1][2])
