@@ -2,7 +2,7 @@
 
     python analysis/cost_growth.py --out docs/cost-growth.png
 
-Solid: CROWN bounds of S on one ball of radius eps. Dashed: the radius search of `grood_cert.certification.cascade` where the margin is
+Solid: CROWN bounds of S on one ball of radius eps. Dashed: the radius search of `grood_cert.certification.search` where the margin is
 the deviation of that bound, so that eps is what it has to find, starting from 1.4 eps. The base case is conv-small of
 its default width with 10 logits on 8x8 images, eps = 0.02, 16 samples in a batch; each panel changes one thing, the one
 of depth takes MLPs 128 wide. Weights and images are random: the share of unstable ReLUs, and with it the cost of the
@@ -31,7 +31,7 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork
 from grood_cert.bounds.score import score_bounds
-from grood_cert.certification.cascade import search_radius
+from grood_cert.certification.search import search_radius
 from grood_cert.cli import run_script
 from grood_cert.networks import architectures
 from grood_cert.results import figures

@@ -40,13 +40,10 @@ from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork
 from grood_cert.bounds.engines import ENGINES, Engine
 from grood_cert.bounds.score import score_bounds
-from grood_cert.certification.cascade import (
-    EFFORTS,
-    Certifier,
-    Envelope,
-    Settings,
-    search_radius,
-)
+from grood_cert.certification.cascade import Cascade
+from grood_cert.certification.envelope import Envelope
+from grood_cert.certification.search import search_radius
+from grood_cert.certification.settings import EFFORTS, Settings
 from grood_cert.cli import run_script
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.detector import Detector
@@ -191,7 +188,7 @@ def plain_radius(score: PlainScore, image: Tensor, kind: str, gamma: float, furt
 def searched_radii(
     bounded: BoundedNetwork, images: Tensor, kind: str, gamma: float, furthest: Tensor, precision: float
 ) -> Tensor:
-    """Certified radii of a batch by CROWN and the search of `grood_cert.certification.cascade`, from nothing but an attack radius.
+    """Certified radii of a batch by CROWN and the search of `grood_cert.certification.search`, from nothing but an attack radius.
 
     Args:
         bounded: The network inside a bound engine.
@@ -269,10 +266,10 @@ def throughput(
         return lambda kind: searched_radii(bounded[engine], images[kind], kind, gamma, furthest[kind], precision)
 
     def whole(engine: Engine, precision: float) -> Callable[[str], Tensor]:
-        certifier = Certifier(loaded, replace(settings, engine=engine, precision=precision))
+        cascade = Cascade(loaded, replace(settings, engine=engine, precision=precision))
 
         def certified(kind: str) -> Tensor:
-            return certifier.certify(images[kind], kind, torch.Generator().manual_seed(0))["radius_certified"]
+            return cascade.certify(images[kind], kind, torch.Generator().manual_seed(0)).radius_certified
 
         return certified
 

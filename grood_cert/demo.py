@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grood_cert.certification.cascade import Settings
+from grood_cert.certification.settings import Settings
 from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.metrics import mean_over_sets

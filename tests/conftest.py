@@ -37,7 +37,7 @@ def model(small_recipe, tmp_path_factory) -> Path:
 def rows_file(model, tmp_path_factory) -> Path:
     """Rows of that detector, a few samples of each set."""
     from grood_cert import detector
-    from grood_cert.certification.cascade import Settings
+    from grood_cert.certification.settings import Settings
     from grood_cert.data import experiment_of
     from grood_cert.runs import certify as certification
 

@@ -69,9 +69,8 @@ def certify(
     from grood_cert import detector
     from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.engines import Engine
-    from grood_cert.certification.cascade import Settings
+    from grood_cert.certification.settings import Settings
     from grood_cert.errors import InputError
-    from grood_cert.results.columns import Stage
     from grood_cert.runs import certify as certification
 
     if gamma is not None and not math.isfinite(gamma):
@@ -81,7 +80,7 @@ def certify(
     part, most = options.shard_of(shard), options.byte_count(memory) if memory else 0
     ball = options.norm_named(norm)
     grid = options.eps_grid(eps)
-    chosen = cast(tuple[Stage, ...], tuple(name.strip() for name in stages.split(",") if name.strip()))
+    chosen = tuple(name.strip() for name in stages.split(",") if name.strip())
     settings = Settings(
         eps=grid or DEFAULT_EPS[ball],
         norm=ball,

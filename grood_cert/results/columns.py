@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
+
+from grood_cert.certification.outcomes import STAGES, Outcome
 
 KINDS = ("id", "ood", "noise")
-Stage = Literal["ibp", "crown-ibp", "crown", "lipschitz", "alpha-crown", "branch-and-bound"]
-STAGES: tuple[str, ...] = get_args(Stage)
-OUTCOMES = ("undecided", *STAGES, "misdecision", "attack", "timeout")
-LOOKED_UP = "envelope"  # what decided a ball at a threshold other than that of the run
+LOOKED_UP = Outcome.ENVELOPE.word  # what decided a ball at a threshold other than that of the run
+OUTCOMES = tuple(outcome.word for outcome in Outcome if outcome.word != LOOKED_UP)
 LIPSCHITZ_METHODS = ("product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners")
 DECISIONS = ("accepted", "rejected", "abstained")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from grood_cert.ball import DEFAULT_EPS, Ball, Norm, largest_eps
 from grood_cert.bounds.crosscheck import cross_check
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engines import Choice, build, lirpa_version
-from grood_cert.certification.cascade import Certifier, Settings
+from grood_cert.certification.cascade import Cascade
+from grood_cert.certification.outcomes import STAGES, Outcome
+from grood_cert.certification.settings import Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError, SoundnessError
-from grood_cert.results.columns import OUTCOMES, SCHEMAS, STAGES, grid_column, header
+from grood_cert.results.columns import SCHEMAS, grid_column, header
 from grood_cert.results.table import Table
 from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
@@ -74,11 +76,11 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
 
 
-def certify(certifier: Certifier, batch: runs.Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
+def certify(cascade: Cascade, batch: runs.Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
     """Certify one batch of a run.
 
     Args:
-        certifier: Detector and settings.
+        cascade: Detector and settings.
         batch: Images and their names; the `kind` says which decision is right.
         adversarial: Folder in which the nearest points with the other decision are saved, one file a batch.
 
@@ -88,21 +90,22 @@ def certify(certifier: Certifier, batch: runs.Batch, adversarial: Path | None = 
     Raises:
         SoundnessError: If an attack contradicts a proof.
     """
-    images, records, settings = batch.images, batch.names, certifier.settings
-    found = certifier.certify(images.images, images.kind, runs.generator(settings.seed, batch.number))
+    images, records, settings = batch.images, batch.names, cascade.settings
+    found = cascade.certify(images.images, images.kind, runs.generator(settings.seed, batch.number))
     if adversarial:
         with replacing(adversarial / f"{batch.number:06d}.npz") as temporary, temporary.open("wb") as stream:
             np.savez(
                 stream,
                 set=np.array(images.name),
                 index=np.array(batch.index),
-                points=found["points"].cpu().numpy(),
-                radius_attack=found["radius_attack"].cpu().numpy(),
+                points=found.points.cpu().numpy(),
+                radius_attack=found.radius_attack.cpu().numpy(),
             )
-    columns = {name: value.tolist() for name, value in found.items() if name != "points"}
+    names = [field.name for field in fields(found) if field.name != "points"]
+    columns = {name: getattr(found, name).tolist() for name in names}
     columns["label"] = images.labels.tolist()
-    columns["stage"] = [OUTCOMES[code] for code in columns["stage"]]
-    columns["outcome"] = [[OUTCOMES[code] for code in codes] for codes in columns["outcome"]]
+    columns["stage"] = [Outcome.numbered(code).word for code in columns["stage"]]
+    columns["outcome"] = [[outcome.word for outcome in outcomes] for outcomes in found.outcomes]
     for position, record in enumerate(records):
         for name, values in columns.items():
             if name in SCHEMAS["certification"].grid:
@@ -125,27 +128,27 @@ def tally(eps: Sequence[float]) -> Callable[[Mapping[str, Any]], Iterator[str]]:
     return lambda record: (words.get(record[grid_column("outcome", value)], "undecided") for value in eps)
 
 
-def balls_within(certifier: Certifier, images: ImageSet, memory: int) -> int:
+def balls_within(cascade: Cascade, images: ImageSet, memory: int) -> int:
     """How many balls may be bounded at once so that peak memory stays within a bound: a power of 2.
 
     Bounds of growing numbers of balls are measured. An answer that is not a power of 2 would change with the smallest
     fluctuation of the machine, and with it the rounding of every row.
 
     Args:
-        certifier: Detector and settings.
+        cascade: Detector and settings.
         images: Images to try with.
         memory: Bytes: of the process on a CPU, of tensors on a GPU.
 
     Raises:
         InputError: If one ball does not fit.
     """
-    device = next(certifier.network.parameters()).device
+    device = next(cascade.detector.network.parameters()).device
 
     def measure(samples: int) -> int:
-        certifier.probe(images.images[:samples])
+        cascade.probe(images.images[:samples])
         return peak_memory(device)
 
-    fitting = batch_for_memory(measure, memory, min(certifier.settings.batch_size, len(images)))
+    fitting = batch_for_memory(measure, memory, min(cascade.settings.batch_size, len(images)))
     return 1 << (fitting.bit_length() - 1)
 
 
@@ -220,34 +223,34 @@ def run(
             as `counterexample.npz`.
     """
     settings.check(detector.shape)
-    certifier = Certifier(detector, settings)
-    settings = certifier.settings
+    cascade = Cascade(detector, settings)
+    settings = cascade.settings
     check = None
     if settings.engine == "auto":
         check_writable(out)
         try:
-            check = cross_checked(certifier.choice, sets, settings.eps, settings.norm)
+            check = cross_checked(cascade.choice, sets, settings.eps, settings.norm)
         except SoundnessError as error:
             runs.save_evidence(error, out)
             raise
-        if shard.leads and certifier.choice.note:
-            report(certifier.choice.note)
+        if shard.leads and cascade.choice.note:
+            report(cascade.choice.note)
     if memory:
-        certifier.together = balls_within(certifier, max(sets, key=len), memory)
+        cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
     path = runs.execute(
         out / "rows.csv",
         header("certification", settings.eps),
         runs.batches(sets, limit, settings.batch_size, settings.seed),
-        lambda batch: certify(certifier, batch, adversarial),
+        lambda batch: certify(cascade, batch, adversarial),
         runs.manifest("certification", detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
-            "bounded_by": certifier.choice.engine,
+            "bounded_by": cascade.choice.engine,
             "cross_check": check,
             "largest_eps": largest_eps(detector.shape, settings.norm),
         },
-        lambda: Counter(certifier.failures),
+        lambda: Counter(cascade.failures),
         shard=shard,
         force=force,
         tally=tally(settings.eps),

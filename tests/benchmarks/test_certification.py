@@ -15,8 +15,9 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import score_bounds
-from grood_cert.certification.cascade import OUTCOMES, Settings
+from grood_cert.certification.settings import Settings
 from grood_cert.errors import InputError
+from grood_cert.results.columns import OUTCOMES
 from grood_cert.scores import energy
 
 

@@ -14,7 +14,7 @@ import torch
 
 from grood_cert import cli, demo
 from grood_cert.bounds import auto_lirpa
-from grood_cert.certification import cascade
+from grood_cert.certification import stages
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 
@@ -350,7 +350,7 @@ def test_a_soundness_violation_has_an_exit_code_of_its_own(call, model, tmp_path
     from grood_cert.bounds.score import score_bounds
 
     monkeypatch.setattr(
-        cascade,
+        stages,
         "score_bounds",
         lambda bounded, ball, method: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
     )

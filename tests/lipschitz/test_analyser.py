@@ -10,8 +10,9 @@ import torch
 
 from grood_cert import detector
 from grood_cert.ball import Ball
-from grood_cert.certification import cascade
-from grood_cert.certification.cascade import Certifier, Settings
+from grood_cert.certification import stages
+from grood_cert.certification.cascade import Cascade
+from grood_cert.certification.settings import Settings
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz import analyser as analysis
@@ -223,7 +224,7 @@ def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, 
     for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):
         assert (found[name][right] > 0).all() and (found[name] <= found["radius_attack"]).all()
         assert (found[name][~right] == 0).all()
-    assert np.median(found["radius_lipschitz_path"][right] / found["radius_lipschitz_fixed_point"][right]) > 0.95
+    assert np.median(found.radius_lipschitz_path[right] / found.radius_lipschitz_fixed_point[right]) > 0.95
     assert found.manifest["failures"] == {}
 
 
@@ -233,33 +234,33 @@ def test_lipschitz_radii_are_empty_unless_asked_for(rows_file):
 
 
 def test_a_lipschitz_radius_beyond_the_attack_is_caught(loaded, sets, monkeypatch):
-    real = cascade.local_lipschitz
+    real = stages.local_lipschitz
 
     def tiny(*arguments, **options):
         found = real(*arguments, **options)
         return replace(found, auto=found.auto / 10, fixed_head=None)
 
-    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
-    certifier = Certifier(loaded, LIPSCHITZ)
+    monkeypatch.setattr(stages, "local_lipschitz", tiny)
+    cascade = Cascade(loaded, LIPSCHITZ)
     with pytest.raises(SoundnessError):
-        certifier.certify(sets[0].images[:4], "id", runs.generator(0, 0))
+        cascade.certify(sets[0].images[:4], "id", runs.generator(0, 0))
 
 
 def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monkeypatch):
-    real = cascade.local_lipschitz
+    real = stages.local_lipschitz
 
     def tiny(*arguments, **options):
         found = real(*arguments, **options)
         return replace(found, auto=torch.full_like(found.auto, 1e-9), fixed_head=None)
 
-    monkeypatch.setattr(cascade, "local_lipschitz", tiny)
+    monkeypatch.setattr(stages, "local_lipschitz", tiny)
     for broken in ("fixed_point_radius", "path_radius"):
         with monkeypatch.context() as patch:  # the other form is switched off: each must betray itself
             other = {"fixed_point_radius": "path_radius", "path_radius": "fixed_point_radius"}[broken]
-            patch.setattr(cascade, other, lambda *arguments: torch.zeros(1).double())
-            certifier = Certifier(loaded, LIPSCHITZ)
+            patch.setattr(stages, other, lambda *arguments: torch.zeros(1).double())
+            cascade = Cascade(loaded, LIPSCHITZ)
             with pytest.raises(SoundnessError):
-                certifier.certify(sets[0].images[:1], "id", runs.generator(0, 0))
+                cascade.certify(sets[0].images[:1], "id", runs.generator(0, 0))
 
 
 def test_a_margin_of_rounding_noise_proves_nothing():
@@ -277,5 +278,5 @@ def test_a_margin_of_rounding_noise_proves_nothing():
     image = torch.full((1, 1, 1, 1), 0.9).double()
     gamma = float(energy(network(image))) + 3.33e-16
     loaded = Detector(network, gamma, (1, 1, 1))
-    found = Certifier(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
-    assert found["radius_lipschitz_fixed_point"].tolist() == found["radius_lipschitz_path"].tolist() == [0.0]
+    found = Cascade(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
+    assert found.radius_lipschitz_fixed_point.tolist() == found.radius_lipschitz_path.tolist() == [0.0]

@@ -10,7 +10,7 @@ from grood_cert import detector
 from grood_cert.ball import Ball
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import score_bounds
-from grood_cert.certification.cascade import Settings
+from grood_cert.certification.settings import Settings
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.results.columns import SCHEMAS

@@ -15,8 +15,8 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeRelaxation
 from grood_cert.bounds.engines import lirpa_version
 from grood_cert.bounds.score import score_bounds
-from grood_cert.certification import cascade
-from grood_cert.certification.cascade import Settings
+from grood_cert.certification import stages
+from grood_cert.certification.settings import Settings
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.columns import SCHEMAS, header
@@ -116,7 +116,7 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
     def shrunk(bounded, ball, method=None):
         return score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method)
 
-    monkeypatch.setattr(cascade, "score_bounds", shrunk)
+    monkeypatch.setattr(stages, "score_bounds", shrunk)
     images = experiment_of(loaded.origin.recipe).test
     with pytest.raises(SoundnessError, match="outside their proved bounds") as caught:
         certification.run(loaded, model, [images], Settings(eps=(0.1,), stages=("ibp", "crown")), tmp_path, limit=4)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from grood_cert import detector
-from grood_cert.certification.cascade import Settings
+from grood_cert.certification.settings import Settings
 from grood_cert.cli.merge import merge
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.errors import InputError, SoundnessError
