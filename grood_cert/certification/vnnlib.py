@@ -1,4 +1,4 @@
-r"""Hand what is left undecided to a complete verifier: an ONNX network and VNNLIB properties, and read the answers.
+r"""Hand what is left undecided to a complete verifier: an ONNX network and VNNLIB properties.
 
 A complete verifier knows no logsumexp, but each side of the certificate is decided by one linear function c . f of the
 logits (`grood_cert.bounds.score`). On the l_inf ball around x, intersected with the pixel box:
@@ -8,8 +8,7 @@ logits (`grood_cert.bounds.score`). On the l_inf ball around x, intersected with
 
 with p near softmax f(x), l <= f <= u proved by our own bound engine on the same ball, M = max_k u_k, and kappa_k any
 slope from 0 to the chord's. A property asserts the negation, so **unsat means certified**. Sat does not mean refuted:
-the linear function can cross its threshold where S does not cross gamma. A counterexample is therefore evaluated again,
-in float64, and believed only if S crosses gamma there.
+the linear function can cross its threshold where S does not cross gamma (see `grood_cert.certification.verdicts`).
 
 The readers of VNNLIB in alpha-beta-CROWN and in the competition know constraints between single outputs and numbers
 only, no linear combinations. So the rows c are the last layer of the network: output i of `model.onnx` is c_i . f, and
@@ -29,14 +28,11 @@ References:
 from __future__ import annotations
 
 import copy
-import csv
-import gzip
 import importlib
-import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,28 +48,13 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.table import Table
-from grood_cert.scores import energy
-from grood_cert.system.files import check_writable, replacing, sha256, write_csv, write_json
+from grood_cert.system.files import check_writable, replacing, sha256, write_json
 
-VERDICTS = ("unsat", "sat", "timeout", "unknown", "error")
-COLUMNS: dict[str, str] = {
-    "set": "name of the image set",
-    "kind": "id, ood or noise",
-    "index": "position of the image in its test set",
-    "eps": "radius of the l_inf ball",
-    "verdict": "what the verifier said: unsat, sat, timeout, unknown or error; missing: nothing",
-    "certified_external": "1 if the decision is proved on the ball by the named verifier, not by us; else 0",
-    "refuted": "1 if its counterexample lies in the ball and has the other decision, evaluated in float64; else 0",
-    "score_counterexample": "S at the counterexample, in float64; nan if there is none",
-    "verifier": "name of the verifier",
-}
 INSTALL_COMMAND = "pip install onnx"
 
 _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
 _LARGEST_EXPONENT = 80.0  # e^80 is still a float32 value
-_MANIFEST = "instances.json"
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_SYNONYMS = {"holds": "unsat", "violated": "sat", "run_instance_timeout": "timeout", "safe": "unsat", "unsafe": "sat"}
+INSTANCES = "instances.json"
 
 
 @dataclass(frozen=True)
@@ -225,7 +206,9 @@ def box(image: Tensor, eps: float) -> tuple[list[float], list[float]]:
     return lower, upper
 
 
-def vnnlib(instance: Instance, output: int, outputs: int, image: Tensor, eps: float, gamma: float, method: str) -> str:
+def property_text(
+    instance: Instance, output: int, outputs: int, image: Tensor, eps: float, gamma: float, method: str
+) -> str:
     """The text of one property.
 
     Args:
@@ -390,8 +373,8 @@ def export(
     missing = sorted({str(rows["set"][position]) for position in positions} - by_name.keys())
     if missing:
         raise InputError(f"the rows name image sets that are not given: {', '.join(missing)}; add them with --ood")
-    if (out / _MANIFEST).exists() and not force:
-        raise InputError(f"{out / _MANIFEST} exists already; choose another --out, or add --force to overwrite it")
+    if (out / INSTANCES).exists() and not force:
+        raise InputError(f"{out / INSTANCES} exists already; choose another --out, or add --force to overwrite it")
     check_writable(out)
     weight = next(detector.network.parameters())
     instances, images = [], []
@@ -408,7 +391,7 @@ def export(
         raise InputError("two image sets would share the same file names; export them to different folders")
     write_onnx(detector.network, [i.specification.row for i in instances], torch.stack(images[:2]), out / "model.onnx")
     for output, (instance, image) in enumerate(zip(instances, images, strict=True)):
-        text = vnnlib(instance, output, len(instances), image, eps, detector.gamma, bounded.method)
+        text = property_text(instance, output, len(instances), image, eps, detector.gamma, bounded.method)
         with replacing(out / f"{instance.name}.vnnlib") as temporary:
             temporary.write_text(text, encoding="utf-8")
     with replacing(out / "instances.csv") as temporary:
@@ -423,153 +406,5 @@ def export(
         "versions": versions(),
         "instances": [asdict(instance) for instance in instances],
     }
-    write_json(out / _MANIFEST, manifest)
+    write_json(out / INSTANCES, manifest)
     return instances
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a verifier said of one property.
-
-    Attributes:
-        verdict: One of `VERDICTS`.
-        counterexample: The inputs X_0, X_1, ..., if it gave any.
-    """
-
-    verdict: str
-    counterexample: tuple[float, ...] | None = None
-
-
-def _word(text: str) -> str | None:
-    word = text.strip().strip('"').lower()
-    word = _SYNONYMS.get(word, word)
-    return word if word in VERDICTS else None
-
-
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-
-
-def _counterexample(text: str) -> tuple[float, ...] | None:
-    """The inputs of a counterexample in the competition's form, ((X_0 0.1) (X_1 0.2) ... (Y_0 3.0))."""
-    found = {int(i): float(value) for i, value in re.findall(rf"\(\s*X_(\d+)\s+({_NUMBER})\s*\)", text)}
-    complete = found and sorted(found) == list(range(len(found)))
-    return tuple(found[i] for i in range(len(found))) if complete else None
-
-
-def read_verdicts(path: Path) -> dict[str, Verdict]:
-    """Verdicts by the name of the property, without suffix.
-
-    * A CSV as the competition's scripts write it, one line an instance, in which a cell ends in `.vnnlib` and a later
-      one is a verdict; counterexamples lie beside it as NAME.counterexample, also with .gz.
-    * A folder of files NAME.txt, whose first word is the verdict, counterexample below: what alpha-beta-CROWN writes to
-      its results file, and Marabou to its summary file.
-
-    Whatever is not a known verdict counts as `unknown`.
-
-    Args:
-        path: The file or the folder.
-
-    Raises:
-        InputError: If it cannot be read, holds no verdicts, or two that contradict each other.
-    """
-    verdicts: dict[str, Verdict] = {}
-
-    def add(name: str, verdict: str, text: str) -> None:
-        if name in verdicts and verdicts[name].verdict != verdict:
-            raise InputError(f"{path}: {name} is both {verdicts[name].verdict} and {verdict}")
-        verdicts[name] = Verdict(verdict, _counterexample(text) if verdict == "sat" else None)
-
-    if path.is_dir():
-        for file in sorted(path.glob("*.txt")):
-            text = _text(file)
-            add(file.stem, _word((text.split() or [""])[0]) or "unknown", text)
-    else:
-        for cells in csv.reader(_text(path).splitlines(), skipinitialspace=True):
-            at = next((i for i, cell in enumerate(cells) if re.search(r"\.vnnlib(\.gz)?$", cell.strip())), None)
-            if at is None:
-                continue
-            name = re.sub(r"\.vnnlib(\.gz)?$", "", Path(cells[at].strip()).name)
-            beside = [path.parent / f"{name}.counterexample{suffix}" for suffix in ("", ".gz")]
-            text = "".join(_text(file) for file in beside if file.is_file())
-            add(name, next(filter(None, map(_word, cells[at + 1 :])), "unknown"), text)
-    if not verdicts:
-        raise InputError(f"{path}: no verdicts; expected a CSV with .vnnlib names, or a folder of NAME.txt files")
-    return verdicts
-
-
-def judge(
-    detector: Detector,
-    exported: Mapping[str, Any],
-    sets: Sequence[ImageSet],
-    verdicts: Mapping[str, Verdict],
-    verifier: str,
-) -> list[dict[str, Any]]:
-    """What the verdicts are worth: one record an instance, with the keys of `COLUMNS`.
-
-    Unsat certifies, in the name of the verifier. Sat refutes only if its counterexample, projected into the ball, has
-    the other decision in float64. Everything else leaves the sample undecided.
-
-    Args:
-        detector: The detector.
-        exported: Content of instances.json.
-        sets: The image sets.
-        verdicts: By name of the property.
-        verifier: Name of the verifier.
-
-    Raises:
-        InputError: If a verdict is of no instance, an image set is missing, or a counterexample has the wrong size.
-    """
-    by_name = {images.name: images for images in sets}
-    stray = verdicts.keys() - {instance["name"] for instance in exported["instances"]}
-    if stray:
-        raise InputError(f"verdicts of properties that were not exported: {', '.join(sorted(stray)[:3])}")
-    weight, records = next(detector.network.parameters()), []
-    for instance in exported["instances"]:
-        found = verdicts.get(instance["name"], Verdict("missing"))
-        record = {name: instance[name] for name in ("set", "kind", "index")} | {"eps": exported["eps"]}
-        record |= {"verdict": found.verdict, "certified_external": int(found.verdict == "unsat")}
-        record |= {"refuted": 0, "score_counterexample": math.nan, "verifier": verifier}
-        if found.counterexample is not None:
-            if instance["set"] not in by_name:
-                raise InputError(f"image set {instance['set']} is not given; add it with --ood")
-            image = by_name[instance["set"]].images[instance["index"]].to(weight).unsqueeze(0)
-            if len(found.counterexample) != image.numel():
-                raise InputError(f"{instance['name']}: a counterexample of {len(found.counterexample)} pixels")
-            ball = Ball(image, image.new_tensor([exported["eps"]]), "linf")
-            point = ball.project(image.new_tensor(found.counterexample).reshape(image.shape))
-            with torch.no_grad():
-                score = float(energy(detector.network(point)))
-            crossed = score > detector.gamma if instance["kind"] == "id" else score <= detector.gamma
-            record |= {"refuted": int(crossed), "score_counterexample": score}
-        records.append(record)
-    return records
-
-
-def write_verdicts(
-    detector: Detector, model: Path, folder: Path, sets: Sequence[ImageSet], results: Path, verifier: str
-) -> list[dict[str, Any]]:
-    """Read a verifier's results for an exported folder and write verdicts.csv and verdicts.json there.
-
-    Raises:
-        InputError: If the folder was not exported from this model, or the results cannot be used.
-    """
-    source = folder / _MANIFEST
-    try:
-        exported = json.loads(source.read_text(encoding="utf-8"))
-        known = exported["model"]["sha256"] == sha256(model) and exported["gamma"] == detector.gamma
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source}: not written by grood-cert export ({type(error).__name__})") from None
-    if not known:
-        raise InputError(f"{folder} was not exported from {model}")
-    if not verifier.strip():
-        raise InputError("name the verifier, with its version; its certificates are not ours")
-    records = judge(detector, exported, sets, read_verdicts(results), verifier)
-    write_csv(folder / "verdicts.csv", list(COLUMNS), records)
-    origin = {"verifier": verifier, "results": str(results), "versions": versions()}
-    write_json(folder / "verdicts.json", {name: exported[name] for name in ("model", "gamma", "norm", "eps")} | origin)
-    return records

@@ -30,19 +30,17 @@ def export(
     from grood_cert import detector
     from grood_cert.bounds.engine import Method, way_of
     from grood_cert.bounds.engines import build
-    from grood_cert.certification import vnnlib as exporting
+    from grood_cert.certification import vnnlib
     from grood_cert.results.table import Table
 
     way_of(method)
     read = Table.read(rows, "certification")
-    exporting.undecided(read, eps)
+    vnnlib.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
     bounded = build("auto", loaded.network, loaded.shape, cast(Method, method)).bounded
-    instances = exporting.export(
-        loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force
-    )
+    instances = vnnlib.export(loaded, model, read, sets, bounded, eps, out, limit=limit, timeout=timeout, force=force)
     typer.echo(f"wrote {len(instances)} instances to {out}: model.onnx, *.vnnlib, instances.csv")
 
 
@@ -58,12 +56,12 @@ def verdicts(
 ) -> None:
     """Read a complete verifier's answers into verdicts.csv. Counterexamples are evaluated again."""
     from grood_cert import detector
-    from grood_cert.certification import vnnlib as exporting
+    from grood_cert.certification.verdicts import write_verdicts
 
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
-    records = exporting.write_verdicts(loaded, model, out, sets, results, verifier)
+    records = write_verdicts(loaded, model, out, sets, results, verifier)
     certified = sum(record["certified_external"] for record in records)
     refuted = sum(record["refuted"] for record in records)
     typer.echo(

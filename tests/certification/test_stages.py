@@ -27,7 +27,7 @@ def loaded(model):
 
 @pytest.fixture(scope="module")
 def images(loaded):
-    return experiment_of(loaded.recipe).test.images
+    return experiment_of(loaded.origin.recipe).test.images
 
 
 def certify(loaded, settings, images, kind="id"):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import math
 import re
@@ -14,8 +13,8 @@ from torch import nn
 
 from grood_cert import detector
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.certification import vnnlib as export
-from grood_cert.certification.vnnlib import Instance, Specification, Verdict
+from grood_cert.certification import vnnlib
+from grood_cert.certification.vnnlib import Instance, Specification
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.table import Table
@@ -78,9 +77,9 @@ def test_where_the_property_is_unsatisfiable_the_score_is_on_the_right_side(netw
             for offset in (0.02, 0.2, 1.0):
                 score = float(energy(network(image[None])))
                 gamma = score + offset if kind == "id" else score - offset
-                spec = export.specification(bounded, image, eps, gamma, kind)
+                spec = vnnlib.specification(bounded, image, eps, gamma, kind)
                 instance = Instance("a", "set", kind, 0, spec)
-                prop = Property(export.vnnlib(instance, 1, 2, image, eps, gamma, "crown"))
+                prop = Property(vnnlib.property_text(instance, 1, 2, image, eps, gamma, "crown"))
                 points = points_of(prop)
                 logits = network(points)
                 row = logits @ torch.tensor(spec.row).double()
@@ -94,7 +93,7 @@ def test_where_the_property_is_unsatisfiable_the_score_is_on_the_right_side(netw
 def test_the_id_row_is_a_point_of_the_simplex_and_tight():
     logits = torch.tensor([3.0, 1.0, -20.0, 2.5]).double()
     gamma = float(energy(logits)) + 0.25
-    spec = export.id_specification(logits, gamma)
+    spec = vnnlib.id_specification(logits, gamma)
     assert sum(map(Fraction, spec.row)) == 1 and min(spec.row) >= 0
     assert all(float(np.float32(value)) == value for value in (*spec.row, spec.threshold))
     # At f(x) the tangent plane of logsumexp touches: p . f exceeds the threshold by the margin of S.
@@ -107,8 +106,8 @@ def test_the_ood_row_is_exact_at_corners_of_the_logit_box():
     lower, upper = torch.tensor([-1.0, 0.0, 2.0]).double(), torch.tensor([0.5, 0.0, 2.5]).double()
     for corner in (lower, upper, torch.stack([lower[0], lower[1], upper[2]])):
         score = float(energy(corner))
-        inside = export.ood_specification(lower, upper, score - 1e-5)
-        outside = export.ood_specification(lower, upper, score + 1e-5)
+        inside = vnnlib.ood_specification(lower, upper, score - 1e-5)
+        outside = vnnlib.ood_specification(lower, upper, score + 1e-5)
         for spec, certified in ((inside, True), (outside, False)):
             value = sum(Fraction(c) * Fraction(z) for c, z in zip(spec.row, corner.tolist(), strict=True))
             assert (value < Fraction(spec.threshold)) == certified
@@ -117,18 +116,18 @@ def test_the_ood_row_is_exact_at_corners_of_the_logit_box():
 def test_no_chord_without_an_interval():
     low, high = torch.tensor([0.0, math.nan]).double(), torch.tensor([1.0, 1.0]).double()
     with pytest.raises(RunError, match="no chord"):
-        export.ood_specification(low, high, -1.0)
+        vnnlib.ood_specification(low, high, -1.0)
     with pytest.raises(RunError, match="no chord"):
-        export.ood_specification(high + 1, high, -1.0)
+        vnnlib.ood_specification(high + 1, high, -1.0)
 
 
 def test_the_box_contains_the_ball_and_survives_any_reader():
     """Exact rational arithmetic: x +- eps lies inside, in [0, 1], and float32 reads the decimals without change."""
     image = torch.tensor([0.0, 1.0, 0.1, 1 / 3, 127 / 255, 0.9999999]).double()
     eps = 0.0123456789
-    for pixel, low, high in zip(image.tolist(), *export.box(image, eps), strict=True):
+    for pixel, low, high in zip(image.tolist(), *vnnlib.box(image, eps), strict=True):
         for end in (low, high):
-            text = export.decimal(end)
+            text = vnnlib.decimal(end)
             assert "e" not in text and Fraction(text) == Fraction(end) == Fraction(float(np.float32(text)))
         assert 0 <= low <= high <= 1
         assert Fraction(low) <= max(Fraction(pixel) - Fraction(eps), 0)
@@ -138,7 +137,7 @@ def test_the_box_contains_the_ball_and_survives_any_reader():
 
 def test_single_precision_neighbours():
     for value in (0.1, -0.1, 0.0, 1.0, 1e-50, -1e-50, 123456.789):
-        below, above = export.single_below(value), export.single_above(value)
+        below, above = vnnlib.single_below(value), vnnlib.single_above(value)
         assert below <= value <= above
         assert float(np.float32(below)) == below and float(np.float32(above)) == above
         assert np.nextafter(np.float32(below), np.float32(math.inf)) >= above
@@ -157,143 +156,19 @@ def undecided(model, rows_file):
 
 def test_undecided_rows(undecided):
     _, read, _, eps = undecided
-    positions = export.undecided(read, eps)
+    positions = vnnlib.undecided(read, eps)
     chosen = np.zeros(len(read), bool)
     chosen[positions] = True
     for position in range(len(read)):
         decided = read["radius_certified"][position] >= eps or read["radius_attack"][position] <= eps
         assert chosen[position] == (read["status"][position] != "misdecided" and not decided)
-    assert export.undecided(read, eps, 1) == positions[:1]
+    assert vnnlib.undecided(read, eps, 1) == positions[:1]
     with pytest.raises(InputError, match="no sample is undecided"):
-        export.undecided(read, 1e-9)
+        vnnlib.undecided(read, 1e-9)
     with pytest.raises(InputError, match="at most 1"):
-        export.undecided(read, 2.0)
+        vnnlib.undecided(read, 2.0)
     with pytest.raises(InputError, match="boxes only"):
-        export.undecided(dataclasses.replace(read, manifest={**read.manifest, "norm": "l2"}), eps)
-
-
-def evidence(instance, image, loaded, eps, crossing):
-    """A point of the ball as the competition writes it: far along the gradient, or the centre."""
-    point = image.double().flatten()
-    if crossing:
-        from grood_cert import attacks
-        from grood_cert.ball import Ball
-
-        ball = Ball(image.double()[None], torch.tensor([eps]).double(), "linf")
-        seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(0), ball.center, ball.center)
-        point = (seen.argmax if instance["kind"] == "id" else seen.argmin).flatten()
-    pairs = "\n ".join(f"(X_{i} {value!r})" for i, value in enumerate(point.tolist()))
-    return f"sat\n({pairs}\n (Y_0 0.5))\n"
-
-
-def manifest(loaded, read, sets, model_hash, refuted_eps):
-    """Instances of the first right samples of two kinds, on balls in which a counterexample is known."""
-    instances = []
-    for kind in ("id", "ood"):
-        mask = (read["kind"] == kind) & (read["status"] != "misdecided") & (read["radius_attack"] < refuted_eps)
-        for position in np.flatnonzero(mask)[:2]:
-            name, index = str(read["set"][position]), int(read["index"][position])
-            instances.append({"name": f"{kind}-{index}", "set": name, "kind": kind, "index": index})
-    return {
-        "model": {"sha256": model_hash},
-        "gamma": loaded.gamma,
-        "norm": "linf",
-        "eps": refuted_eps,
-        "instances": instances,
-    }
-
-
-def test_counterexamples_are_believed_only_if_the_score_crosses_gamma(undecided, model, tmp_path):
-    loaded, read, sets, _ = undecided
-    exported = manifest(loaded, read, sets, read.manifest["model"]["sha256"], 0.2)
-    (tmp_path / "instances.json").write_text(json.dumps(exported))
-    answers = tmp_path / "answers"
-    answers.mkdir()
-    by_name = {images.name: images for images in sets}
-    for at, instance in enumerate(exported["instances"]):
-        image = by_name[instance["set"]].images[instance["index"]]
-        (answers / f"{instance['name']}.txt").write_text(evidence(instance, image, loaded, 0.2, at % 2 == 0))
-    records = export.write_verdicts(loaded, model, tmp_path, sets, answers, "test 1.0")
-    assert [record["refuted"] for record in records] == [1, 0, 1, 0]
-    assert not any(record["certified_external"] for record in records)
-    for record in records:
-        accepted = record["score_counterexample"] <= loaded.gamma
-        assert record["refuted"] == (accepted != (record["kind"] == "id"))
-    assert tuple(records[0]) == tuple(export.COLUMNS)
-    assert (tmp_path / "verdicts.csv").read_text().startswith(",".join(export.COLUMNS))
-    # A point outside the ball is no evidence about it: it is pulled in first.
-    far = Verdict("sat", tuple([1.0] * 64))
-    image = by_name[exported["instances"][0]["set"]].images[exported["instances"][0]["index"]].double()
-    (record, *_) = export.judge(loaded, {**exported, "eps": 1e-6}, sets, {exported["instances"][0]["name"]: far}, "t")
-    assert record["score_counterexample"] == pytest.approx(float(loaded.score(image[None])), abs=1e-3)
-
-
-def test_verdicts_of_the_competition(tmp_path):
-    """Columns vary between verifiers and years; only .vnnlib cells and known words count."""
-    (tmp_path / "results.csv").write_text(
-        "category,onnx,vnnlib,prepare_time,result,time\n"
-        "x,./model.onnx,./vnnlib/a.vnnlib,1.0,unsat,3.2\n"
-        "x,./model.onnx,./vnnlib/b.vnnlib.gz,1.0,sat,0.2\n"
-        "x,./model.onnx,c.vnnlib,1.0,run_instance_timeout,300\n"
-        "x,./model.onnx,d.vnnlib,1.0,error_exit_code_1,3\n"
-        "x,./model.onnx,e.vnnlib,1.0, holds ,3\n"
-        "x,./model.onnx,f.vnnlib,1.0,,3\n"
-    )
-    with gzip.open(tmp_path / "b.counterexample.gz", "wt") as stream:
-        stream.write("((X_0 1.5e-1)\n(X_1 .5)\n(Y_0 -2.0))\n")
-    found = export.read_verdicts(tmp_path / "results.csv")
-    words = {name: verdict.verdict for name, verdict in found.items()}
-    assert words == {"a": "unsat", "b": "sat", "c": "timeout", "d": "unknown", "e": "unsat", "f": "unknown"}
-    assert found["b"].counterexample == (0.15, 0.5) and found["a"].counterexample is None
-
-
-def test_verdicts_of_single_runs(tmp_path):
-    for name, text in {
-        "a": "unsat 12 0 0\n",  # Marabou's summary file
-        "b": "sat\n((X_0 0.25)\n (X_2 0.5))\n",  # a pixel is missing: no counterexample
-        "c": "",
-        "d": "UNSATISFIED\n",
-    }.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    found = export.read_verdicts(tmp_path)
-    assert [found[name].verdict for name in "abcd"] == ["unsat", "sat", "unknown", "unknown"]
-    assert found["b"].counterexample is None
-
-
-def test_results_that_cannot_be_used(undecided, model, tmp_path):
-    loaded, read, sets, _ = undecided
-    empty = tmp_path / "empty.csv"
-    empty.write_text("nothing,here\n")
-    with pytest.raises(InputError, match="no verdicts"):
-        export.read_verdicts(empty)
-    with pytest.raises(InputError, match="cannot read"):
-        export.read_verdicts(tmp_path / "absent.csv")
-    both = tmp_path / "both.csv"
-    both.write_text("m.onnx,a.vnnlib,sat\nm.onnx,a.vnnlib,unsat\n")
-    with pytest.raises(InputError, match="both sat and unsat"):
-        export.read_verdicts(both)
-    with pytest.raises(InputError, match="not written by grood-cert export"):
-        export.write_verdicts(loaded, model, tmp_path, sets, both, "test")
-    exported = manifest(loaded, read, sets, read.manifest["model"]["sha256"], 0.2)
-    with pytest.raises(InputError, match="were not exported"):
-        export.judge(loaded, exported, sets, {"stranger": Verdict("unsat")}, "test")
-    first = exported["instances"][0]["name"]
-    with pytest.raises(InputError, match="of 2 pixels"):
-        export.judge(loaded, exported, sets, {first: Verdict("sat", (0.1, 0.2))}, "test")
-    (tmp_path / "instances.json").write_text(json.dumps(exported | {"gamma": loaded.gamma + 1}))
-    with pytest.raises(InputError, match="was not exported from"):
-        export.write_verdicts(loaded, model, tmp_path, sets, both, "test")
-
-
-def test_a_verifier_certifies_in_its_own_column(undecided):
-    loaded, read, sets, _ = undecided
-    exported = manifest(loaded, read, sets, "", 0.2)
-    names = [instance["name"] for instance in exported["instances"]]
-    verdicts = dict(zip(names, map(Verdict, ("unsat", "timeout", "sat")), strict=False))
-    records = export.judge(loaded, exported, sets, verdicts, "abc 1.0")
-    assert [record["certified_external"] for record in records] == [1, 0, 0, 0]
-    assert [record["verdict"] for record in records] == ["unsat", "timeout", "sat", "missing"]
-    assert not any(record["refuted"] for record in records)
+        vnnlib.undecided(dataclasses.replace(read, manifest={**read.manifest, "norm": "l2"}), eps)
 
 
 def test_export_refuses_what_a_verifier_would_see_otherwise(network, undecided, model, tmp_path):
@@ -302,19 +177,19 @@ def test_export_refuses_what_a_verifier_would_see_otherwise(network, undecided, 
     with torch.no_grad():
         awkward[1].weight.fill_(0.1)
     with pytest.raises(InputError, match="float32 cannot hold"):
-        export._with_rows(awkward, [[0.5, 0.5]])
+        vnnlib._with_rows(awkward, [[0.5, 0.5]])
     with pytest.raises(InputError, match="not given"):
-        export.export(loaded, model, read, [], None, eps, tmp_path)
+        vnnlib.export(loaded, model, read, [], None, eps, tmp_path)
     other = dataclasses.replace(read, manifest={**read.manifest, "gamma": loaded.gamma + 1})
     with pytest.raises(InputError, match="the rows are not of"):
-        export.export(loaded, model, other, sets, None, eps, tmp_path)
+        vnnlib.export(loaded, model, other, sets, None, eps, tmp_path)
 
 
 def test_without_onnx_the_message_names_it(monkeypatch, undecided, tmp_path):
     loaded, *_ = undecided
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(RunError, match="pip install"):
-        export.write_onnx(loaded.network, [[0.0] * 6], torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx")
+        vnnlib.write_onnx(loaded.network, [[0.0] * 6], torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -323,7 +198,7 @@ def test_the_exported_network_is_the_network_followed_by_the_rows(undecided, mod
     reference = pytest.importorskip("onnx.reference", reason="needs the optional package onnx")
     loaded, read, sets, eps = undecided
     bounded = LirpaNetwork(loaded.network, loaded.shape, "crown")
-    instances = export.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
+    instances = vnnlib.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
     session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     table = torch.tensor([instance.specification.row for instance in instances]).double()
@@ -338,5 +213,5 @@ def test_the_exported_network_is_the_network_followed_by_the_rows(undecided, mod
         assert len(prop.lower) == len(prop.upper) == 64
         assert prop.relations[0][1] == output and f"Y_{len(instances) - 1}" in prop.declared
     with pytest.raises(InputError, match="exists already"):
-        export.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
+        vnnlib.export(loaded, model, read, sets, bounded, eps, tmp_path, limit=3)
     assert Specification(**json.loads((tmp_path / "instances.json").read_text())["instances"][0]["specification"])

@@ -423,7 +423,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from grood_cert import detector
-from grood_cert.certification.cascade import Settings
+from grood_cert.certification.settings import Settings
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
 from grood_cert.runs import certify as certification
