@@ -93,9 +93,9 @@ class Table:
             unknown = records[0].keys() - set(header(table.kind, table.eps))
             if unknown:
                 raise ValueError(f"unknown {_named(unknown)}; write with index=False what pandas has read")
-            missing = set(schema.manifest) - manifest.keys()
+            missing = [name for name in schema.manifest if manifest.get(name) is None]
             if missing:
-                raise ValueError(f"{manifest_path(path).name} lacks {', '.join(sorted(missing))}")
+                raise ValueError(f"{manifest_path(path).name} lacks {', '.join(missing)}")
             for name, column, values in table._all(schema):
                 _check(name, column, values)
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
@@ -265,7 +265,7 @@ def labelled(tables: Sequence[Table], paths: Sequence[Path], labels: Sequence[st
 
 def _schema(manifest: Mapping[str, Any], kind: str | None) -> Schema:
     found, version = manifest.get("kind"), manifest.get("schema")
-    if found not in SCHEMAS:
+    if not isinstance(found, str) or found not in SCHEMAS:
         raise ValueError(f"its manifest names the kind {found!r}; known are {', '.join(SCHEMAS)}")
     if kind not in (None, found):
         raise ValueError(f"it holds {SCHEMAS[found].words}")

@@ -33,6 +33,7 @@ from torch import Tensor, distributed
 
 from grood_cert.bounds.engines import lirpa_version
 from grood_cert.data import ImageSet
+from grood_cert.data.images import taken
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.results.columns import SCHEMAS
@@ -102,7 +103,11 @@ class Batch:
     @property
     def names(self) -> list[dict[str, Any]]:
         """The columns that name each sample: `set`, `kind`, `index`, `file`."""
-        return [{"set": self.source.name, "kind": self.source.kind, "index": index, "file": ""} for index in self.index]
+        files = taken(self.source.files, self.positions) or ("",) * len(self)
+        return [
+            {"set": self.source.name, "kind": self.source.kind, "index": index, "file": file}
+            for index, file in zip(self.index, files, strict=True)
+        ]
 
 
 def batches(sets: Sequence[ImageSet], limit: int, batch_size: int, seed: int) -> list[Batch]:
