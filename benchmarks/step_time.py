@@ -29,7 +29,8 @@ from grood_cert.networks import architectures
 from grood_cert.scores import energy
 from grood_cert.system.files import write_csv
 from grood_cert.training import sampling
-from grood_cert.training.objective import Weights, objective
+from grood_cert.training.objective import objective
+from grood_cert.training.sections import ObjectiveSection
 
 COLUMNS = ("network", "batch_norm", "step", "ms", "of_energy", "of_reference")
 NETWORKS = ("resnet18", "wrn-40-2", "densenet-bc-100")
@@ -57,11 +58,11 @@ def measure(name: str, batch: int, repeats: int, active: float) -> list[dict[str
     images, labels = torch.rand((2 + POOL) * batch, 3, 32, 32), torch.randint(10, (batch,))
     inside, outside, pool = images[:batch], images[batch : 2 * batch], images[2 * batch :]
     m_in, m_out = _margins(network, images[: 2 * batch], batch, active)
-    plain = Weights(lambda_grad=0.0, m_in=m_in, m_out=m_out)
+    plain = ObjectiveSection(lambda_grad=0.0, m_in=m_in, m_out=m_out)
     greg = replace(plain, lambda_grad=0.1)
     generator = torch.Generator().manual_seed(0)
 
-    def train(weights: Weights, outliers: Tensor) -> Callable[[], None]:
+    def train(weights: ObjectiveSection, outliers: Tensor) -> Callable[[], None]:
         def step() -> None:
             network.zero_grad(set_to_none=True)
             objective(network, inside, labels, outliers, weights, generator=generator).total.backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from grood_cert.results.summary import RADII, radius_summary
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.system.files import write_csv
+from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import run as training
 
 EPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
@@ -85,8 +85,7 @@ def run(
     device: str = "cpu",
     force: bool = False,
     recipe: Recipe | None = None,
-    begin: Callable[[str, int], None] = lambda stage, total: None,
-    advance: Callable[[int], None] = lambda count: None,
+    reporter: Reporter = SILENT,
 ) -> Demonstration:
     """Train energy-only and GReg detectors that differ in lambda_grad alone, certify both, and draw the curves.
 
@@ -96,8 +95,7 @@ def run(
         device: "cpu", "cuda", ...
         force: Overwrite an earlier demo.
         recipe: The GReg recipe, by default the embedded digits one.
-        begin: Called when a stage begins, with its name and its number of steps.
-        advance: Called with the number of steps done.
+        reporter: Hears of each model's training and certification.
 
     Raises:
         InputError: If the folder is in use or cannot be written.
@@ -119,8 +117,7 @@ def run(
             folder,
             device=device,
             force=force,
-            begin=lambda steps, name=name: begin(f"train {name}", steps),  # type: ignore[misc]
-            advance=lambda: advance(1),
+            reporter=reporter,
         )
         experiment = experiment_of(chosen)
         certifications[name] = certification.run(
@@ -131,8 +128,8 @@ def run(
             folder,
             limit=limit,
             force=force,
-            begin=lambda samples, name=name: begin(f"certify {name}", samples),  # type: ignore[misc]
-            advance=lambda samples, counts: advance(samples),
+            begin=lambda samples, name=name: reporter.begin(f"certify {name}", samples),  # type: ignore[misc]
+            advance=reporter.advance,
         )
         summary.append(summarise(name, detector, certifications[name]))
     figures.save(figures.robustness(certifications), out / "curves.png")

@@ -1,7 +1,8 @@
 """A training run as a value: every setting typed, with a default that works, read from a TOML file.
 
-A recipe file states what differs from the defaults of the sections below, or from another recipe that it names as its
-`base`. The files under `train/` travel with the package: `grood-cert train NAME` finds them anywhere.
+A recipe file states what differs from the defaults of its sections (`grood_cert.training.sections`), or from another
+recipe that it names as its `base`. The files under `train/` travel with the package: `grood-cert train NAME` finds them
+anywhere.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import operator
 import tomllib
 import typing
@@ -19,138 +19,30 @@ from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError
+from grood_cert.training.sections import (
+    NOT_NEGATIVE,
+    SEED,
+    AugmentationSection,
+    ComputeSection,
+    DataSection,
+    EvaluationSection,
+    NetworkSection,
+    ObjectiveSection,
+    OptimizerSection,
+    SamplingSection,
+    Section,
+    setting,
+)
 
 _PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class DataSection:
-    """Which images; set specifications are explained in `grood_cert.data`."""
-
-    id: str = "digits:0-5"
-    auxiliary: str = "digits:6,7"
-    ood: tuple[str, ...] = ("digits:8,9", "photo-patches", "uniform-noise", "smooth-noise")
-    calibration_share: float = 0.2
-    test_share: float = 0.2
-    heldout_share: float = 0.2
-    train_limit: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class NetworkSection:
-    """Which network.
-
-    `width = 0` is the network's own default, `hidden_layers` is for the mlp. `pretrained` is a file of weights to
-    start from, and `pretrained_allow` names the tensors that may be absent from it or of another shape.
-    """
-
-    name: str = "conv-small"
-    width: int = 0
-    hidden_layers: int = 2
-    pretrained: str = ""
-    pretrained_allow: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ObjectiveSection:
-    """Weights, margins and variants of `grood_cert.training.objective`; lambda_grad is in the units of the paper's formula."""
-
-    lambda_S: float = 0.1  # noqa: N815
-    lambda_grad: float = 0.1
-    m_in: float = -6.0
-    m_out: float = -2.0
-    outlier_loss: str = "energy"
-    slope: str = "gradient-norm"
-    slope_eps: float = 0.0
-    penalty: str = "exact"
-    penalty_share: float = 0.25
-    reduction: str = "paper"
-    coordinates: str = "pixels"
-    batch_norm: str = "eval"
-    certified: str = "none"
-    certified_method: str = "ibp"
-    certified_eps: float = 0.0
-    certified_ramp: float = 0.5
-    lambda_certified: float = 1.0
-
-
-@dataclass(frozen=True)
-class SamplingSection:
-    """Which auxiliary outliers a step sees: as many as ID images, drawn uniformly, or picked by energy (GReg+).
-
-    For "energy", `pool` candidates a step are clustered by their features, one cluster for each ID image; `routing` is
-    explained in `grood_cert.training.sampling`.
-    """
-
-    method: str = "uniform"
-    pool: int = 384
-    routing: str = "printed"
-
-
-@dataclass(frozen=True)
-class OptimizerSection:
-    """How to minimise the objective.
-
-    The learning rate rises linearly to `lr` over `warmup_steps` and then follows the schedule step by step: "cosine"
-    from `lr` to `lr_min`, "multistep", times `factor` after each epoch listed in `milestones`, or "constant".
-    `batch_size` counts the ID images of one step, over all processes; `accumulate` parts of it are computed one after
-    another.
-    """
-
-    name: str = "adam"
-    lr: float = 2e-3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    lr_min: float = 1e-6
-    milestones: tuple[int, ...] = ()
-    factor: float = 0.1
-    warmup_steps: int = 0
-    epochs: int = 60
-    batch_size: int = 64
-    accumulate: int = 1
-
-
-@dataclass(frozen=True)
-class AugmentationSection:
-    """Random changes of the training images, ID and auxiliary alike; see `grood_cert.training.augmentation`."""
-
-    flip: bool = False
-    crop_padding: int = 0
-    resized_crop: float = 1.0
-    noise_sigma: float = 0.0
-
-
-@dataclass(frozen=True)
-class ComputeSection:
-    """How the arithmetic is done; certificates are always in float64."""
-
-    precision: str = "float32"
-    channels_last: bool = False
-    compile: bool = False
-
-
-@dataclass(frozen=True)
-class EvaluationSection:
-    """What is measured and kept.
-
-    `temperature` is that of the `scores` of the test sets; what is certified, S, has temperature 1. A run warns when
-    the ID accuracy falls below the share `accuracy_floor` of the way from chance, 1/K, to 1. `keep` says which epoch
-    becomes `model.pt`: "last", or "best", the lowest FPR95 on held-out outliers.
-    """
-
-    temperature: float = 1.0
-    accuracy_floor: float = 0.1
-    keep: str = "last"
-
-
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Section):
     """One training run."""
 
     name: str = "digits-greg"
-    seed: int = 0
+    seed: int = setting(0, NOT_NEGATIVE, SEED)
     data: DataSection = field(default_factory=DataSection)
     network: NetworkSection = field(default_factory=NetworkSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
@@ -187,101 +79,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_CHOICES = {
-    "network.name": (  # the keys of networks.NETWORKS, which would import torch
-        "conv-small",
-        "mlp",
-        "resnet18",
-        "resnet18-imagenet",
-        "resnet-small",
-        "wrn-40-2",
-        "densenet-bc-100",
-        "densenet121",
-        "cnn-7",
-        "good-s",
-        "good-l",
-        "good-xl",
-    ),
-    "objective.outlier_loss": ("energy", "oe", "none"),
-    "objective.slope": ("gradient-norm", "interval"),
-    "objective.penalty": ("exact", "fast", "stochastic"),
-    "objective.reduction": ("paper", "reference"),
-    "objective.coordinates": ("pixels", "normalised"),
-    "objective.batch_norm": ("eval", "shared"),
-    "objective.certified": ("none", "ood", "both"),
-    "objective.certified_method": ("ibp", "crown-ibp"),
-    "sampling.method": ("uniform", "energy"),
-    "sampling.routing": ("printed", "both"),
-    "optimizer.name": ("sgd", "adam"),
-    "optimizer.schedule": ("cosine", "multistep", "constant"),
-    "compute.precision": ("float32", "bf16"),
-    "evaluation.keep": ("last", "best"),
-}
-_POSITIVE = (
-    "network.hidden_layers",
-    "objective.penalty_share",
-    "sampling.pool",
-    "optimizer.lr",
-    "optimizer.factor",
-    "optimizer.epochs",
-    "optimizer.batch_size",
-    "optimizer.accumulate",
-    "augmentation.resized_crop",
-    "evaluation.temperature",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "data.train_limit",
-    "data.seed",
-    "network.width",
-    "objective.lambda_S",
-    "objective.lambda_grad",
-    "objective.slope_eps",
-    "objective.certified_eps",
-    "objective.certified_ramp",
-    "objective.lambda_certified",
-    "optimizer.momentum",
-    "optimizer.weight_decay",
-    "optimizer.lr_min",
-    "optimizer.warmup_steps",
-    "augmentation.crop_padding",
-    "augmentation.noise_sigma",
-    "evaluation.accuracy_floor",
-)
-_SEEDS = ("seed", "data.seed")
-_BELOW_ONE = ("optimizer.momentum", "evaluation.accuracy_floor")
-_AT_MOST_ONE = ("objective.penalty_share", "objective.certified_ramp", "optimizer.factor", "augmentation.resized_crop")
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-_LISTS: dict[Any, tuple[type, str]] = {
-    tuple[str, ...]: (str, 'a list of texts such as ["digits:8,9"]'),
-    tuple[int, ...]: (int, "a list of whole numbers such as [50, 75]"),
-}
+def _networks() -> tuple[str, ...]:
+    from grood_cert.networks.architectures import NETWORKS  # late: it imports torch, which `--help` does without
 
-
-def _problem(key: str, value: Any, kind: Any) -> str | None:
-    """What is wrong with a value of a setting, if anything."""
-    if kind in _LISTS:
-        item_kind, words = _LISTS[kind]
-        well = isinstance(value, list | tuple) and all(type(item) is item_kind for item in value)
-        return None if well else f"expected {words}, got {value!r}"
-    expected = None
-    if type(value) is not kind:
-        expected = _KINDS[kind]
-    elif kind is float and not math.isfinite(value):
-        expected = "a finite number"
-    elif key in _CHOICES and value not in _CHOICES[key]:
-        expected = f"one of {', '.join(_CHOICES[key])}"
-    elif key in _POSITIVE and not value > 0:
-        expected = "a value above 0"
-    elif key in _NOT_NEGATIVE and not value >= 0:
-        expected = "0 or more"
-    elif key in _SEEDS and not value < 2**63:
-        expected = "a value below 2**63"
-    elif key in _BELOW_ONE and not value < 1:
-        expected = "a value below 1"
-    elif key in _AT_MOST_ONE and not value <= 1:
-        expected = "1 or less"
-    return f"expected {expected}, got {value!r}" if expected else None
+    return tuple(NETWORKS)
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
@@ -344,7 +145,7 @@ def _hint(key: str, kinds: Iterable[str], prefix: str) -> str:
     return f"did you mean {last[near[0]]}?" if near else f"known are {', '.join(kinds)}"
 
 
-def _read(section: type, values: Any, prefix: str, problems: dict[str, str]) -> Any:
+def _read(section: type[Section], values: Any, prefix: str, problems: dict[str, str]) -> Any:
     """Build a section; what is wrong goes to `problems`, by the name of the setting, which then has its default."""
     kinds = typing.get_type_hints(section)
     if not isinstance(values, dict):
@@ -356,16 +157,19 @@ def _read(section: type, values: Any, prefix: str, problems: dict[str, str]) -> 
         if kind is None:
             problems[name] = f"unknown key; {_hint(key, kinds, prefix)}"
         elif dataclasses.is_dataclass(kind):
-            arguments[key] = _read(typing.cast(type, kind), value, name + ".", problems)
+            arguments[key] = _read(typing.cast(type[Section], kind), value, name + ".", problems)
         else:
-            if kind is float and type(value) is int:
-                value = float(value)
-            problem = _problem(name, value, kind)
+            value = float(value) if kind is float and type(value) is int else value
+            problem = section.problem(key, value)
             if problem:
                 problems[name] = problem
             else:
-                arguments[key] = tuple(value) if kind in _LISTS else value
-    return section(**arguments)
+                arguments[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return section(**arguments)
+    except InputError as error:  # each value is well formed, but two do not go together
+        problems[prefix.rstrip(".")] = str(error)
+        return section()
 
 
 def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -385,8 +189,11 @@ def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """
     problems: dict[str, str] = {}
     recipe = typing.cast(Recipe, _read(Recipe, values, "", problems))
+    if recipe.network.name not in (known := _networks()):
+        problems["network.name"] = f"expected one of {', '.join(known)}, got {recipe.network.name!r}"
     found = [f"{name}: {problem}" for name, problem in problems.items()]
-    found += [message for names, message in _contradictions(recipe) if not names & problems.keys()]
+    doubtful = problems.keys() | {name for name in _names(Recipe) if name.partition(".")[0] in problems}
+    found += [message for names, message in _contradictions(recipe) if not names & doubtful]
     if found:
         raise InputError(f"{source}: " + "; ".join(found))
     return recipe
@@ -406,10 +213,10 @@ def first_difference(one: Recipe, other: Recipe) -> str | None:
     return None
 
 
-def _apply(values: dict[str, Any], setting: str) -> None:
-    key, separator, text = setting.partition("=")
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, separator, text = change.partition("=")
     if not separator or not key.strip():
-        raise InputError(f"--set {setting}: expected KEY=VALUE, for example objective.lambda_grad=0.1")
+        raise InputError(f"--set {change}: expected KEY=VALUE, for example objective.lambda_grad=0.1")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -419,7 +226,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise InputError(f"--set {setting}: {part} is not a table")
+            raise InputError(f"--set {change}: {part} is not a table")
     table[last] = value
 
 
@@ -504,6 +311,6 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         if "base" in below:
             raise InputError(f"{path}: base {base!r} has a base itself; name {below['base']!r} and state the rest")
         values = _merge(below, values)
-    for setting in settings:
-        _apply(values, setting)
+    for change in settings:
+        _apply(values, change)
     return from_dict(values, str(path))

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from grood_cert import cli, detector
-from grood_cert import recipe as recipes
 from grood_cert.data import Experiment, ImageSet
+from grood_cert.networks.architectures import NETWORKS
 from grood_cert.recipe import Recipe, find, from_dict, load, shipped
 from grood_cert.training import run as training
+from grood_cert.training.loop import Epoch
+from grood_cert.training.run import architecture_of
+from grood_cert.training.step import Steps, learning_rate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "train").rglob("*.toml"))
@@ -65,7 +68,7 @@ def test_the_recipes_are_here():
 def test_a_recipe_bears_the_name_of_its_file_and_its_parts_agree(path):
     recipe = load(path)
     assert recipe.name == path.stem
-    named = [item for item in recipes._CHOICES["network.name"] if f"-{item}-" in path.stem]
+    named = [item for item in NETWORKS if f"-{item}-" in path.stem]
     assert named in ([], [recipe.network.name])
     lambda_grad, picked = recipe.objective.lambda_grad, recipe.sampling.method == "energy"
     assert picked == ("greg-plus" in path.stem)
@@ -81,9 +84,9 @@ def test_a_recipe_bears_the_name_of_its_file_and_its_parts_agree(path):
 def test_the_learning_rates_of_the_paper():
     """GReg: "maximum 1, minimum 0.0001" is base 0.01 times a cosine from 1 to 1e-6 / base. GReg+: 50 epochs, then 10."""
     greg, plus = (load(find(f"cifar10-resnet18-{method}")).optimizer for method in ("greg", "greg-plus"))
-    rates = [training.learning_rate(greg, step, 20 * 781) for step in (0, 20 * 781 - 1)]
+    rates = [learning_rate(greg, step, 20 * 781) for step in (0, 20 * 781 - 1)]
     assert rates == pytest.approx([0.01, 1e-6]) and rates[1] / rates[0] == pytest.approx(1e-4)
-    rates = [training.learning_rate(plus, epoch * 781, 60 * 781) for epoch in range(60)]
+    rates = [learning_rate(plus, epoch * 781, 60 * 781) for epoch in range(60)]
     assert rates == pytest.approx([0.1] * 50 + [0.01] * 10)
 
 
@@ -94,9 +97,9 @@ def test_recipe_takes_a_step(path):
     recipe = load(path, small)
     shape, classes = SETS[path.stem.partition("-")[0]]
     data = random_experiment(shape, classes)
-    network = training.architecture_of(recipe, data).build().train()
+    network = architecture_of(recipe, data).build().train()
     before = [weight.detach().clone() for weight in network.parameters()]
-    steps = training._Steps(network, data, recipe, torch.device("cpu"))
+    steps = Steps(network, data, recipe, torch.device("cpu"))
     terms = steps.take(steps.total // 2, torch.arange(2), torch.arange(4 if recipe.sampling.method == "energy" else 2))
     assert terms is not None and bool(terms.isfinite().all())
     assert any(not torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
@@ -107,7 +110,7 @@ def test_recipe_takes_a_step(path):
 def test_recipe_leaves_a_detector(path, tmp_path):
     pool = ["sampling.pool=64"] if load(path).sampling.method == "energy" else []
     recipe = load(path, ["optimizer.epochs=1", "data.train_limit=64", "optimizer.batch_size=32", *pool])
-    epochs: list[training.Epoch] = []
+    epochs: list[Epoch] = []
     training.run(recipe, tmp_path / "run", report=epochs.append)
     assert len(epochs) == 1 and math.isfinite(epochs[0].loss)
     loaded = detector.load(tmp_path / "run" / "model.pt")
@@ -195,7 +198,7 @@ def test_train_takes_a_name_resumes_and_writes_events(call, tmp_path):
     assert code == 0 and "digits-mlp-greg: ID accuracy" in out and "samples/s" in err
     events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {field.name for field in dataclasses.fields(training.Epoch)}
+    assert set(events.Tags()["scalars"]) == {field.name for field in dataclasses.fields(Epoch)}
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     code, _, err = call(*arguments, "--resume")
     assert code == 2 and "this run is finished, there is nothing to resume" in err

@@ -114,7 +114,7 @@ def certify(
             force=force,
             begin=lambda samples: bar.begin("certifying", samples),
             advance=bar.advance,
-            report=bar.print,
+            report=bar.say,
         )
     if not part.leads:
         return

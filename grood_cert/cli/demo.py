@@ -23,9 +23,7 @@ def demo(
 
     torch.set_num_threads(1)  # networks this small gain nothing from threads, and lose much where cores are shared
     with output.Bar() as bar:
-        result = demonstration.run(
-            out, limit=limit, device=options.device_name(device), force=force, begin=bar.begin, advance=bar.advance
-        )
+        result = demonstration.run(out, limit=limit, device=options.device_name(device), force=force, reporter=bar)
     output.print_across(result.summary, "model", demonstration.QUANTITIES, demonstration.TITLE)
     typer.echo(demonstration.NOTE)
     for path, what in result.files.items():

@@ -66,7 +66,7 @@ def lipschitz(
             force=force,
             begin=lambda samples: bar.begin("analysing", samples),
             advance=bar.advance,
-            report=bar.print,
+            report=bar.say,
         )
     if not part.leads:
         return

@@ -46,7 +46,7 @@ class Bar:
         if self._progress.tasks:  # stopping a bar that never showed would print an empty line
             self._progress.stop()
 
-    def begin(self, stage: str, total: int) -> None:
+    def begin(self, stage: str, total: int, unit: str = "samples") -> None:
         """Show a new line for a stage of this many steps."""
         self._task = self._progress.add_task(stage, total=total, counts="")
         self._progress.start()
@@ -56,9 +56,9 @@ class Bar:
         words = "  ".join(f"{count} {name}" for name, count in sorted((counts or {}).items()))
         self._progress.update(self._task, advance=steps, counts=words)
 
-    def print(self, text: str) -> None:
+    def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text)
+        self._progress.console.print(line)
 
 
 def _cell(value: Any) -> str:

@@ -84,7 +84,7 @@ def smooth(
             force=force,
             begin=bar.begin,
             advance=bar.advance,
-            report=bar.print,
+            report=bar.say,
         )
     if not part.leads:
         return

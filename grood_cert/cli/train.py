@@ -13,7 +13,7 @@ import typer
 from grood_cert.cli import options, output
 
 if TYPE_CHECKING:
-    from grood_cert.training.run import Epoch
+    from grood_cert.training.loop import Epoch
 
 
 def _epoch_line(epoch: Epoch) -> str:
@@ -86,7 +86,7 @@ def train(
         bar = stack.enter_context(output.Bar())
 
         def report(epoch: Epoch) -> None:
-            bar.print(_epoch_line(epoch))
+            bar.say(_epoch_line(epoch))
             write(epoch)
 
         detector = training.run(
@@ -98,10 +98,8 @@ def train(
             force=force,
             resume=resume,
             checkpoint_steps=checkpoint_steps,
-            begin=lambda steps: bar.begin("training", steps),
-            advance=bar.advance,
+            reporter=bar,
             report=report,
-            say=bar.print,
         )
         first = processes.rank() == 0
     if not first:

@@ -369,16 +369,16 @@ def _check_size(name: str, shape: _Shape, least: int) -> None:
 NETWORKS: dict[str, Callable[..., Classifier]] = {
     "conv-small": conv_small,
     "mlp": mlp,
+    "resnet18": resnet18,
+    "resnet18-imagenet": resnet18_imagenet,
     "resnet-small": resnet_small,
+    "wrn-40-2": wrn_40_2,
+    "densenet-bc-100": densenet_bc_100,
+    "densenet121": densenet121,
     "cnn-7": cnn_7,
     "good-s": good_s,
     "good-l": good_l,
     "good-xl": good_xl,
-    "resnet18": resnet18,
-    "wrn-40-2": wrn_40_2,
-    "densenet-bc-100": densenet_bc_100,
-    "resnet18-imagenet": resnet18_imagenet,
-    "densenet121": densenet121,
 }
 
 

@@ -40,85 +40,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.errors import InputError
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.training.certified_loss import certified_loss
-from grood_cert.training.penalty import Method, SampleWise, pixels_per_unit, scores
-
-_CHOICES = {
-    "outlier_loss": ("energy", "oe", "none"),
-    "slope": ("gradient-norm", "interval"),
-    "penalty": ("exact", "fast", "stochastic"),
-    "reduction": ("paper", "reference"),
-    "coordinates": ("pixels", "normalised"),
-    "batch_norm": ("eval", "shared"),
-    "certified": ("none", "ood", "both"),
-    "certified_method": ("ibp", "crown-ibp"),
-}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights, margins and variants of the objective.
-
-    Attributes:
-        lambda_S: Weight of the outlier loss.
-        lambda_grad: Weight of the gradient loss; 0 is the plain baseline, and costs no second-order pass.
-        m_in: Energy that ID samples should lie below.
-        m_out: Energy that auxiliary outliers should lie above, m_in < m_out.
-        outlier_loss: "energy", L_S; "oe", outlier exposure; or "none".
-        slope: What the gradient loss averages: "gradient-norm", ||grad S(x)||_2 at the sample (GReg), or "interval", a
-            formal upper bound of ||grad S||_2 over the l_2 ball of radius `slope_eps` around it.
-        slope_eps: Radius of that ball, pixel units.
-        penalty: How the norm is differentiated: "exact"; "fast", by a finite difference; or "stochastic", exactly for
-            a random share of the active samples.
-        penalty_share: That share, in (0, 1].
-        reduction: "paper", the formula; or "reference", what the authors' released code computes.
-        coordinates: Units of the gradient: "pixels" in [0, 1], or "normalised".
-        batch_norm: Whose slope it is where there is BatchNorm: "eval", that of the network with running statistics; or
-            "shared", with the statistics of the batch held constant, which needs no second forward pass.
-        certified: Samples whose bounds over an l_inf ball are trained: "none", "ood", or "both".
-        certified_method: "ibp" or "crown-ibp".
-        certified_eps: Radius of that ball, pixel units.
-        certified_ramp: Share of the training over which this radius and the weight grow from 0, in [0, 1].
-        lambda_certified: Weight of the certified loss.
-
-    Raises:
-        InputError: If a choice is unknown or two do not go together.
-    """
-
-    lambda_S: float = 0.1  # noqa: N815
-    lambda_grad: float = 0.1
-    m_in: float = -6.0
-    m_out: float = -2.0
-    outlier_loss: str = "energy"
-    slope: str = "gradient-norm"
-    slope_eps: float = 0.0
-    penalty: str = "exact"
-    penalty_share: float = 0.25
-    reduction: str = "paper"
-    coordinates: str = "pixels"
-    batch_norm: str = "eval"
-    certified: str = "none"
-    certified_method: str = "ibp"
-    certified_eps: float = 0.0
-    certified_ramp: float = 0.5
-    lambda_certified: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not 0 < self.penalty_share <= 1:
-            raise InputError(f"penalty_share: expected a share above 0 and at most 1, got {self.penalty_share}")
-        if not 0 <= self.certified_ramp <= 1:
-            raise InputError(f"certified_ramp: expected a share from 0 to 1, got {self.certified_ramp}")
-        if self.slope == "interval" and (self.penalty == "fast" or self.coordinates == "normalised"):
-            raise InputError(
-                'slope = "interval" is differentiated exactly and in pixels; use neither "fast" nor "normalised"'
-            )
-        if self.reduction == "reference" and (self.slope == "interval" or self.penalty != "exact"):
-            raise InputError('reduction = "reference" needs slope = "gradient-norm" and penalty = "exact"')
+from grood_cert.training.penalty import SampleWise, pixels_per_unit, scores
+from grood_cert.training.sections import ObjectiveSection
 
 
 @dataclass(frozen=True)
@@ -230,6 +155,88 @@ def gradient_shares(
     return torch.cat([inside, outside])
 
 
+class _Batch:
+    """ID images and outliers, and their one forward pass, whose scores all terms read."""
+
+    def __init__(
+        self, network: nn.Module, images_id: Tensor, images_aux: Tensor, section: ObjectiveSection, roles: Roles
+    ) -> None:
+        self.network, self.section, self.roles = network, section, roles
+        self.images_id, self.images_aux, self.count = images_id, images_aux, len(images_id)
+        self.images = torch.cat([images_id, images_aux])
+        self.scale = pixels_per_unit(network) if section.coordinates == "normalised" else None
+        self.part = section.penalty_share if section.penalty == "stochastic" else 1.0
+        self.samples: SampleWise | None = None
+        if section.lambda_grad > 0 and section.slope == "gradient-norm" and section.reduction == "paper":
+            self.samples = SampleWise(
+                network,
+                self.images,
+                "fast" if section.penalty == "fast" else "exact",
+                section.batch_norm,
+                self.scale,
+                self.part,
+            )
+            self.logits, score = self.samples.logits, self.samples.score
+        else:
+            self.logits = network(self.images)
+            score = scores(self.logits)
+        self.score_id, self.score_aux = score[: self.count], score[self.count :]
+        self.zero = torch.zeros_like(score[0].detach())
+
+    def outlier_loss(self) -> Tensor:
+        """L_out."""
+        section, chosen = self.section, self.roles.energy
+        if section.outlier_loss == "energy":
+            return energy_loss(self.score_id, self.score_aux, section.m_in, section.m_out, chosen)
+        if section.outlier_loss == "oe":
+            return outlier_exposure_loss(self.logits[self.count :], chosen)
+        return self.zero
+
+    def gradient_loss(self, generator: torch.Generator | None) -> Tensor:
+        """L_grad, 0 where it has no weight; but the authors' pass is made all the same, for what it does to BatchNorm."""
+        section = self.section
+        if section.reduction == "reference":
+            return self._reference_loss()
+        if section.lambda_grad == 0:
+            return self.zero
+        inside, outside = self.score_id.detach(), self.score_aux.detach()
+        shares = gradient_shares(inside, outside, section.m_in, section.m_out, self.roles.gradient)
+        used, shares = _drawn(shares, self.part, generator)
+        return (shares * self._slopes(used)).sum() if len(used) else self.zero
+
+    def _slopes(self, used: Tensor) -> Tensor:
+        """What L_grad averages, of the samples of these numbers."""
+        if self.samples is not None:
+            return self.samples.norms(used)
+        chosen = self.images.detach()[used]
+        ball = Ball(chosen, chosen.new_full((len(used),), self.section.slope_eps), "l2")
+        return interval_lipschitz(self.network, ball)
+
+    def _reference_loss(self) -> Tensor:
+        """(1/N) sum_i ||dF/dx_i||, F = E_aux relu(S - m_out) - E_id relu(m_in - S), in one more pass in train mode."""
+        section, images = self.section, self.images.detach().requires_grad_(True)
+        score = scores(self.network(images))
+        inside = functional.relu(section.m_in - score[: self.count]).mean()
+        outside = mean_over(functional.relu(score[self.count :] - section.m_out), self.roles.gradient)
+        (gradient,) = torch.autograd.grad(outside - inside, images, create_graph=section.lambda_grad > 0)
+        gradient = gradient if self.scale is None else gradient * self.scale
+        norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        return norms.mean()
+
+    def certified_loss(self, grown: float) -> Tensor:
+        """L_certified at this share of the final radius."""
+        section = self.section
+        return certified_loss(
+            self.network,
+            self.images_id if section.certified == "both" else None,
+            self.images_aux[self.roles.energy],
+            grown * section.certified_eps,
+            section.m_in,
+            section.m_out,
+            section.certified_method,
+        )
+
+
 def _drawn(shares: Tensor, part: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A uniform draw of the active samples, ceil(part n) of n, and their shares times n / drawn."""
     active = shares.nonzero().squeeze(1)
@@ -241,26 +248,12 @@ def _drawn(shares: Tensor, part: float, generator: torch.Generator | None) -> tu
     return active, shares[active]
 
 
-def _reference_loss(
-    network: nn.Module, images: Tensor, count: int, weights: Weights, chosen: Tensor, scale: Tensor | None
-) -> Tensor:
-    """(1/N) sum_i ||dF/dx_i||, F = E_aux relu(S - m_out) - E_id relu(m_in - S), all in one more pass in train mode."""
-    images = images.detach().requires_grad_(True)
-    score = scores(network(images))
-    inside = functional.relu(weights.m_in - score[:count]).mean()
-    outside = mean_over(functional.relu(score[count:] - weights.m_out), chosen)
-    (gradient,) = torch.autograd.grad(outside - inside, images, create_graph=weights.lambda_grad > 0)
-    gradient = gradient if scale is None else gradient * scale
-    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return norms.mean()
-
-
 def objective(
     network: nn.Module,
     images_id: Tensor,
     labels: Tensor,
     images_aux: Tensor,
-    weights: Weights,
+    section: ObjectiveSection,
     *,
     roles: Roles | None = None,
     progress: float = 1.0,
@@ -273,7 +266,7 @@ def objective(
         images_id: Shape (n_id, C, H, W), pixels in [0, 1].
         labels: Classes of the ID images, shape (n_id,).
         images_aux: Shape (n_aux, C, H, W).
-        weights: Weights, margins and variants.
+        section: Weights, margins and variants.
         roles: Which auxiliary samples enter which loss; by default all enter both.
         progress: How far the whole training is, from 0 to 1; the certified term grows with it.
         generator: For the draws of the stochastic penalty.
@@ -288,74 +281,33 @@ def objective(
     Example:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> images, outliers = torch.rand(2, 1, 2, 2), torch.rand(5, 1, 2, 2)
-        >>> terms = objective(network, images, torch.tensor([0, 2]), outliers, Weights(0.1, 0.1, -8.0, -2.0))
+        >>> terms = objective(network, images, torch.tensor([0, 2]), outliers, ObjectiveSection(0.1, 0.1, -8.0, -2.0))
         >>> terms.total.shape, bool(terms.total.isfinite())
         (torch.Size([]), True)
     """
-    count = len(images_id)
     if roles is None:
         everyone = torch.ones(len(images_aux), dtype=torch.bool, device=images_aux.device)
         roles = Roles(everyone, everyone)
-    m_in, m_out = weights.m_in, weights.m_out
-    images = torch.cat([images_id, images_aux])
-    scale = pixels_per_unit(network) if weights.coordinates == "normalised" else None
-    part = weights.penalty_share if weights.penalty == "stochastic" else 1.0
-    pointwise = weights.lambda_grad > 0 and weights.slope == "gradient-norm" and weights.reduction == "paper"
-    if pointwise:
-        method: Method = "fast" if weights.penalty == "fast" else "exact"
-        function = SampleWise(network, images, method, weights.batch_norm, scale, part)
-        logits, score = function.logits, function.score
-    else:
-        logits = network(images)
-        score = scores(logits)
-    score_id, score_aux = score[:count], score[count:]
-    zero = torch.zeros_like(score[0].detach())
+    batch = _Batch(network, images_id, images_aux, section, roles)
 
-    cross_entropy = functional.cross_entropy(logits[:count], labels)
-    outlier = zero
-    if weights.outlier_loss == "energy":
-        outlier = energy_loss(score_id, score_aux, m_in, m_out, roles.energy)
-    elif weights.outlier_loss == "oe":
-        outlier = outlier_exposure_loss(logits[count:], roles.energy)
-    total = cross_entropy + weights.lambda_S * outlier
+    cross_entropy = functional.cross_entropy(batch.logits[: len(images_id)], labels)
+    outlier = batch.outlier_loss()
+    total = cross_entropy + section.lambda_S * outlier
+    gradient = batch.gradient_loss(generator)
+    if section.lambda_grad > 0:
+        total = total + section.lambda_grad * gradient
+    certified = batch.zero
+    grown = 1.0 if section.certified_ramp == 0 else min(1.0, progress / section.certified_ramp)
+    if section.certified != "none" and grown > 0:
+        certified = batch.certified_loss(grown)
+        total = total + grown * section.lambda_certified * certified
 
-    slope = zero
-    if weights.reduction == "reference":
-        slope = _reference_loss(network, images, count, weights, roles.gradient, scale)
-    elif weights.lambda_grad > 0:
-        shares = gradient_shares(score_id.detach(), score_aux.detach(), m_in, m_out, roles.gradient)
-        used, shares = _drawn(shares, part, generator)
-        if len(used):
-            if pointwise:
-                norms = function.norms(used)
-            else:
-                chosen = images.detach()[used]
-                norms = interval_lipschitz(
-                    network, Ball(chosen, chosen.new_full((len(used),), weights.slope_eps), "l2")
-                )
-            slope = (shares * norms).sum()
-    if weights.lambda_grad > 0:
-        total = total + weights.lambda_grad * slope
-
-    certified = zero
-    grown = 1.0 if weights.certified_ramp == 0 else min(1.0, progress / weights.certified_ramp)
-    if weights.certified != "none" and grown > 0:
-        certified = certified_loss(
-            network,
-            images_id if weights.certified == "both" else None,
-            images_aux[roles.energy],
-            grown * weights.certified_eps,
-            m_in,
-            m_out,
-            weights.certified_method,
-        )
-        total = total + grown * weights.lambda_certified * certified
-
+    score_id, score_aux, m_in, m_out = batch.score_id, batch.score_aux, section.m_in, section.m_out
     return Terms(
         total=total,
         cross_entropy=cross_entropy.detach(),
         energy=outlier.detach(),
-        gradient=slope.detach(),
+        gradient=gradient.detach(),
         certified=certified.detach(),
         active_energy_id=(score_id >= m_in).float().mean(),
         active_energy_aux=mean_over((score_aux <= m_out).float(), roles.energy),

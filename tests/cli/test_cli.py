@@ -17,6 +17,7 @@ from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import stages
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
+from tests.recorder import Recorder
 
 
 @pytest.fixture
@@ -120,9 +121,14 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
 
 
 def test_demo(tmp_path, small_recipe):
-    stages = []
-    result = demo.run(tmp_path, limit=3, recipe=small_recipe, begin=lambda name, total: stages.append(name))
-    assert stages == ["train energy", "certify energy", "train greg", "certify greg"]
+    recorder = Recorder()
+    result = demo.run(tmp_path, limit=3, recipe=small_recipe, reporter=recorder)
+    assert [stage for stage, _, _ in recorder.stages] == [
+        "train energy",
+        "certify energy",
+        "train greg",
+        "certify greg",
+    ]
     assert all(path.exists() for path in result.files)
     energy, greg = result.summary
     assert set(energy) == {"model", *demo.QUANTITIES}

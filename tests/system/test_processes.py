@@ -18,6 +18,7 @@ from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe, from_dict, load
 from grood_cert.system import processes
 from grood_cert.training import run as training
+from grood_cert.training.step import check_batches
 
 SETTINGS = {
     "name": "shared",
@@ -188,5 +189,5 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, count, sections, message)
     monkeypatch.setattr(processes, "count", lambda: count)
     recipe = recipe_of(**sections)
     with pytest.raises(InputError) as caught:
-        training._check_batches(recipe, experiment_of(recipe))
+        check_batches(recipe, experiment_of(recipe))
     assert message in str(caught.value)

@@ -15,7 +15,8 @@ from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.scores import energy
 from grood_cert.training.certified_loss import certified_loss, energy_interval
-from grood_cert.training.objective import Roles, Weights, energy_loss, objective
+from grood_cert.training.objective import Roles, energy_loss, objective
+from grood_cert.training.sections import ObjectiveSection
 
 METHODS = ("ibp", "crown-ibp")
 
@@ -146,7 +147,7 @@ def test_its_derivative_agrees_with_finite_differences(method):
 def test_radius_and_weight_grow_over_the_ramp(progress, certified):
     network, inside, outside = build("resnet-small"), images_of(6), images_of(9, 1)
     labels, chosen = torch.arange(6) % 5, torch.arange(9) < 5
-    plain = Weights(lambda_grad=0.0, m_in=-2.5, m_out=-1.0)
+    plain = ObjectiveSection(lambda_grad=0.0, m_in=-2.5, m_out=-1.0)
     weights = replace(plain, certified=certified, certified_eps=0.04, certified_ramp=0.4, lambda_certified=0.3)
     roles = Roles(chosen, torch.ones(9, dtype=torch.bool))
     twin = copy.deepcopy(network)
@@ -178,7 +179,9 @@ def digits():
     return images, labels, (inside[::2], inside[1::2]), (outside[::2], outside[1::2])
 
 
-def trained(digits, weights: Weights, name: str, warmup: int = 0, steps: int = 150) -> tuple[float, float, float]:
+def trained(
+    digits, weights: ObjectiveSection, name: str, warmup: int = 0, steps: int = 150
+) -> tuple[float, float, float]:
     """Accuracy, and the shares of held-out outliers that stay above, and ID below, the middle of the margins.
 
     After `warmup` steps without the certified term BatchNorm layers are kept in eval mode.
@@ -213,7 +216,7 @@ def trained(digits, weights: Weights, name: str, warmup: int = 0, steps: int = 1
     return accuracy, float(outside.double().mean()), float(inside.double().mean())
 
 
-CERTIFIED = Weights(lambda_grad=0.0, certified="ood", certified_eps=0.03, lambda_certified=0.1)
+CERTIFIED = ObjectiveSection(lambda_grad=0.0, certified="ood", certified_eps=0.03, lambda_certified=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)

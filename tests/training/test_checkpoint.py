@@ -19,6 +19,10 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import Recipe, from_dict
 from grood_cert.training import checkpoint
 from grood_cert.training import run as training
+from grood_cert.training.evaluation import best_epoch
+from grood_cert.training.loop import Epoch
+from grood_cert.training.step import Steps
+from tests.recorder import Recorder
 
 # Everything that draws random numbers or keeps a state: picked outliers, augmentation, stochastic penalty, BatchNorm,
 # Adam; with parts that differ in size.
@@ -40,18 +44,19 @@ from pathlib import Path
 import torch
 from grood_cert.training import run as training
 from grood_cert.recipe import load
+from grood_cert.system.reporting import Silent
 
 torch.set_num_threads(1)
-steps = 0
+class Killer(Silent):
+    steps = 0
 
-def advance():
-    global steps
-    steps += 1
-    if steps == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def advance(self, steps=1, counts=None):
+        self.steps += steps
+        if self.steps == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 folder = Path(sys.argv[1])
-training.run(load(folder / "recipe.toml"), folder / "run", checkpoint_steps=2, advance=advance)
+training.run(load(folder / "recipe.toml"), folder / "run", checkpoint_steps=2, reporter=Killer())
 """
 
 
@@ -64,15 +69,17 @@ def log(folder: Path) -> list[dict[str, str]]:
         return [{key: value for key, value in row.items() if key not in TIMED} for row in csv.DictReader(stream)]
 
 
-def interrupted_at(step: int):
-    """A callback that ends the run, as Ctrl-C does, after this many steps."""
-    steps = iter(range(1, step + 1))
+class Interrupted(Recorder):
+    """Ends the run, as Ctrl-C does, after so many steps."""
 
-    def advance() -> None:
-        if next(steps) == step:
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def advance(self, steps=1, counts=None):
+        super().advance(steps, counts)
+        if sum(self.steps) == self.step:
             raise KeyboardInterrupt
-
-    return advance
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def begun(tmp_path) -> Path:
     with pytest.raises(KeyboardInterrupt):
-        training.run(recipe_of(), tmp_path / "run", advance=interrupted_at(STEPS + 1))
+        training.run(recipe_of(), tmp_path / "run", reporter=Interrupted(STEPS + 1))
     return tmp_path / "run"
 
 
@@ -105,9 +112,9 @@ def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bytes(tmp_path, whole):
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (2, 2) and len(state["rows"]) == 1
-    remaining: list[int] = []
-    training.run(recipe_of(), tmp_path / "run", resume=True, begin=remaining.append)
-    assert remaining == [3 * STEPS - STEPS - 2]
+    recorder = Recorder()
+    training.run(recipe_of(), tmp_path / "run", resume=True, reporter=recorder)
+    assert [total for _, total, _ in recorder.stages] == [3 * STEPS - STEPS - 2]
     assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".lock")]
     assert_same(tmp_path / "run", whole)
 
@@ -118,8 +125,8 @@ def test_a_run_interrupted_again_and_again(tmp_path, whole, every, lifetime):
     attempts = 0
     while not (tmp_path / "model.pt").exists():
         with contextlib.suppress(KeyboardInterrupt):
-            advance = interrupted_at(lifetime)
-            training.run(recipe_of(), tmp_path, resume=attempts > 0, checkpoint_steps=every, advance=advance)
+            reporter = Interrupted(lifetime)
+            training.run(recipe_of(), tmp_path, resume=attempts > 0, checkpoint_steps=every, reporter=reporter)
         attempts += 1
         assert attempts < 15
     assert attempts > 2
@@ -128,7 +135,7 @@ def test_a_run_interrupted_again_and_again(tmp_path, whole, every, lifetime):
 
 def test_the_state_is_saved_before_the_first_step_and_gone_after_the_last(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        training.run(recipe_of(), tmp_path, advance=interrupted_at(1))
+        training.run(recipe_of(), tmp_path, reporter=Interrupted(1))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (1, 0)
     assert state["recipe"] == recipe_of().to_dict()
@@ -141,7 +148,7 @@ def test_a_run_killed_in_the_evaluation_resumes_with_it(tmp_path, whole, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "evaluate", killed)
         training.run(recipe_of(), tmp_path)
-    epochs: list[training.Epoch] = []
+    epochs: list[Epoch] = []
     training.run(recipe_of(), tmp_path, resume=True, report=epochs.append)
     assert not epochs
     assert_same(tmp_path, whole)
@@ -200,13 +207,13 @@ def test_force_begins_again(begun, whole):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, whole, monkeypatch):
-    original = training._Steps.take
+    original = Steps.take
 
     def poisoned(self, step, inside, outside):
         return None if step == STEPS + 2 else original(self, step, inside, outside)
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="training diverged in epoch 2"):
-        patch.setattr(training._Steps, "take", poisoned)
+        patch.setattr(Steps, "take", poisoned)
         training.run(recipe_of(), tmp_path)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["epoch"] == 2
     training.run(recipe_of(), tmp_path, resume=True)
@@ -233,7 +240,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_file(tmp_path):
 def test_best_weights_are_those_of_the_epoch(whole):
     content = torch.load(whole / "best.pt", weights_only=True)
     rows = [{key: float(value) for key, value in row.items()} for row in log(whole)]
-    assert content["epoch"] == training.best_epoch(rows, 1 / 6)
+    assert content["epoch"] == best_epoch(rows, 1 / 6)
     assert checkpoint.load_weights(whole / "best.pt").keys() == content["state_dict"].keys()
     with pytest.raises(InputError, match=r"model\.pt: not a file of this version"):
         checkpoint.load_weights(whole / "model.pt")

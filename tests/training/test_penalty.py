@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from grood_cert.networks import architectures
 from grood_cert.training import penalty
-from grood_cert.training.objective import Weights, objective
+from grood_cert.training.objective import objective
 from grood_cert.training.penalty import BatchStatistics, SampleWise
+from grood_cert.training.sections import ObjectiveSection
 
-ALL_ACTIVE = Weights(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
+ALL_ACTIVE = ObjectiveSection(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
 
 
 def normed_network(activation: nn.Module, pool: nn.Module) -> nn.Sequential:
@@ -194,7 +195,7 @@ def trained(name: str) -> tuple[nn.Module, torch.Tensor]:
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for _ in range(80):
         first, second = inside[torch.randperm(len(inside))[:48]], outside[torch.randperm(len(outside))[:48]]
-        terms = objective(network, images[first], labels[first], images[second], Weights(lambda_grad=0.0))
+        terms = objective(network, images[first], labels[first], images[second], ObjectiveSection(lambda_grad=0.0))
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
@@ -322,7 +323,7 @@ def test_the_stochastic_penalty_is_unbiased():
     labels = torch.tensor([0, 1, 2, 0, 1])
     generator = torch.Generator().manual_seed(0)
 
-    def terms(weights: Weights) -> torch.Tensor:
+    def terms(weights: ObjectiveSection) -> torch.Tensor:
         result = objective(network, images[:5], labels, images[5:], weights, generator=generator)
         return torch.cat([result.gradient[None], flat_gradient(result.total - result.cross_entropy, network)])
 

@@ -1,0 +1,132 @@
+"""What a run measures: after each epoch on images held out for it, at its end on the test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grood_cert import detector as detectors
+from grood_cert import metrics
+from grood_cert.data import Experiment, ImageSet
+from grood_cert.recipe import Recipe
+from grood_cert.scores import SCORES, energy, gradient_norm_estimate
+
+_GRADIENT_BATCH = 256
+_WATCHED = 2000
+
+
+def mean_gradient_norm(network: nn.Module, images: Tensor) -> float:
+    """Mean over images of ||grad S||_2, per pixel unit; it speaks of the slope at the images, not around them.
+
+    Args:
+        network: f in eval mode.
+        images: Shape (N, C, H, W).
+    """
+    weight = next(network.parameters())
+    norms = [gradient_norm_estimate(network, batch.to(weight), "l2") for batch in images.split(_GRADIENT_BATCH)]
+    return float(torch.cat(norms).mean())
+
+
+def split_calibration(images: ImageSet, recipe: Recipe) -> tuple[ImageSet, ImageSet]:
+    """The calibration images that a run watches, and those that gamma is calibrated on.
+
+    The same ones, unless an epoch is chosen by what was watched: then gamma is calibrated on the others, which remain
+    exchangeable with test images.
+    """
+    apart = recipe.evaluation.keep == "best"
+    every = max(-(-len(images) // _WATCHED), 2 if apart else 1)
+    watched = torch.zeros(len(images), dtype=torch.bool)
+    watched[::every] = True
+    return images.select(watched), images.select(~watched) if apart else images
+
+
+def watch(network: nn.Module, experiment: Experiment, recipe: Recipe) -> dict[str, float] | None:
+    """What a run looks at after each epoch; None if a logit is not finite."""
+    calibration, _ = split_calibration(experiment.calibration, recipe)
+    heldout = experiment.auxiliary_heldout
+    heldout = heldout.select(range(0, len(heldout), -(-len(heldout) // _WATCHED)))
+    inside, outside = detectors.logits(network, calibration.images), detectors.logits(network, heldout.images)
+    if not bool(torch.isfinite(inside).all() and torch.isfinite(outside).all()):
+        return None
+    return {
+        "gradient_norm_id": mean_gradient_norm(network, calibration.images),
+        "gradient_norm_aux": mean_gradient_norm(network, heldout.images),
+        "accuracy": _accuracy(inside, calibration),
+        "fpr95_id": metrics.fpr95_id(energy(inside).numpy(), energy(outside).numpy()),
+    }
+
+
+def _accuracy(values: Tensor, images: ImageSet) -> float:
+    return float((values.argmax(1) == images.labels).double().mean())
+
+
+def _separation(
+    score: Callable[[Tensor, float], Tensor], inside: Tensor, outside: Tensor, temperature: float
+) -> dict[str, float]:
+    """Detection metrics of one score, from the logits of the ID and the OOD test set."""
+    scores = score(inside, temperature).numpy(), score(outside, temperature).numpy()
+    return {"auroc": metrics.auroc(*scores), "fpr95_id": metrics.fpr95_id(*scores)}
+
+
+def evaluate(network: nn.Module, experiment: Experiment, temperature: float = 1.0) -> dict[str, Any]:
+    """Accuracy, detection metrics of every OOD set, and mean gradient norms, all on the test sets.
+
+    Args:
+        network: In eval mode; use float64 for exact metrics.
+        experiment: Images.
+        temperature: That of the `scores`; S itself, the score that is certified, has temperature 1.
+
+    Returns:
+        `accuracy`, `gradient_norm_id`, `gradient_norm_ood`, and under `ood` one record a set with `kind`, `samples`,
+        and `auroc`, `fpr95_id`, `fpr95_ood` of S; under its `scores`, `auroc` and `fpr95_id` of each
+        of `energy.SCORES` at the temperature.
+    """
+    values = detectors.logits(network, experiment.test.images)
+    inside = energy(values).numpy()
+    sets = {}
+    for images in experiment.ood:
+        others = detectors.logits(network, images.images)
+        outside = energy(others).numpy()
+        sets[images.name] = {
+            "kind": images.kind,
+            "samples": len(images),
+            "auroc": metrics.auroc(inside, outside),
+            "fpr95_id": metrics.fpr95_id(inside, outside),
+            "fpr95_ood": metrics.fpr95_ood(inside, outside),
+            "scores": {name: _separation(score, values, others, temperature) for name, score in SCORES.items()},
+        }
+    real = [mean_gradient_norm(network, images.images) for images in experiment.ood if images.kind == "ood"]
+    return {
+        "accuracy": _accuracy(values, experiment.test),
+        "gradient_norm_id": mean_gradient_norm(network, experiment.test.images),
+        "gradient_norm_ood": metrics.mean_over_sets(real) if real else None,
+        "ood": sets,
+    }
+
+
+def accuracy_floor(recipe: Recipe, classes: int) -> float:
+    """ID accuracy below which a classifier counts as collapsed: a share of the way from chance, 1/K, to 1.
+
+    Example:
+        >>> accuracy_floor(Recipe(), 10)
+        0.19
+    """
+    return 1 / classes + recipe.evaluation.accuracy_floor * (1 - 1 / classes)
+
+
+def best_epoch(rows: Sequence[dict[str, Any]], floor: float) -> int | None:
+    """The epoch with the lowest FPR95 on the held-out outliers, of those whose accuracy is not below the floor.
+
+    Args:
+        rows: Records of the epochs; of equal FPR95 the more accurate one is better, then the later one.
+        floor: See `accuracy_floor`.
+
+    Returns:
+        Its number; None if every epoch is below the floor.
+    """
+    sound = [row for row in rows if row["accuracy"] >= floor]
+    best = min(sound, key=lambda row: (row["fpr95_id"], -row["accuracy"], -row["epoch"]), default=None)
+    return None if best is None else int(best["epoch"])

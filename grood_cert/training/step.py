@@ -1,0 +1,233 @@
+"""What happens to a network for one batch.
+
+Every random number follows from the recipe's seed, the step and the part of the batch it is for, never from what was
+drawn before. Hence a run in several processes, or with `optimizer.accumulate`, sees the augmentation and the samples
+that its parts would see in one.
+
+A batch is computed in parts, `accumulate` of them in each process, one after another. A part has its own candidates and
+its own picks; its gradient counts with its share of the ID images. So do the running statistics of BatchNorm: each part,
+normalised by itself, moves those from before the step, and the step's are the mean of what the parts give. Gradients,
+terms and statistics are summed over the processes once a step, so that all processes hold the same network at all
+times.
+
+Where no term of the objective looks at outliers, a batch has none: BatchNorm sees ID images alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch
+
+from grood_cert.data import Experiment, ImageSet
+from grood_cert.errors import InputError
+from grood_cert.recipe import Recipe
+from grood_cert.system import processes
+from grood_cert.training import sampling
+from grood_cert.training.augmentation import augment
+from grood_cert.training.objective import Terms, objective
+from grood_cert.training.sections import ObjectiveSection, OptimizerSection
+
+TERMS = [item.name for item in dataclasses.fields(Terms)]
+
+
+def _optimizer(network: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    if section.name == "adam":
+        return torch.optim.Adam(network.parameters(), lr=section.lr, weight_decay=section.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        nesterov=section.momentum > 0,
+    )
+
+
+def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
+    r"""Learning rate of a step.
+
+    After the linear rise over `warmup_steps`, "cosine" is lr_min + (lr - lr_min)(1 + cos(pi t)) / 2 with t from 0, at
+    the first step after it, to 1, at the last.
+
+    Args:
+        section: Settings.
+        step: From 0.
+        steps: Number of steps of the whole run.
+
+    Example:
+        >>> section = OptimizerSection(lr=0.01, lr_min=1e-6, epochs=2)
+        >>> [round(learning_rate(section, step, 3), 7) for step in range(3)]
+        [0.01, 0.0050005, 1e-06]
+    """
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / (section.warmup_steps + 1)
+    if section.schedule == "constant":
+        return section.lr
+    if section.schedule == "multistep":
+        epoch = step * section.epochs // steps
+        return section.lr * section.factor ** sum(epoch >= milestone for milestone in section.milestones)
+    done = (step - section.warmup_steps) / max(1, steps - 1 - section.warmup_steps)
+    low = section.lr_min / section.lr
+    return section.lr * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def steps_per_epoch(recipe: Recipe, experiment: Experiment) -> int:
+    """Batches in one pass over the ID training images: as few as `batch_size` allows, of sizes that differ by 1."""
+    return -(-len(experiment.train) // recipe.optimizer.batch_size)
+
+
+def check_layout(recipe: Recipe, device: torch.device) -> None:
+    """Channels last pays on a GPU; on a CPU, torch 2.11 corrupts memory in the backward pass of a strided 1x1 convolution.
+
+    Raises:
+        InputError: If the device is a CPU and the recipe asks for channels last.
+    """
+    if recipe.compute.channels_last and device.type == "cpu":
+        raise InputError(
+            "compute.channels_last = true is for a GPU; use --device cuda, or --set compute.channels_last=false"
+        )
+
+
+def check_batches(recipe: Recipe, experiment: Experiment) -> int:
+    """Number of parts a batch is computed in.
+
+    Raises:
+        InputError: If a batch is too small to be cut into them, the candidates are too few to pick from, or the
+            learning rate would rise to the end of the run.
+    """
+    section, count = recipe.optimizer, processes.count()
+    parts, images, steps = count * section.accumulate, len(experiment.train), steps_per_epoch(recipe, experiment)
+    if images // steps < parts:
+        raise InputError(
+            f"a batch of {images // steps} ID images cannot be cut into {parts} parts (processes: {count}, "
+            f"optimizer.accumulate = {section.accumulate}); raise optimizer.batch_size"
+        )
+    if section.warmup_steps >= section.epochs * steps:
+        raise InputError(
+            f"optimizer.warmup_steps = {section.warmup_steps}, but the run has {section.epochs * steps} steps in all"
+        )
+    if parts > 1 and recipe.objective.reduction == "reference":
+        raise InputError('objective.reduction = "reference" divides by the size of the batch; use one process')
+    if recipe.sampling.method == "energy":
+        pool, auxiliary = recipe.sampling.pool, len(experiment.auxiliary)
+        if pool > auxiliary:
+            raise InputError(f"sampling.pool = {pool}, but there are only {auxiliary} auxiliary outliers to train on")
+        sampling.check(pool // parts, -(-min(section.batch_size, images) // parts))
+    return parts
+
+
+def _set(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give tensors, in place, other values."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+class Steps:
+    """The steps of a run: what happens to a network for one batch."""
+
+    def __init__(self, network: nn.Module, experiment: Experiment, recipe: Recipe, device: torch.device) -> None:
+        check_layout(recipe, device)
+        self.cuts = check_batches(recipe, experiment)
+        self.network, self.experiment, self.recipe, self.device = network, experiment, recipe, device
+        self.optimizer = _optimizer(network, recipe.optimizer)
+        self.total = recipe.optimizer.epochs * steps_per_epoch(recipe, experiment)
+        self.format = torch.channels_last if recipe.compute.channels_last else torch.contiguous_format
+        network.to(memory_format=self.format)  # type: ignore[call-overload]
+        self.model: Any = torch.compile(network) if recipe.compute.compile else network
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+        self.buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self.statistics = [buffer for buffer in self.buffers if buffer.is_floating_point()]
+
+    def _generator(self, step: int, part: int) -> torch.Generator:
+        (number,) = np.random.SeedSequence([self.recipe.seed, step, part]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(number >> np.uint64(1)))
+
+    def _images(self, images: ImageSet, indices: Tensor, generator: torch.Generator) -> Tensor:
+        changed = augment(images.images[indices], self.recipe.augmentation, generator)
+        return changed.to(self.device, memory_format=self.format)
+
+    def _terms(self, step: int, part: int, inside: Tensor, outside: Tensor, section: ObjectiveSection) -> Terms:
+        """The objective of one part of a batch."""
+        train, auxiliary, picking = self.experiment.train, self.experiment.auxiliary, self.recipe.sampling
+        generator = self._generator(step, part)
+        images = self._images(train, inside, generator)
+        outliers = self._images(auxiliary, outside, generator) if self.recipe.objective.uses_outliers else images[:0]
+        labels, roles, progress = train.labels[inside].to(self.device), None, step / self.total
+        if self.recipe.objective.uses_outliers and picking.method == "energy":
+            with self._arithmetic():
+                logits, features = sampling.candidates(self.network, outliers)
+            picks = sampling.pick(logits.float(), features.float(), len(images), picking.routing, generator=generator)
+            outliers, roles = outliers[picks.indices], picks.roles
+        with self._arithmetic():
+            return objective(
+                self.model, images, labels, outliers, section, roles=roles, progress=progress, generator=generator
+            )
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, self.recipe.compute.precision == "bf16")
+        # The penalty and the loss go back through one graph, whose buffers a compiled network must not give away.
+        with bf16, functorch.patch(donated_buffer=False):
+            yield
+
+    def _own_parts(self, inside: Tensor, outside: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """What of a batch this process computes: number, ID images and outliers of each part."""
+        mine = self.recipe.optimizer.accumulate
+        first = processes.rank() * mine
+        cut = zip(range(self.cuts), inside.tensor_split(self.cuts), outside.tensor_split(self.cuts), strict=True)
+        return list(cut)[first : first + mine]
+
+    def take(self, step: int, inside: Tensor, outside: Tensor) -> Tensor | None:
+        """Update the network for one batch, given as indices of ID images and outliers.
+
+        Returns:
+            The terms of the objective over the batch, or None if they are not finite; then nothing is updated.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = torch.zeros(len(TERMS), device=self.device)
+        before = [buffer.clone() for buffer in self.buffers]
+        after = [torch.zeros_like(buffer) for buffer in self.statistics]
+        for part, part_inside, part_outside in self._own_parts(inside, outside):
+            share = len(part_inside) / len(inside)
+            _set(self.buffers, before)
+            found = self._terms(step, part, part_inside, part_outside, self.recipe.objective)
+            (share * found.total).backward()
+            terms += share * torch.stack([getattr(found, name).detach().float() for name in TERMS])
+            for mean, buffer in zip(after, self.statistics, strict=True):
+                mean += share * buffer
+        gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
+        processes.add_up([*gradients, *after, terms])
+        if not bool(torch.isfinite(terms[0])):
+            _set(self.buffers, before)
+            return None
+        _set(self.statistics, after)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.optimizer, step, self.total)
+        self.optimizer.step()
+        return terms
+
+    def gradient_share(self, step: int, inside: Tensor, outside: Tensor) -> float:
+        """Share of the time of a step that the gradient term takes; leaves network and random numbers as they are."""
+        section, part = self.recipe.objective, self._own_parts(inside, outside)[0]
+        if section.lambda_grad == 0:
+            return 0.0
+        kept = [buffer.clone() for buffer in self.network.buffers()]
+        seconds = {}
+        # Without the term a compiled network is another one, so it runs once before the clock does.
+        for lambda_grad in (section.lambda_grad, 0.0) * (2 if self.recipe.compute.compile else 1):
+            start = time.perf_counter()
+            self._terms(step, *part, dataclasses.replace(section, lambda_grad=lambda_grad)).total.backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds[lambda_grad] = time.perf_counter() - start
+        _set(self.network.buffers(), kept)
+        self.optimizer.zero_grad(set_to_none=True)
+        return max(0.0, 1 - seconds[0.0] / seconds[section.lambda_grad])
