@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grood_cert import recipe as recipes
 from grood_cert.detector import Architecture
 from grood_cert.errors import InputError, RunError
-from grood_cert.recipe import Recipe
+from grood_cert.recipe import Recipe, first_difference, from_dict
 from grood_cert.system.files import replacing
 
 _STATE = "grood-cert unfinished run"
@@ -30,7 +29,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Progress:
+class State:
     """How far a training run has got; its tensors are the run's own and change with its next step.
 
     Attributes:
@@ -78,7 +77,7 @@ def _described(architecture: Architecture) -> dict[str, Any]:
 
 
 def save(
-    path: Path, recipe: Recipe, architecture: Architecture, progress: Progress, rows: Sequence[Mapping[str, Any]]
+    path: Path, recipe: Recipe, architecture: Architecture, state: State, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write the state of a run.
 
@@ -86,13 +85,12 @@ def save(
         path: `last.pt`.
         recipe: Its settings.
         architecture: Its network; the normalisation in it tells one set of images from another.
-        progress: How far it has got.
+        state: How far it has got.
         rows: The records of the epochs that are done.
 
     Raises:
         RunError: If the file cannot be written, for want of room for example; the older one is then still there.
     """
-    state = {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
     _write(
         path,
         {
@@ -100,13 +98,13 @@ def save(
             "format_version": _VERSION,
             "recipe": recipe.to_dict(),
             "architecture": _described(architecture),
-            "progress": state,
+            "progress": {field.name: getattr(state, field.name) for field in dataclasses.fields(State)},
             "rows": [dict(row) for row in rows],
         },
     )
 
 
-def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[Progress, list[dict[str, Any]]]:
+def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[State, list[dict[str, Any]]]:
     """Read the state of a run that is to go on.
 
     Args:
@@ -121,13 +119,13 @@ def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[Progre
         InputError: If there is no such run, or it began with another recipe or other images.
     """
     content = _read(path, _STATE, "so there is nothing to resume; start without --resume")
-    begun = recipes.from_dict(content["recipe"], f"{path}: recipe")
-    difference = recipes.first_difference(begun, recipe)
+    begun = from_dict(content["recipe"], f"{path}: recipe")
+    difference = first_difference(begun, recipe)
     if difference:
         raise InputError(f"{path}: the run began with {difference}; resume it with its own recipe, or start another")
     if content["architecture"] != _described(architecture):
         raise InputError(f"{path}: the run began with other training images; resume it with those")
-    return Progress(**content["progress"]), content["rows"]
+    return State(**content["progress"]), content["rows"]
 
 
 def save_weights(path: Path, epoch: int, weights: dict[str, Tensor]) -> None:

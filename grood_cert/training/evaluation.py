@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grood_cert import detector as detectors
 from grood_cert import metrics
 from grood_cert.data import Experiment, ImageSet
+from grood_cert.detector import logits
 from grood_cert.recipe import Recipe
 from grood_cert.scores import SCORES, energy, gradient_norm_estimate
 
@@ -48,7 +48,7 @@ def watch(network: nn.Module, experiment: Experiment, recipe: Recipe) -> dict[st
     calibration, _ = split_calibration(experiment.calibration, recipe)
     heldout = experiment.auxiliary_heldout
     heldout = heldout.select(range(0, len(heldout), -(-len(heldout) // _WATCHED)))
-    inside, outside = detectors.logits(network, calibration.images), detectors.logits(network, heldout.images)
+    inside, outside = logits(network, calibration.images), logits(network, heldout.images)
     if not bool(torch.isfinite(inside).all() and torch.isfinite(outside).all()):
         return None
     return {
@@ -84,11 +84,11 @@ def evaluate(network: nn.Module, experiment: Experiment, temperature: float = 1.
         and `auroc`, `fpr95_id`, `fpr95_ood` of S; under its `scores`, `auroc` and `fpr95_id` of each
         of `energy.SCORES` at the temperature.
     """
-    values = detectors.logits(network, experiment.test.images)
+    values = logits(network, experiment.test.images)
     inside = energy(values).numpy()
     sets = {}
     for images in experiment.ood:
-        others = detectors.logits(network, images.images)
+        others = logits(network, images.images)
         outside = energy(others).numpy()
         sets[images.name] = {
             "kind": images.kind,

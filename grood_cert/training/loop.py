@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grood_cert import detector as detectors
 from grood_cert.data import Experiment
+from grood_cert.detector import logits
 from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import Recipe
 from grood_cert.system import processes
 from grood_cert.system.reporting import SILENT, Reporter
-from grood_cert.training.checkpoint import Progress
+from grood_cert.training.checkpoint import State
 from grood_cert.training.evaluation import watch
 from grood_cert.training.step import TERMS, Steps, learning_rate, steps_per_epoch
 
@@ -140,25 +140,25 @@ class _Loop:
         recipe: Recipe,
         device: str,
         reporter: Reporter,
-        save: Callable[[Progress], None],
+        save: Callable[[State], None],
         checkpoint_steps: int,
     ) -> None:
         check_images(experiment)
         self.network, self.experiment, self.recipe = network.to(device), experiment, recipe
         self.steps = Steps(network, experiment, recipe, torch.device(device))
         train = experiment.train
-        outputs, classes = detectors.logits(network.eval(), train.images[:1]).shape[1], len(train.class_names)
+        outputs, classes = logits(network.eval(), train.images[:1]).shape[1], len(train.class_names)
         if outputs != classes:
             raise InputError(f"the network has {outputs} logits, '{train.name}' has {classes} classes")
         self.reporter, self.save, self.checkpoint_steps = reporter, save, checkpoint_steps
 
-    def state(self, epoch: int, history: Sequence[Tensor], seconds: float) -> Progress:
+    def state(self, epoch: int, history: Sequence[Tensor], seconds: float) -> State:
         """What it takes to go on in an epoch, whose steps so far had these terms and took this time."""
         values = torch.stack([*history]).cpu() if history else torch.empty(0, len(TERMS))
         network, optimizer = self.network.state_dict(), self.steps.optimizer.state_dict()
-        return Progress(epoch, len(history), network, optimizer, values, seconds)
+        return State(epoch, len(history), network, optimizer, values, seconds)
 
-    def begin(self, start: Progress | None) -> Progress:
+    def begin(self, start: State | None) -> State:
         """Take up an earlier run, or begin; all processes then hold the same network."""
         if start is None:
             start = self.state(1, [], 0.0)
@@ -201,8 +201,8 @@ def fit(
     device: str = "cpu",
     *,
     reporter: Reporter = SILENT,
-    start: Progress | None = None,
-    save: Callable[[Progress], None] = lambda progress: None,
+    start: State | None = None,
+    save: Callable[[State], None] = lambda state: None,
     checkpoint_steps: int = 0,
 ) -> Iterator[Epoch]:
     """Train in place; one record an epoch.

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grood_cert import detector as detectors
 from grood_cert import metrics
 from grood_cert.ball import Ball
 from grood_cert.data import Experiment, ImageSet, experiment_of
-from grood_cert.detector import Architecture, Detector, Provenance
+from grood_cert.detector import Architecture, Detector, Provenance, check_device, logits, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.weights import load_pretrained
@@ -29,7 +28,7 @@ from grood_cert.system.files import check_writable, locked, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import checkpoint
 from grood_cert.training.certified_loss import certified_loss
-from grood_cert.training.checkpoint import Progress
+from grood_cert.training.checkpoint import State
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
 from grood_cert.training.loop import Epoch, check_images, fit
 from grood_cert.training.sections import ObjectiveSection
@@ -110,7 +109,7 @@ class _Files:
         self.floor = accuracy_floor(recipe, architecture.classes)
         self.rows: list[dict[str, Any]] = []
 
-    def resumed(self) -> Progress:
+    def resumed(self) -> State:
         """Where the unfinished run in the folder was saved; its rows are those of this one."""
         start, self.rows = checkpoint.load(self.last, self.recipe, self.architecture)
         return start
@@ -127,9 +126,9 @@ class _Files:
                     raise InputError(f"cannot replace {old}: {error.strerror or error}") from error
             yield
 
-    def save(self, progress: Progress) -> None:
+    def save(self, state: State) -> None:
         """Write what it takes to go on from here."""
-        checkpoint.save(self.last, self.recipe, self.architecture, progress, self.rows)
+        checkpoint.save(self.last, self.recipe, self.architecture, state, self.rows)
 
     def add(self, epoch: Epoch, network: nn.Module) -> None:
         """Write the record of an epoch, and its weights if they are the best so far."""
@@ -156,7 +155,7 @@ def _detector(
     """The trained network, in float64, with its threshold and what it is worth."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     network.double().eval().requires_grad_(False)
-    scores = energy(detectors.logits(network, calibration.images)).numpy()
+    scores = energy(logits(network, calibration.images)).numpy()
     return Detector(
         network=network,
         gamma=metrics.calibrated_threshold(scores, metrics.TPR_PERCENT),
@@ -167,7 +166,7 @@ def _detector(
             recipe=recipe,
             calibration={"samples": len(scores), "percent": metrics.TPR_PERCENT},
             metrics=evaluate(network, experiment, recipe.evaluation.temperature),
-            versions=detectors.versions(),
+            versions=versions(),
         ),
     )
 
@@ -216,7 +215,7 @@ def run(
     reporter = reporter if first else SILENT
     if first:
         _check_folder(out, force, resume)
-    detectors.check_device(device)
+    check_device(device)
     check_layout(recipe, torch.device(device))
     with processes.first_goes_ahead():
         experiment = experiment_of(recipe, data_dir, download and first)
@@ -233,7 +232,7 @@ def run(
         count = steps_per_epoch(recipe, experiment)
         done = (start.epoch - 1) * count + start.step if start else 0
         reporter.begin(f"train {recipe.name}", recipe.optimizer.epochs * count - done, "steps")
-        save = files.save if first else lambda progress: None
+        save = files.save if first else lambda state: None
         for epoch in fit(
             network,
             experiment,
