@@ -295,7 +295,7 @@ def test_old_checkpoints_keep_their_names():
     [
         (
             ("resnet19", (1, 8, 8), 4, [0.5], [0.3]),
-            "unknown network 'resnet19'; use one of conv-small, mlp, resnet-small",
+            "unknown network 'resnet19'; use one of conv-small, mlp, resnet18",
         ),
         (("mlp", (3, 8, 8), 4, [0.5], [0.3]), "normalisation has 1 channels, the images have 3"),
         (("mlp", (1, 8, 8), 4, [0.5], [0.0]), "one positive std for each channel"),
