@@ -50,7 +50,7 @@ from grood_cert.detector import Detector
 from grood_cert.errors import InputError
 from grood_cert.results.columns import KINDS, OUTCOMES
 from grood_cert.runs import certify as certification
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import subset
 from grood_cert.system.files import write_csv
 from grood_cert.training import run as training
 
@@ -217,7 +217,7 @@ def _right(loaded: Detector, sets: Sequence[ImageSet], samples: int) -> dict[str
     for kind in ("id", "ood"):
         chosen = [images for images in sets if images.kind == kind]
         share = -(-samples // len(chosen))
-        images = torch.cat([runs.subset(whole, share, 0)[0].images for whole in chosen])[:samples].double()
+        images = torch.cat([subset(whole, share, 0)[0].images for whole in chosen])[:samples].double()
         accepted = loaded.score(images) <= loaded.gamma
         found[kind] = images[accepted == (kind == "id")]
     return found

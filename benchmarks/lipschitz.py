@@ -30,6 +30,7 @@ from grood_cert.errors import RunError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
 from grood_cert.recipe import Recipe
+from grood_cert.runs import analyse
 from grood_cert.system.files import write_csv
 from grood_cert.training import run as training
 from grood_cert.training.sections import NetworkSection
@@ -93,7 +94,7 @@ def measure(
     records = []
     for norm, values in EPS.items():
         settings = analysis.Settings(values, norm, clever_batches=0, samples=64, ascents=3)
-        result = analysis.run(loaded, folder / "model.pt", sets, settings, folder / norm, limit=samples, force=True)
+        result = analyse.run(loaded, folder / "model.pt", sets, settings, folder / norm, limit=samples, force=True)
         for kind in ("id", "ood"):
             for eps in values:
                 chosen = result.of_kind(kind) & (result["eps"] == eps)

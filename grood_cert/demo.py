@@ -16,7 +16,7 @@ from grood_cert.recipe import Recipe
 from grood_cert.results import curves, figures
 from grood_cert.results.summary import RADII, radius_summary
 from grood_cert.results.table import Table
-from grood_cert.runs import certify as certification
+from grood_cert.runs import certify
 from grood_cert.system.files import write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import run as training
@@ -120,7 +120,7 @@ def run(
             reporter=reporter,
         )
         experiment = experiment_of(chosen)
-        certifications[name] = certification.run(
+        certifications[name] = certify.run(
             detector,
             folder / "model.pt",
             [experiment.test, *experiment.ood],
@@ -128,8 +128,8 @@ def run(
             folder,
             limit=limit,
             force=force,
-            begin=lambda samples, name=name: reporter.begin(f"certify {name}", samples),  # type: ignore[misc]
-            advance=reporter.advance,
+            stage=f"certify {name}",
+            reporter=reporter,
         )
         summary.append(summarise(name, detector, certifications[name]))
     figures.save(figures.robustness(certifications), out / "curves.png")

@@ -19,6 +19,7 @@ from grood_cert.ball import Norm
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
 from grood_cert.lipschitz import analyser as analysis
+from grood_cert.runs import analyse
 from grood_cert.training import run as training
 
 
@@ -45,7 +46,7 @@ def main(
         if not (folder / "lipschitz.csv").exists():
             experiment = experiment_of(chosen)
             sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
-            analysis.run(trained, model, sets, settings, folder, limit=limit)
+            analyse.run(trained, model, sets, settings, folder, limit=limit)
         typer.echo(f"{folder}: accuracy {trained.origin.metrics['accuracy']:.4f}")
 
 

@@ -112,9 +112,7 @@ def certify(
             memory=most,
             save_adversarial=save_adversarial,
             force=force,
-            begin=lambda samples: bar.begin("certifying", samples),
-            advance=bar.advance,
-            report=bar.say,
+            reporter=bar,
         )
     if not part.leads:
         return

@@ -37,6 +37,7 @@ def lipschitz(
     from grood_cert.bounds.engine import Method
     from grood_cert.lipschitz import analyser as analysis
     from grood_cert.results.summary import SLOPES
+    from grood_cert.runs import analyse
 
     loaded = detector.load(model, options.device_name(device))
     ball = options.norm_named(norm)
@@ -55,7 +56,7 @@ def lipschitz(
     folder = out or model.parent
     part = options.shard_of(shard)
     with output.Bar() as bar:
-        result = analysis.run(
+        result = analyse.run(
             loaded,
             model,
             [images.test, *images.ood],
@@ -64,9 +65,7 @@ def lipschitz(
             limit=limit,
             shard=part,
             force=force,
-            begin=lambda samples: bar.begin("analysing", samples),
-            advance=bar.advance,
-            report=bar.say,
+            reporter=bar,
         )
     if not part.leads:
         return

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from grood_cert.ball import Norm as Norm_
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
-    from grood_cert.runs import saving as runs
+    from grood_cert.runs import shards
 
 Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
 _NORMS = ("linf", "l2", "l1")  # ball.NORMS, which would import torch
@@ -92,11 +92,11 @@ def device_name(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def shard_of(text: str) -> runs.Shard:
+def shard_of(text: str) -> shards.Shard:
     """The part of a run that --shard names; without it, the one that torchrun gives this process."""
-    from grood_cert.runs import saving as runs
+    from grood_cert.runs import shards
 
-    return runs.Shard.parse(text) if text else runs.shard_of_environment()
+    return shards.Shard.parse(text) if text else shards.shard_of_environment()
 
 
 def byte_count(text: str) -> int:

@@ -82,9 +82,7 @@ def smooth(
             limit=limit,
             shard=part,
             force=force,
-            begin=bar.begin,
-            advance=bar.advance,
-            report=bar.say,
+            reporter=bar,
         )
     if not part.leads:
         return

@@ -9,9 +9,7 @@ On every batch the chain (gradient norm, sampled, ascended, secant) <= every bou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from grood_cert.bounds.engine import Method
 from grood_cert.bounds.engines import build
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, engine_preactivations
-from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
@@ -34,9 +31,6 @@ from grood_cert.lipschitz.estimates import (
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
-from grood_cert.results.columns import header
-from grood_cert.results.table import Table
-from grood_cert.runs import saving as runs
 from grood_cert.scores import energy
 
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
@@ -115,12 +109,12 @@ class Analyser:
         sample = _COPIES * 8 * self.graph.classes * neurons
         return max(1, min(self.settings.batch_size, self.settings.memory // sample))
 
-    def analyse(self, images: Tensor, batch: int = 0) -> list[dict[str, Any]]:
+    def analyse(self, images: Tensor, generator: torch.Generator) -> list[dict[str, Any]]:
         """All columns but those that name a sample, as one dictionary of lists for each eps.
 
         Args:
             images: Shape (B, C, H, W), pixels in [0, 1].
-            batch: Number of the batch; with the settings' seed it fixes the sampling.
+            generator: Random numbers of all sampling.
 
         Raises:
             SoundnessError: If an estimate from below exceeds a formal bound.
@@ -128,7 +122,6 @@ class Analyser:
         images = images.to(next(self.graph.network.parameters()))
         with torch.no_grad():
             score = energy(self.graph.network(images))
-        generator = runs.generator(self.settings.seed, batch)
         pages: list[dict[str, Any]] = []
         best: list[Tensor] = []
         for value in self.settings.eps:
@@ -184,80 +177,3 @@ def _check_chain(images: Tensor, page: dict[str, Any]) -> None:
                     **{lower: page[lower][wrong].cpu().numpy() for lower in _LOWER},
                 },
             )
-
-
-def analyse(analyser: Analyser, batch: runs.Batch) -> list[dict[str, Any]]:
-    """Analyse one batch of a run.
-
-    Args:
-        analyser: Detector and settings.
-        batch: Images and their names.
-
-    Returns:
-        One record for each sample and eps, with the columns of a Lipschitz analysis.
-
-    Raises:
-        SoundnessError: If an estimate from below exceeds a formal bound.
-    """
-    pages = analyser.analyse(batch.images.images, batch.number)
-    return [
-        name | {column: values[position] for column, values in page.items()}
-        for position, name in enumerate(batch.names)
-        for page in pages
-    ]
-
-
-def run(
-    detector: Detector,
-    model: Path,
-    sets: Sequence[ImageSet],
-    settings: Settings,
-    out: Path,
-    *,
-    limit: int = 0,
-    shard: runs.Shard = runs.WHOLE,
-    force: bool = False,
-    begin: Callable[[int], None] = lambda samples: None,
-    advance: Callable[[int], None] = lambda samples: None,
-    report: Callable[[str], None] = lambda line: None,
-) -> Table:
-    """Analyse a detector and write `lipschitz.csv` and its manifest `lipschitz.json` to a folder.
-
-    An analysis that was interrupted goes on where it was.
-
-    Args:
-        detector: The detector.
-        model: The checkpoint it came from, named and hashed in the manifest.
-        sets: Image sets.
-        settings: What to analyse.
-        out: Folder; made if absent.
-        limit: Most images of each set, 0 for all.
-        shard: Which part of the batches to do.
-        force: Start afresh, whatever is there.
-        begin: Called once with the number of samples, unless everything is done already.
-        advance: Called after every batch with its size.
-        report: Called with a line about an earlier run that was found.
-
-    Returns:
-        The analysis, as written.
-
-    Raises:
-        InputError: If settings, sets, folder or a layer of the network are unusable.
-        RunError: If the bound engine is missing or cannot convert the network.
-        SoundnessError: If an estimate from below exceeds a formal bound; the evidence is saved.
-    """
-    analyser = Analyser(detector, settings)
-    path = runs.execute(
-        out / "lipschitz.csv",
-        header("lipschitz", settings.eps),
-        runs.batches(sets, limit, analyser.batch_size, settings.seed),
-        lambda batch: analyse(analyser, batch),
-        runs.manifest("lipschitz", detector, model, sets, limit, settings),
-        dict,
-        shard=shard,
-        force=force,
-        begin=begin,
-        advance=lambda samples, counts: advance(samples),
-        report=report,
-    )
-    return Table.read(path, "lipschitz")

@@ -29,10 +29,14 @@ from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.results.columns import SCHEMAS, grid_column, header
 from grood_cert.results.table import Table
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import Batch, batches, generator, subset
+from grood_cert.runs.manifest import manifest
+from grood_cert.runs.saving import execute, save_evidence
+from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.scores import energy
 from grood_cert.system.files import check_writable, replacing
 from grood_cert.system.memory import batch_for_memory, peak_memory
+from grood_cert.system.reporting import SILENT, Reporter
 
 _SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6)  # of the median attack radius
 _PROBED = 16
@@ -56,7 +60,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     """
     distances = []
     for number, whole in enumerate(images for images in sets if images.kind != "noise"):
-        images = runs.subset(whole, _PROBED, seed)[0].images.to(next(detector.network.parameters()))
+        images = subset(whole, _PROBED, seed)[0].images.to(next(detector.network.parameters()))
         with torch.no_grad():
             accepted = energy(detector.network(images)) <= detector.gamma
         images = images[accepted == (whole.kind == "id")]
@@ -66,7 +70,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
                 images,
                 detector.gamma,
                 norm,
-                runs.generator(seed, number),
+                generator(seed, number),
                 attacks.Effort.preset("fast"),
             )
             distances += [value for value in found.radius.tolist() if np.isfinite(value)]
@@ -76,7 +80,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
 
 
-def certify(cascade: Cascade, batch: runs.Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
+def certify(cascade: Cascade, batch: Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
     """Certify one batch of a run.
 
     Args:
@@ -91,7 +95,7 @@ def certify(cascade: Cascade, batch: runs.Batch, adversarial: Path | None = None
         SoundnessError: If an attack contradicts a proof.
     """
     images, records, settings = batch.images, batch.names, cascade.settings
-    found = cascade.certify(images.images, images.kind, runs.generator(settings.seed, batch.number))
+    found = cascade.certify(images.images, images.kind, generator(settings.seed, batch.number))
     if adversarial:
         with replacing(adversarial / f"{batch.number:06d}.npz") as temporary, temporary.open("wb") as stream:
             np.savez(
@@ -189,13 +193,12 @@ def run(
     out: Path,
     *,
     limit: int = 0,
-    shard: runs.Shard = runs.WHOLE,
+    shard: Shard = WHOLE,
     memory: int = 0,
     save_adversarial: bool = False,
     force: bool = False,
-    begin: Callable[[int], None] = lambda samples: None,
-    advance: runs.Advance = lambda samples, counts: None,
-    report: Callable[[str], None] = lambda line: None,
+    stage: str = "certifying",
+    reporter: Reporter = SILENT,
 ) -> Table:
     """Certify a detector and write `rows.csv` and its manifest `rows.json` to a folder.
 
@@ -212,9 +215,8 @@ def run(
         memory: Bytes of peak memory to stay within, 0 for no bound; fewer balls are bounded at once.
         save_adversarial: Whether to keep the points that attacks found, in `adversarial/`.
         force: Start afresh, whatever is there.
-        begin: Called once with the number of samples, unless everything is done already.
-        advance: Called after every batch with its size and the `tally` of all balls so far.
-        report: Called with a line about an earlier run that was found.
+        stage: What the reporter calls it.
+        reporter: Hears of every batch, with the `tally` of all balls so far, and of an earlier run that was found.
 
     Raises:
         InputError: If settings, sets or folder are unusable.
@@ -231,19 +233,19 @@ def run(
         try:
             check = cross_checked(cascade.choice, sets, settings.eps, settings.norm)
         except SoundnessError as error:
-            runs.save_evidence(error, out)
+            save_evidence(error, out)
             raise
         if shard.leads and cascade.choice.note:
-            report(cascade.choice.note)
+            reporter.say(cascade.choice.note)
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
-    path = runs.execute(
+    path = execute(
         out / "rows.csv",
         header("certification", settings.eps),
-        runs.batches(sets, limit, settings.batch_size, settings.seed),
+        batches(sets, limit, settings.batch_size, settings.seed),
         lambda batch: certify(cascade, batch, adversarial),
-        runs.manifest("certification", detector, model, sets, limit, settings)
+        manifest("certification", detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
             "bounded_by": cascade.choice.engine,
@@ -251,12 +253,11 @@ def run(
             "largest_eps": largest_eps(detector.shape, settings.norm),
         },
         lambda: Counter(cascade.failures),
+        stage=stage,
         shard=shard,
         force=force,
         tally=tally(settings.eps),
-        begin=begin,
-        advance=advance,
-        report=report,
+        reporter=reporter,
     )
     return Table.read(path, "certification")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from grood_cert.metrics import TPR_PERCENT
 from grood_cert.results.columns import SCHEMAS, grid_column, header
 from grood_cert.results.table import Table
 from grood_cert.results.thresholds import calibrated_gamma
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import Batch, batches
+from grood_cert.runs.manifest import manifest
+from grood_cert.runs.saving import execute
+from grood_cert.runs.shards import WHOLE, Shard
+from grood_cert.system.reporting import SILENT, Reporter
 
 _GUARANTEE = (
     "With probability at least 1 - alpha over the draws of a row, its decision and radius_smoothed are true of the "
@@ -29,7 +33,7 @@ _GUARANTEE = (
 )
 
 
-def calibrate(smoother: Smoother, batch: runs.Batch) -> list[dict[str, Any]]:
+def calibrate(smoother: Smoother, batch: Batch) -> list[dict[str, Any]]:
     """Estimate the smoothed score of calibration images; gamma is the `metrics.calibrated_threshold` of all of them.
 
     Returns:
@@ -50,7 +54,7 @@ def calibrate(smoother: Smoother, batch: runs.Batch) -> list[dict[str, Any]]:
     return records
 
 
-def certify(smoother: Smoother, gamma: float, batch: runs.Batch) -> list[dict[str, Any]]:
+def certify(smoother: Smoother, gamma: float, batch: Batch) -> list[dict[str, Any]]:
     """Certify one batch of a run.
 
     Args:
@@ -81,11 +85,9 @@ def run(
     out: Path,
     *,
     limit: int = 0,
-    shard: runs.Shard = runs.WHOLE,
+    shard: Shard = WHOLE,
     force: bool = False,
-    begin: Callable[[str, int], None] = lambda stage, samples: None,
-    advance: Callable[[int], None] = lambda samples: None,
-    report: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> Table:
     """Smooth a detector, calibrate it anew and certify it.
 
@@ -103,10 +105,8 @@ def run(
         shard: Which part of the batches to certify. Shards that run jointly share the calibration too; of others, the
             first to run in a folder calibrates, and those that start before it is done are refused.
         force: Start afresh, whatever is there.
-        begin: Called at the start of each stage, "calibrating" and "certifying", with its name and number of samples,
-            unless everything is done already.
-        advance: Called after every batch with its size.
-        report: Called with a line about an earlier run that was found.
+        reporter: Hears of the stages, "calibrating" and "certifying", of every batch, and of an earlier run that was
+            found.
 
     Raises:
         InputError: If settings, sets or folder are unusable, or there are fewer than 19 calibration images.
@@ -114,25 +114,23 @@ def run(
     """
     smoother = Smoother(detector, settings)
     inside, tested = (
-        runs.batches(images, most, settings.batch_size, settings.seed)
+        batches(images, most, settings.batch_size, settings.seed)
         for images, most in (([calibration], settings.calibration_limit), (sets, limit))
     )
     samples = sum(map(len, inside))
     metrics.calibrated_threshold(range(samples), TPR_PERCENT)  # refuses too small a split
     about = {"norm": "l2", "method": settings.method, "gamma_base": detector.gamma, "dtype": settings.dtype}
-    medians = runs.execute(
+    medians = execute(
         out / "smoothing-calibration.csv",
         header("smoothing-calibration", settings.eps),
         inside,
         functools.partial(calibrate, smoother),
-        runs.manifest("smoothing-calibration", detector, model, [calibration], settings.calibration_limit, settings)
-        | about,
+        manifest("smoothing-calibration", detector, model, [calibration], settings.calibration_limit, settings) | about,
         dict,
-        shard=shard if shard.joint else runs.WHOLE,
+        stage="calibrating",
+        shard=shard if shard.joint else WHOLE,
         force=force,
-        begin=functools.partial(begin, "calibrating"),
-        advance=lambda samples, counts: advance(samples),
-        report=report,
+        reporter=reporter,
     )
     gamma = calibrated_gamma(Table.read(medians, "smoothing-calibration"))
     about |= {
@@ -140,18 +138,17 @@ def run(
         "calibration": {"set": calibration.name, "samples": samples, "percent": TPR_PERCENT},
         "guarantee": _GUARANTEE,
     }
-    path = runs.execute(
+    path = execute(
         out / "smoothing.csv",
         header("smoothing", settings.eps),
         tested,
         functools.partial(certify, smoother, gamma),
-        runs.manifest("smoothing", detector, model, sets, limit, settings) | about,
+        manifest("smoothing", detector, model, sets, limit, settings) | about,
         dict,
+        stage="certifying",
         shard=shard,
         force=force,
         tally=lambda record: [record["status"]],
-        begin=functools.partial(begin, "certifying"),
-        advance=lambda samples, counts: advance(samples),
-        report=report,
+        reporter=reporter,
     )
     return Table.read(path, "smoothing")

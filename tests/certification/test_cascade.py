@@ -19,7 +19,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import generator
 from grood_cert.scores import energy
 
 CHEAP = ("ibp", "crown")
@@ -36,7 +36,7 @@ def images(loaded):
 
 
 def certify(loaded, settings, images, kind="id"):
-    return Cascade(loaded, settings).certify(images, kind, runs.generator(settings.seed, 0))
+    return Cascade(loaded, settings).certify(images, kind, generator(settings.seed, 0))
 
 
 def detector_of(network, shape, gamma):
@@ -183,10 +183,10 @@ def test_few_balls_together_prove_the_same(loaded, images, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(bounded, ball, method)
 
-    found = [limited.certify(images[:6], "id", runs.generator(0, 0))]
+    found = [limited.certify(images[:6], "id", generator(0, 0))]
     monkeypatch.setattr(stages, "score_bounds", poor)
     starved = Cascade(loaded, settings)
-    found.append(starved.certify(images[:6], "id", runs.generator(0, 0)))
+    found.append(starved.certify(images[:6], "id", generator(0, 0)))
     assert not limited.failures and not starved.failures
     for got in found:
         for name in ("s_lb", "s_ub", "radius_certified"):

@@ -29,8 +29,8 @@ from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
-from grood_cert.runs import saving as runs
 from grood_cert.runs import smooth
+from grood_cert.runs.batches import batches
 from grood_cert.scores import energy
 
 SIGMA = 0.5
@@ -314,7 +314,7 @@ def test_draws_depend_on_neither_batches_nor_company(model):
     records, apart = (
         {
             record["index"]: record
-            for batch in runs.batches(sets, limit, size, 0)
+            for batch in batches(sets, limit, size, 0)
             for record in smooth.certify(whole, -5.0, batch)
         }
         for sets, limit, size in (([images], 4, 3), ([images.select(range(150))], 0, 8))

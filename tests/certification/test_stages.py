@@ -14,7 +14,7 @@ from grood_cert.certification.outcomes import STAGES, Outcome
 from grood_cert.certification.settings import Settings
 from grood_cert.data import experiment_of
 from grood_cert.lipschitz.bound import local_lipschitz
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import generator
 
 LINEAR = ("ibp", "crown")
 WORK = {"lipschitz": "local_lipschitz", "alpha-crown": "optimised_bounds", "branch-and-bound": "branch_and_bound"}
@@ -31,7 +31,7 @@ def images(loaded):
 
 
 def certify(loaded, settings, images, kind="id"):
-    return Cascade(loaded, settings).certify(images, kind, runs.generator(settings.seed, 0))
+    return Cascade(loaded, settings).certify(images, kind, generator(settings.seed, 0))
 
 
 def settings_of(*refining, **changes):
@@ -58,7 +58,7 @@ def test_an_exception_in_the_engine_means_not_certified(loaded, images, monkeypa
 
     monkeypatch.setattr(stages, "score_bounds", fails)
     cascade = Cascade(loaded, Settings(eps=(0.01, 0.02), stages=LINEAR))
-    got = cascade.certify(images[:4], "id", runs.generator(0, 0))
+    got = cascade.certify(images[:4], "id", generator(0, 0))
     assert got.radius_certified.tolist() == [0.0] * 4
     assert bool(torch.isnan(got.s_lb).all()) and bool(torch.isnan(got.s_ub).all())
     ((message, count),) = cascade.failures.items()
@@ -74,7 +74,7 @@ def test_an_exception_in_a_refining_stage_adds_nothing(loaded, images, monkeypat
     plain = certify(loaded, settings_of(), images[:4])
     monkeypatch.setattr(stages, WORK[stage], fails)
     cascade = Cascade(loaded, settings_of(stage))
-    got = cascade.certify(images[:4], "id", runs.generator(0, 0))
+    got = cascade.certify(images[:4], "id", generator(0, 0))
     same(got, plain, "radius_certified", "stage", "outcome", "s_lb", "s_ub", "radius_attack")
     assert (
         not torch.nan_to_num(got.radius_lipschitz_fixed_point).any()
@@ -117,7 +117,7 @@ def test_lipschitz_bounds_are_halved_where_memory_runs_out(loaded, images, monke
 
     monkeypatch.setattr(stages, "local_lipschitz", poor)
     cascade = Cascade(loaded, settings_of("lipschitz"))
-    got = cascade.certify(images[:5], "id", runs.generator(0, 0))
+    got = cascade.certify(images[:5], "id", generator(0, 0))
     assert {5, 3, 2, 1} >= set(sizes) and 2 in sizes
     for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):
         torch.testing.assert_close(getattr(got, name)[:4], getattr(whole, name)[:4], rtol=1e-9, atol=0)
@@ -138,7 +138,7 @@ def test_no_stage_bounds_more_balls_at_once_than_allowed(loaded, images, monkeyp
     whole = certify(loaded, settings_of(stage), images[:5])
     assert max(sizes) > 2
     sizes.clear()
-    limited = Cascade(loaded, settings_of(stage), together=2).certify(images[:5], "id", runs.generator(0, 0))
+    limited = Cascade(loaded, settings_of(stage), together=2).certify(images[:5], "id", generator(0, 0))
     assert max(sizes) == 2
     torch.testing.assert_close(limited.radius_certified, whole.radius_certified, rtol=1e-6, atol=1e-9)
 
@@ -153,7 +153,7 @@ def test_no_stage_begins_a_proof_after_its_time(loaded, images, monkeypatch, sta
 
     monkeypatch.setattr(stages, WORK[stage], never)
     cascade = Cascade(loaded, settings_of(stage, time_limit=1e-6))
-    got = cascade.certify(images[:6], "id", runs.generator(0, 0))
+    got = cascade.certify(images[:6], "id", generator(0, 0))
     same(got, certify(loaded, settings_of(), images[:6]), "radius_certified", "stage", "s_lb", "s_ub")
     assert not cascade.failures
     names = {outcome.word for outcomes in got.outcomes for outcome in outcomes}

@@ -20,8 +20,9 @@ from grood_cert.lipschitz.bound import METHODS
 from grood_cert.results import figures
 from grood_cert.results.columns import SCHEMAS
 from grood_cert.results.table import Table
+from grood_cert.runs import analyse
 from grood_cert.runs import certify as certification
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import generator
 from grood_cert.scores import gradient_norm_estimate
 from grood_cert.training import objective
 
@@ -42,7 +43,7 @@ def sets(loaded):
 @pytest.fixture(scope="module")
 def result_file(loaded, model, sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lipschitz")
-    analysis.run(loaded, model, sets, SETTINGS, folder, limit=5)
+    analyse.run(loaded, model, sets, SETTINGS, folder, limit=5)
     return folder / "lipschitz.csv"
 
 
@@ -106,7 +107,7 @@ def test_a_bound_below_an_estimate_stops_the_run(loaded, model, sets, tmp_path, 
 
     monkeypatch.setattr(analysis, "local_lipschitz", halved)
     with pytest.raises(SoundnessError, match="exceed bound_interval at eps") as caught:
-        analysis.run(loaded, model, sets, SETTINGS, tmp_path, limit=2)
+        analyse.run(loaded, model, sets, SETTINGS, tmp_path, limit=2)
     with np.load(caught.value.counterexample) as archive:
         evidence = dict(archive)
     assert (evidence["ascended_estimate"] > evidence["bound_interval"]).any()
@@ -243,7 +244,7 @@ def test_a_lipschitz_radius_beyond_the_attack_is_caught(loaded, sets, monkeypatc
     monkeypatch.setattr(stages, "local_lipschitz", tiny)
     cascade = Cascade(loaded, LIPSCHITZ)
     with pytest.raises(SoundnessError):
-        cascade.certify(sets[0].images[:4], "id", runs.generator(0, 0))
+        cascade.certify(sets[0].images[:4], "id", generator(0, 0))
 
 
 def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monkeypatch):
@@ -260,7 +261,7 @@ def test_constants_far_too_small_are_caught_at_batch_size_one(loaded, sets, monk
             patch.setattr(stages, other, lambda *arguments: torch.zeros(1).double())
             cascade = Cascade(loaded, LIPSCHITZ)
             with pytest.raises(SoundnessError):
-                cascade.certify(sets[0].images[:1], "id", runs.generator(0, 0))
+                cascade.certify(sets[0].images[:1], "id", generator(0, 0))
 
 
 def test_a_margin_of_rounding_noise_proves_nothing():
@@ -278,5 +279,5 @@ def test_a_margin_of_rounding_noise_proves_nothing():
     image = torch.full((1, 1, 1, 1), 0.9).double()
     gamma = float(energy(network(image))) + 3.33e-16
     loaded = Detector(network, gamma, (1, 1, 1))
-    found = Cascade(loaded, LIPSCHITZ).certify(image, "id", runs.generator(0, 0))
+    found = Cascade(loaded, LIPSCHITZ).certify(image, "id", generator(0, 0))
     assert found.radius_lipschitz_fixed_point.tolist() == found.radius_lipschitz_path.tolist() == [0.0]

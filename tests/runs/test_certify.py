@@ -22,7 +22,8 @@ from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.columns import SCHEMAS, header
 from grood_cert.results.table import Table, manifest_path
 from grood_cert.runs import certify as certification
-from grood_cert.runs import saving as runs
+from grood_cert.runs.batches import subset
+from tests.recorder import Recorder
 
 # Real runs
 
@@ -101,10 +102,10 @@ def test_the_manifest_says_what_was_done(result, model, loaded):
 
 def test_subset_is_seeded_and_names_its_positions():
     images = ImageSet("x", "id", torch.rand(20, 1, 2, 2), torch.arange(20), tuple(map(str, range(20))))
-    chosen, index = runs.subset(images, 5, seed=3)
+    chosen, index = subset(images, 5, seed=3)
     assert len(chosen) == 5 and torch.equal(chosen.labels, index) and torch.equal(index, index.sort().values)
-    assert torch.equal(runs.subset(images, 5, seed=3)[1], index)
-    assert len(runs.subset(images, 0, seed=3)[0]) == len(runs.subset(images, 99, seed=3)[0]) == 20
+    assert torch.equal(subset(images, 5, seed=3)[1], index)
+    assert len(subset(images, 0, seed=3)[0]) == len(subset(images, 99, seed=3)[0]) == 20
 
 
 # What must not pass
@@ -174,11 +175,11 @@ class Untraceable(torch.nn.Module):
 
 
 def test_where_the_native_engine_cannot_auto_lirpa_bounds_and_the_run_says_so(loaded, tmp_path, model):
-    images, said = experiment_of(loaded.origin.recipe).test, []
+    images, heard = experiment_of(loaded.origin.recipe).test, Recorder()
     strange = dataclasses.replace(loaded, network=Untraceable(loaded.network).eval())
     settings = Settings(eps=(0.01, 0.03))
-    found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, report=said.append)
-    assert said[0].startswith("bounds by auto_LiRPA, since the native engine cannot take the network: ")
+    found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, reporter=heard)
+    assert heard.lines[0].startswith("bounds by auto_LiRPA, since the native engine cannot take the network: ")
     assert found.manifest["bounded_by"] == "auto_lirpa" and found.manifest["stages"] == ["ibp", "crown"]
     assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA itself gives the bounds"}
     named = dataclasses.replace(settings, engine="auto_lirpa", stages=("ibp", "crown"))

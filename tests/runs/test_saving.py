@@ -11,107 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from grood_cert import detector
 from grood_cert.certification.settings import Settings
-from grood_cert.cli.merge import merge
-from grood_cert.data import ImageSet, experiment_of
+from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, SoundnessError
-from grood_cert.lipschitz import analyser as analysis
 from grood_cert.results.table import Table, read_cells
 from grood_cert.runs import certify as certification
-from grood_cert.runs import saving as runs
-from grood_cert.runs.saving import Progress, Shard
+from grood_cert.runs.progress import Progress
+from grood_cert.runs.shards import Shard
 from grood_cert.system import files
-
-COLUMNS = ["set", "kind", "index", "file", "value"]
-
-
-def image_set(name, size, kind="id"):
-    pixels = torch.rand(size, 1, 2, 2, generator=torch.Generator().manual_seed(size))
-    return ImageSet(name, kind, pixels, torch.zeros(size).long(), ("0",))
-
-
-SETS = [image_set("z", 11), image_set('a "b", c', 6, "ood"), image_set("m", 1, "noise")]
-BATCHES = runs.batches(SETS, 0, 2, 0)  # 6 + 3 + 1
-DESCRIPTION = {
-    "model": {"path": "model.pt", "sha256": "ab"},
-    "data": [{"set": images.name, "kind": images.kind, "images": len(images)} for images in SETS],
-    "eps": (0.1, 0.2),
-    "seed": 0,
-    "device": "cpu",
-    "versions": {"torch": "2", "python": "3"},
-}
-
-
-class Worker:
-    """Work whose rows come from the seed and the images, with a failure in every batch; it may end in an exception."""
-
-    def __init__(self, last=None, error=KeyboardInterrupt):
-        self.done, self.last, self.error = [], last, error
-
-    def __call__(self, batch):
-        if len(self.done) == self.last:
-            raise self.error
-        self.done.append(batch.number)
-        noise = torch.rand(len(batch), generator=runs.generator(0, batch.number), dtype=torch.float64)
-        values = batch.images.images.double().sum((1, 2, 3)) + noise
-        return [name | {"value": value} for name, value in zip(batch.names, values.tolist(), strict=True)]
-
-    def failures(self):
-        return {"boom": len(self.done)}
-
-
-def execute(folder, worker=None, description=DESCRIPTION, **options):
-    worker = worker or Worker()
-    return runs.execute(folder / "rows.csv", COLUMNS, BATCHES, worker, description, worker.failures, **options)
-
-
-def manifest(path):
-    return json.loads(path.with_suffix(".json").read_text())
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The rows of a run in one go."""
-    return execute(tmp_path_factory.mktemp("whole"))
-
-
-# Batches
-
-
-def test_batches_hold_every_sample_once_in_order():
-    names = [name for batch in BATCHES for name in batch.names]
-    assert names == [
-        {"set": images.name, "kind": images.kind, "index": index, "file": ""}
-        for images in SETS
-        for index in range(len(images))
-    ]
-    assert [batch.number for batch in BATCHES] == list(range(10)) and sum(map(len, BATCHES)) == 18
-    assert torch.equal(torch.cat([batch.images.images for batch in BATCHES[:6]]), SETS[0].images)
-
-
-def test_a_limited_batch_carries_its_images_and_their_positions():
-    found = runs.batches(SETS, 4, 3, seed=5)
-    assert [len(batch) for batch in found] == [3, 1, 3, 1, 1]
-    for batch in found:
-        (whole,) = [images for images in SETS if images.name == batch.names[0]["set"]]
-        assert torch.equal(batch.images.images, whole.images[list(batch.index)])
-    with pytest.raises(InputError, match="limit must be 0"):
-        runs.batches(SETS, -1, 3, 0)
-
-
-def test_streams_differ_between_batches_and_seeds():
-    pairs = [(seed, batch) for seed in (-1, 0, 1, 2**63) for batch in (0, 1, 2, 10**6)]
-    drawn = {float(torch.rand(1, generator=runs.generator(*pair), dtype=torch.float64)) for pair in pairs}
-    assert len(drawn) == len(pairs)
-    assert runs.generator(3, 4).initial_seed() == runs.generator(3, 4).initial_seed()
-
+from tests.recorder import Recorder
+from tests.runs.work import DESCRIPTION, Worker, execute, manifest
 
 # Interruptions, seen from inside one process
 
@@ -121,15 +35,15 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path, last):
     first, second = Worker(last), Worker()
     with pytest.raises(KeyboardInterrupt):
         execute(tmp_path, first)
-    path, seen, lines = tmp_path / "rows.csv", [], []
+    path, heard = tmp_path / "rows.csv", Recorder()
     saved, records = read_cells(path)
     assert (saved["complete"], saved["batches"], saved["rows"]) == (False, last, len(records))
     assert path.read_bytes() == whole.read_bytes()[: saved["bytes"]]
-    execute(tmp_path, second, begin=seen.append, advance=lambda n, counts: seen.append(n), report=lines.append)
+    execute(tmp_path, second, reporter=heard)
     assert path.read_bytes() == whole.read_bytes()
     assert first.done + second.done == list(range(10))
-    assert seen[0] == sum(seen[1:]) == 18
-    assert len(lines) == (last > 0)
+    assert heard.stages == [("working", 18, "samples")] and sum(heard.steps) == 18
+    assert len(heard.lines) == (last > 0)
     final = manifest(path)
     assert (final["complete"], final["batches"], final["rows"]) == (True, 10, 18)
     assert final["failures"] == {"boom": 10} and final["bytes"] == path.stat().st_size
@@ -152,9 +66,9 @@ def test_a_complete_run_is_left_alone(whole, tmp_path):
     for file in (whole, whole.with_suffix(".json")):
         shutil.copy(file, tmp_path)
     before = [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())]
-    lines = []
-    assert execute(tmp_path, Worker(0, AssertionError("work")), begin=pytest.fail, report=lines.append).exists()
-    assert len(lines) == 1 and "complete already" in lines[0]
+    heard = Recorder()
+    assert execute(tmp_path, Worker(0, AssertionError("work")), reporter=heard).exists()
+    assert not heard.stages and len(heard.lines) == 1 and "complete already" in heard.lines[0]
     assert [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())] == before
     execute(tmp_path, again := Worker(), force=True)
     assert again.done == list(range(10)) and (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
@@ -171,19 +85,19 @@ def test_counts_are_those_of_all_rows(tmp_path):
     def tally(record):
         return ["large"] if float(record["value"]) > 2.5 else ["small", "weak"]
 
-    seen = []
+    heard = Recorder()
     with pytest.raises(KeyboardInterrupt):
         execute(tmp_path, Worker(4), tally=tally)
-    path = execute(tmp_path, tally=tally, advance=lambda n, counts: seen.append((n, dict(counts))))
+    path = execute(tmp_path, tally=tally, reporter=heard)
     values = [float(record["value"]) for record in read_cells(path)[1]]
     done = 0
-    for samples, counts in seen:
+    for samples, counts in zip(heard.steps, heard.counts, strict=True):
         done += samples
         large = sum(value > 2.5 for value in values[:done])
         assert counts == {
             key: n for key, n in {"large": large, "small": done - large, "weak": done - large}.items() if n
         }
-    assert done == 18 and len(seen) == 1 + 6
+    assert done == 18 and len(heard.steps) == 1 + 6
 
 
 # Another run is never touched
@@ -297,121 +211,10 @@ def test_a_run_that_is_being_written_is_refused(tmp_path):
     assert manifest(execute(tmp_path, Rival()))["complete"]
 
 
-# Shards
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 10])
-def test_shards_merge_to_the_bytes_of_the_whole(whole, tmp_path, count):
-    paths = [execute(tmp_path, shard=Shard(index, count)) for index in reversed(range(count))]
-    if count == 1:
-        assert paths == [tmp_path / "rows.csv"] and paths[0].read_bytes() == whole.read_bytes()
-        return
-    assert min(path.name for path in paths) == f"rows-1-of-{count}.csv"
-    merged = runs.merge(paths, tmp_path / "rows.csv")
-    assert (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
-    assert merged == manifest(tmp_path / "rows.csv")
-    for key, value in manifest(whole).items():
-        if key not in ("seconds", "peak_memory", "finished", "shards"):
-            assert merged[key] == value, key
-    assert merged["shards"] == count and merged["failures"] == {"boom": 10}
-    assert abs(merged["seconds"] - sum(manifest(path)["seconds"] for path in paths)) < 1e-9
-    execute(tmp_path, Worker(0, AssertionError("the merged rows are those of the run")))
-
-
-def test_a_shard_goes_on_too(tmp_path, whole):
-    with pytest.raises(KeyboardInterrupt):
-        execute(tmp_path, Worker(2), shard=Shard(1, 3))
-    second = Worker()
-    execute(tmp_path, second, shard=Shard(1, 3))
-    assert second.done == [7]
-    paths = [execute(tmp_path, shard=Shard(index, 3)) for index in range(3)]
-    runs.merge(paths, tmp_path / "all.csv")
-    assert (tmp_path / "all.csv").read_bytes() == whole.read_bytes()
-
-
-def test_the_command_says_what_it_merged(whole, tmp_path, capsys):
-    paths = [execute(tmp_path, shard=Shard(index, 2)) for index in range(2)]
-    merge(paths, tmp_path / "rows.csv")
-    assert (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
-    assert capsys.readouterr().out.endswith("rows.json: 18 rows of 2 shards\n")
-
-
-def test_what_is_no_division_is_not_merged(whole, tmp_path):
-    one, two = (execute(tmp_path, shard=Shard(index, 2)) for index in range(2))
-    out = tmp_path / "merged.csv"
-    other = tmp_path / "other"
-    foreign = execute(other, description=DESCRIPTION | {"seed": 1}, shard=Shard(1, 2))
-    third = execute(other, shard=Shard(1, 3))
-    with pytest.raises(KeyboardInterrupt):
-        execute(tmp_path, Worker(2), shard=Shard(0, 4))
-    copy = shutil.copy(one, other / "copy.csv")
-    shutil.copy(one.with_suffix(".json"), other / "copy.json")
-    for paths, message in [
-        ([], "no shards given"),
-        ([one], "shard 2/2 is missing"),
-        ([one, two, one], "are the same shard, 1/2"),
-        ([one, two, Path(copy)], "are the same shard, 1/2"),
-        ([one, foreign], "are of different runs .seed: 0, 1."),
-        ([one, third], "1/2, 2/3: shard 2/2 is missing"),
-        ([one, two, third], "shards of different divisions"),
-        ([one, whole], "not a shard"),
-        ([tmp_path / "rows-1-of-4.csv", two], "not complete yet"),
-        ([one, tmp_path / "none.csv"], "none.csv: no such file"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            runs.merge(paths, out)
-    copy_path = Path(copy)
-    copy_path.write_bytes(copy_path.read_bytes()[:-30])
-    with pytest.raises(InputError, match="damaged"):
-        runs.merge([copy_path, two], out)
-    assert not out.exists()
-    out.write_text("precious")
-    with pytest.raises(InputError, match="exists already"):
-        runs.merge([one, two], out)
-    assert out.read_text() == "precious"
-    runs.merge([one, two], out, force=True)
-    assert out.read_bytes() == whole.read_bytes()
-
-
 def test_more_shards_than_batches_are_refused(tmp_path):
     with pytest.raises(InputError, match="11 shards for 10 batches; use fewer"):
         execute(tmp_path, shard=Shard(0, 11))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1.0/4"])
-def test_shards_are_read_strictly(text):
-    with pytest.raises(InputError, match="expected i/n with i from 1 to n"):
-        Shard.parse(text)
-
-
-def test_the_shard_of_the_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert runs.shard_of_environment() == runs.WHOLE
-    for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    assert runs.shard_of_environment() == Shard(2, 3, joint=True)
-    assert not runs.shard_of_environment().leads and Shard(2, 3).leads and Shard(0, 3, joint=True).leads
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(InputError, match="RANK=3 and WORLD_SIZE=3"):
-        runs.shard_of_environment()
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert runs.shard_of_environment() == runs.WHOLE
-
-
-def test_shards_of_a_lipschitz_analysis(model, tmp_path):
-    loaded = detector.load(model)
-    sets = [experiment_of(loaded.origin.recipe).test]
-    settings = analysis.Settings(eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2)
-    whole = analysis.run(loaded, model, sets, settings, tmp_path, limit=3)
-    parts = [tmp_path / f"lipschitz-{index}-of-2.csv" for index in (1, 2)]
-    for index in range(2):
-        analysis.run(loaded, model, sets, settings, tmp_path, limit=3, shard=Shard(index, 2))
-    runs.merge(parts, tmp_path / "merged.csv")
-    assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "lipschitz.csv").read_bytes()
-    assert len(Table.read(tmp_path / "merged.csv", "lipschitz")) == len(whole) == 6
 
 
 # Real processes, really killed
@@ -425,16 +228,16 @@ torch.set_num_threads(1)
 from grood_cert import detector
 from grood_cert.certification.settings import Settings
 from grood_cert.cli import run_script
-from grood_cert.data import experiment_of
 from grood_cert.runs import certify as certification
-from grood_cert.runs import saving as runs
+from grood_cert.runs import shards
+from grood_cert.data import experiment_of
 
 def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
     loaded = detector.load(model)
     experiment = experiment_of(loaded.origin.recipe)
     sets = [experiment.test, experiment.ood[0]]
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
-    shard, real = runs.shard_of_environment(), certification.certify
+    shard, real = shards.shard_of_environment(), certification.certify
 
     def certify(certifier, batch, adversarial):
         if batch.number == dies:

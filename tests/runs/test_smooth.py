@@ -18,9 +18,11 @@ from grood_cert.results.columns import DECISIONS, SCHEMAS, header
 from grood_cert.results.curves import fpr95_curve, not_certified
 from grood_cert.results.summary import detection
 from grood_cert.results.table import Table
-from grood_cert.runs import saving as runs
 from grood_cert.runs import smooth
+from grood_cert.runs.merge import merge
+from grood_cert.runs.shards import Shard
 from grood_cert.scores import energy_gradient
+from tests.recorder import Recorder
 
 
 def generator(seed=0):
@@ -46,7 +48,7 @@ def smoothed(model, tmp_path_factory):
     experiment = experiment_of(loaded.origin.recipe)
     folder = tmp_path_factory.mktemp("smoothed")
     settings = SmoothingSettings(sigma=0.3, eps=default_eps(0.3), n=200, alpha=0.01, calibration_limit=60)
-    stages, steps = [], []
+    heard = Recorder()
     result = smooth.run(
         loaded,
         model,
@@ -55,8 +57,7 @@ def smoothed(model, tmp_path_factory):
         settings,
         folder,
         limit=12,
-        begin=lambda stage, samples: stages.append((stage, samples)),
-        advance=steps.append,
+        reporter=heard,
     )
     return SimpleNamespace(
         detector=loaded,
@@ -65,8 +66,8 @@ def smoothed(model, tmp_path_factory):
         folder=folder,
         settings=settings,
         rows=result,
-        stages=stages,
-        steps=steps,
+        stages=[(stage, total) for stage, total, _ in heard.stages],
+        steps=heard.steps,
     )
 
 
@@ -159,24 +160,25 @@ def test_an_interrupted_run_and_shards_give_the_same_rows(smoothed, tmp_path):
     class Interrupted(Exception):
         pass
 
-    def stop(samples):
-        steps.append(samples)
-        if len(steps) == 9:
-            raise Interrupted
+    class Interrupting(Recorder):
+        def advance(self, steps=1, counts=None):
+            super().advance(steps, counts)
+            if len(self.steps) == 9:
+                raise Interrupted
 
-    experiment, settings, stages, steps = smoothed.experiment, smoothed.settings, [], []
+    experiment, settings, heard = smoothed.experiment, smoothed.settings, Recorder()
     work = smoothed.detector, smoothed.model, experiment.calibration, [experiment.test, *experiment.ood], settings
     with pytest.raises(Interrupted):  # in the second stage: the first has 8 batches
-        smooth.run(*work, tmp_path, limit=12, advance=stop)
+        smooth.run(*work, tmp_path, limit=12, reporter=Interrupting())
     assert not Table.read(tmp_path / "smoothing.csv").complete
-    smooth.run(*work, tmp_path, limit=12, begin=lambda stage, samples: stages.append(stage))
-    assert stages == ["certifying"]
+    smooth.run(*work, tmp_path, limit=12, reporter=heard)
+    assert [stage for stage, _, _ in heard.stages] == ["certifying"]
     expected = (smoothed.folder / "smoothing.csv").read_bytes()
     assert (tmp_path / "smoothing.csv").read_bytes() == expected
     for index in (1, 0):
-        smooth.run(*work, tmp_path, limit=12, shard=runs.Shard(index, 2))
+        smooth.run(*work, tmp_path, limit=12, shard=Shard(index, 2))
     shards = [tmp_path / f"smoothing-{number}-of-2.csv" for number in (1, 2)]
-    runs.merge(shards, tmp_path / "merged.csv")
+    merge(shards, tmp_path / "merged.csv")
     assert (tmp_path / "merged.csv").read_bytes() == expected
 
 

@@ -1,0 +1,84 @@
+"""The rows of all shards of a run in the order of the undivided run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grood_cert.errors import InputError
+from grood_cert.results.table import manifest_path, read_cells
+from grood_cert.runs.progress import FORCE, Progress, difference
+from grood_cert.runs.shards import Shard
+from grood_cert.system.files import check_writable, locked, write_csv, write_json
+
+
+def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, Any]:
+    """Put the rows of all shards of a run together: the same bytes as if it had been run in one piece.
+
+    Args:
+        paths: The rows of the shards, in any order.
+        out: Where the rows of the whole run go; the manifest goes beside them.
+        force: Overwrite rows that are already there.
+
+    Returns:
+        The manifest, as written; time and failures are those of all shards together.
+
+    Raises:
+        InputError: If a shard is missing, twice there, not complete or damaged, if they belong to different runs, or if
+            the output exists or cannot be written.
+    """
+    parts: dict[str, tuple[Path, dict[str, Any], list[tuple[tuple[int, int], dict[str, str]]]]] = {}
+    for path in paths:
+        try:
+            manifest, records = read_cells(path)
+            progress = Progress.of(manifest)
+            order = {(entry["set"], entry["kind"]): number for number, entry in enumerate(manifest["data"])}
+            placed = [((order[record["set"], record["kind"]], int(record["index"])), record) for record in records]
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
+        if not progress.shard:
+            raise InputError(f"{path}: not a shard; a shard is what --shard i/n writes")
+        if not progress.complete:
+            raise InputError(f"{path}: not complete yet; its command continues it")
+        if progress.shard in parts:
+            raise InputError(f"{parts[progress.shard][0]} and {path} are the same shard, {progress.shard}")
+        parts[progress.shard] = path, manifest, placed
+    if not parts:
+        raise InputError("no shards given")
+    count = Shard.parse(next(iter(parts))).count
+    wanted = [str(Shard(index, count)) for index in range(count)]
+    missing = [name for name in wanted if name not in parts]
+    if missing or len(parts) > count:
+        given = f"{', '.join(sorted(parts))}: "
+        raise InputError(given + (f"shard {missing[0]} is missing" if missing else "shards of different divisions"))
+    first, description, _ = parts[wanted[0]]
+    for path, manifest, _ in parts.values():
+        if found := difference(description, manifest):
+            name, one, other = found
+            raise InputError(f"{first} and {path} are of different runs ({name}: {one}, {other})")
+    placed = [pair for name in wanted for pair in parts[name][2]]
+    rows = [record for _, record in sorted(placed, key=lambda pair: pair[0])]
+    progresses = [Progress.of(parts[name][1]) for name in wanted]
+    merged = Progress(
+        batches=sum(progress.batches for progress in progresses),
+        rows=len(rows),
+        seconds=round(sum(progress.seconds for progress in progresses), 3),
+        peak_memory=max(progress.peak_memory for progress in progresses),
+        failures=dict(sum((Counter(progress.failures) for progress in progresses), Counter())),
+        finished=max(str(progress.finished) for progress in progresses),
+        shards=count,
+    )
+    check_writable(out.parent)
+    with locked(out):
+        if out.exists() and not force:
+            raise InputError(f"{out} exists already; {FORCE}")
+        write_json(manifest_path(out), {**description, **dataclasses.asdict(replace(merged, batches=0, rows=0))})
+        write_csv(out, list(rows[0]), rows)
+        whole = {**description, **dataclasses.asdict(replace(merged, complete=True, bytes=out.stat().st_size))}
+        write_json(manifest_path(out), whole)
+    return whole

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from grood_cert import detector
+from grood_cert.data import experiment_of
+from grood_cert.lipschitz import analyser as analysis
+from grood_cert.results.table import Table
+from grood_cert.runs import analyse
+from grood_cert.runs.merge import merge
+from grood_cert.runs.shards import Shard
+
+
+def test_shards_of_a_lipschitz_analysis(model, tmp_path):
+    loaded = detector.load(model)
+    sets = [experiment_of(loaded.origin.recipe).test]
+    settings = analysis.Settings(eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2)
+    whole = analyse.run(loaded, model, sets, settings, tmp_path, limit=3)
+    parts = [tmp_path / f"lipschitz-{index}-of-2.csv" for index in (1, 2)]
+    for index in range(2):
+        analyse.run(loaded, model, sets, settings, tmp_path, limit=3, shard=Shard(index, 2))
+    merge(parts, tmp_path / "merged.csv")
+    assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "lipschitz.csv").read_bytes()
+    assert len(Table.read(tmp_path / "merged.csv", "lipschitz")) == len(whole) == 6
