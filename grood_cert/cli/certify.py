@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from grood_cert.certification.outcomes import STAGES
 from grood_cert.cli import options, output
 
 _COUNTS = {
@@ -33,10 +34,7 @@ def certify(
     effort: Annotated[str, typer.Option(help="fast, default or max: which stages run, and how long.")] = "default",
     stages: Annotated[
         str,
-        typer.Option(
-            help="Stages in place of the effort's, comma-separated: ibp, crown-ibp, crown, lipschitz, alpha-crown, "
-            "branch-and-bound."
-        ),
+        typer.Option(help=f"Stages in place of the effort's, comma-separated: {', '.join(STAGES)}."),
     ] = "",
     engine: Annotated[
         str, typer.Option(help="Linear bounds by native, auto_lirpa, or auto: native, cross-checked by auto_lirpa.")
