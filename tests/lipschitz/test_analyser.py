@@ -25,6 +25,7 @@ from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
 from grood_cert.scores import gradient_norm_estimate
 from grood_cert.training import objective
+from grood_cert.training.sections import ObjectiveSection
 
 SETTINGS = analysis.Settings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
 
@@ -179,7 +180,7 @@ def test_interval_slope_at_radius_zero_is_greg():
     labels = torch.arange(6) % 4
     found = []
     for slope in ("gradient-norm", "interval"):
-        weights = objective.SoftmaxWeights(0.1, 0.5, -1.0, -2.0, slope=slope, slope_eps=0.0)
+        weights = ObjectiveSection(0.1, 0.5, m_in=-1.0, m_out=-2.0, slope=slope, slope_eps=0.0)
         network.zero_grad()
         terms = objective.objective(network, images, labels, outliers, weights)
         terms.total.backward()
@@ -203,7 +204,7 @@ def test_interval_slope_grows_with_its_radius():
                 images,
                 torch.zeros(6).long(),
                 outliers,
-                objective.SoftmaxWeights(0.1, 1.0, 9.0, -9.0, slope="interval", slope_eps=eps),
+                ObjectiveSection(0.1, 1.0, m_in=9.0, m_out=-9.0, slope="interval", slope_eps=eps),
             ).gradient
         )
         for eps in (0.0, 0.05, 0.2)
