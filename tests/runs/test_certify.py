@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from grood_cert import detector
 from grood_cert.ball import Ball
@@ -17,7 +18,7 @@ from grood_cert.bounds.engines import lirpa_version
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification import stages
 from grood_cert.certification.settings import Settings
-from grood_cert.data import ImageSet, experiment_of
+from grood_cert.data import ImageSet, experiment_of, load_set
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.columns import SCHEMAS, header
 from grood_cert.results.table import Table, manifest_path
@@ -56,6 +57,25 @@ def test_rows_tell_the_truth_about_their_samples(loaded, result):
     assert (result["radius_certified"][~right] == 0).all() and (result["radius_attack"][~right] == 0).all()
     assert ((result["status"] == "certified") == (result["radius_certified"] > 0)).all()
     assert (result["status"] == "certified").sum() > len(result) / 2
+
+
+def test_rows_of_a_folder_name_the_files(loaded, model, tmp_path):
+    """Those of the images drawn; rows of other sets name none."""
+    for name, count in (("cat", 3), ("dog", 2)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.full((8, 8), 40 * number + 100 * (name == "dog"), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{number}.png")
+    sets = [load_set(str(tmp_path / "pets"), shape=loaded.shape), load_set("digits:8", shape=loaded.shape)]
+    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast")
+    result = certification.run(loaded, model, sets, settings, tmp_path, limit=4)
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        files = [row["file"] for row in csv.DictReader(stream)]
+    assert files == result["file"].tolist() and files[4:] == [""] * 4
+    for index, file, score in zip(result["index"][:4], files, result["score"], strict=False):
+        pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "pets" / file)) / np.float32(255))
+        assert torch.equal(sets[0].images[int(index)], pixels[None])
+        assert float(loaded.score(pixels[None, None].double())) == pytest.approx(score, rel=1e-12)
 
 
 def test_each_radius_is_proved_again_by_a_fresh_engine(loaded, result):

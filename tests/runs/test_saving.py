@@ -232,7 +232,7 @@ from grood_cert.runs import certify as certification
 from grood_cert.runs import shards
 from grood_cert.data import experiment_of
 
-def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
+def main(model: Path, out: Path, limit: int, dies: int = -1, waits: int = -1) -> None:
     loaded = detector.load(model)
     experiment = experiment_of(loaded.origin.recipe)
     sets = [experiment.test, experiment.ood[0]]
@@ -242,6 +242,8 @@ def main(model: Path, out: Path, limit: int, dies: int = -1) -> None:
     def certify(certifier, batch, adversarial):
         if batch.number == dies:
             os.kill(os.getpid(), signal.SIGKILL)
+        if batch.number == waits:
+            signal.pause()
         return real(certifier, batch, adversarial)
 
     certification.certify = certify
@@ -293,7 +295,7 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_killed_certification_goes_on(undisturbed, script, model, tmp_path, number, code):
-    process = start([script], model, tmp_path, LIMIT)
+    process = start([script], model, tmp_path, LIMIT, "--waits", 3)
     path = tmp_path / "rows.csv"
     wait_for_batches(process, path.with_suffix(".json"), 1)
     with pytest.raises(InputError, match=r"another process is writing .*rows.csv"), files.locked(path):
