@@ -1,9 +1,9 @@
 """The state of an unfinished run, `last.pt`, and the weights of its best epoch, `best.pt`.
 
-Every random number of a run follows from its seed and from how far it has got, so that epoch,
-step, network, optimiser and what the epoch has measured so far are all there is to keep: on the CPU, a run that is
-resumed ends with the same bytes as one that was never interrupted. Both files are replaced in one move, never written
-into, and `torch.load(weights_only=True)` opens them.
+Every random number of a run follows from its seed and from how far it has got, so that epoch, step, network, optimiser
+and what the epoch has measured so far are all there is to keep: on the CPU, a run that is resumed ends with the same
+bytes as one that was never interrupted. Both files are replaced in one move, never written into, and
+`torch.load(weights_only=True)` opens them.
 """
 
 from __future__ import annotations

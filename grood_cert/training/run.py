@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grood_cert import metrics
 from grood_cert.ball import Ball
-from grood_cert.data import Experiment, ImageSet, experiment_of
+from grood_cert.data import Experiment, experiment_of
 from grood_cert.detector import Architecture, Detector, Provenance, check_device, logits, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.interval import interval_lipschitz
@@ -73,6 +73,17 @@ def _check_bounds(network: nn.Module, experiment: Experiment, section: Objective
             )
         if section.lambda_grad > 0 and section.slope == "interval":
             interval_lipschitz(network, Ball(image, image.new_full((1,), section.slope_eps), "l2"))
+
+
+def _images(recipe: Recipe, data_dir: Path | None, download: bool) -> Experiment:
+    """The images of a run, which can be trained on, cut into batches and calibrated on."""
+    with processes.first_goes_ahead():
+        experiment = experiment_of(recipe, data_dir, download)
+    check_images(experiment)
+    _, calibration = split_calibration(experiment.calibration, recipe)
+    metrics.calibrated_threshold(range(len(calibration)), metrics.TPR_PERCENT)  # refuses too small a split
+    check_batches(recipe, experiment)
+    return experiment
 
 
 def _network(recipe: Recipe, architecture: Architecture, reporter: Reporter) -> nn.Module:
@@ -149,12 +160,19 @@ class _Files:
         self.last.unlink(missing_ok=True)
 
 
-def _detector(
-    network: nn.Module, recipe: Recipe, architecture: Architecture, experiment: Experiment, calibration: ImageSet
-) -> Detector:
+def _warn(epoch: Epoch, floor: float, reporter: Reporter) -> None:
+    if epoch.accuracy < floor:
+        reporter.say(
+            f"warning: epoch {epoch.epoch}: ID accuracy {epoch.accuracy:.3f} is below {floor:.3f}, the classifier has "
+            "collapsed; lower objective.lambda_grad, objective.lambda_S or optimizer.lr"
+        )
+
+
+def _detector(network: nn.Module, recipe: Recipe, architecture: Architecture, experiment: Experiment) -> Detector:
     """The trained network, in float64, with its threshold and what it is worth."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     network.double().eval().requires_grad_(False)
+    _, calibration = split_calibration(experiment.calibration, recipe)
     scores = energy(logits(network, calibration.images)).numpy()
     return Detector(
         network=network,
@@ -217,12 +235,7 @@ def run(
         _check_folder(out, force, resume)
     check_device(device)
     check_layout(recipe, torch.device(device))
-    with processes.first_goes_ahead():
-        experiment = experiment_of(recipe, data_dir, download and first)
-    check_images(experiment)
-    _, calibration = split_calibration(experiment.calibration, recipe)
-    metrics.calibrated_threshold(range(len(calibration)), metrics.TPR_PERCENT)  # refuses too small a split
-    check_batches(recipe, experiment)
+    experiment = _images(recipe, data_dir, download and first)
     architecture = architecture_of(recipe, experiment)
     network = _network(recipe, architecture, reporter)
     _check_bounds(network, experiment, recipe.objective)
@@ -243,18 +256,13 @@ def run(
             save=save,
             checkpoint_steps=checkpoint_steps,
         ):
-            if not first:
-                continue
-            files.add(epoch, network)
-            report(epoch)
-            if epoch.accuracy < files.floor:
-                reporter.say(
-                    f"warning: epoch {epoch.epoch}: ID accuracy {epoch.accuracy:.3f} is below {files.floor:.3f}, the "
-                    "classifier has collapsed; lower objective.lambda_grad, objective.lambda_S or optimizer.lr"
-                )
+            if first:
+                files.add(epoch, network)
+                report(epoch)
+                _warn(epoch, files.floor, reporter)
         if recipe.evaluation.keep == "best":
             network.load_state_dict(processes.value_of_first(files.best_weights() if first else None))
-        detector = _detector(network, recipe, architecture, experiment, calibration)
+        detector = _detector(network, recipe, architecture, experiment)
         if first:
             files.finish(detector)
     return detector
