@@ -112,13 +112,7 @@ def run(
     summary: list[dict[str, Any]] = []
     for name, chosen in recipes.items():
         folder = out / name
-        detector = training.run(
-            chosen,
-            folder,
-            device=device,
-            force=force,
-            reporter=reporter,
-        )
+        detector = training.run(chosen, folder, device=device, force=force, reporter=reporter)
         experiment = experiment_of(chosen)
         certifications[name] = certify.run(
             detector,
