@@ -24,7 +24,7 @@ from grood_cert import recipe
 from grood_cert.errors import InputError
 from grood_cert.metrics import calibrated_threshold
 from grood_cert.networks import architectures
-from grood_cert.networks.checks import check_eval, check_pixels
+from grood_cert.networks.checks import check_eval, check_pixels, count_classes
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
 from grood_cert.system.files import replacing
@@ -173,15 +173,9 @@ class Detector:
             raise InputError("gamma is NaN; expected a number")
         if self.architecture and self.architecture.shape != self.shape:
             raise InputError(f"the architecture takes images of shape {self.architecture.shape}, not {self.shape}")
-        try:
-            found = tuple(logits(self.network, torch.zeros(1, *self.shape)).shape)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"the network does not take images of shape {self.shape} ({reason})") from error
-        if len(found) != 2:
-            raise InputError(f"the network must return logits of shape (B, K), got {found} for one image")
-        if self.class_names and len(self.class_names) != found[1]:
-            raise InputError(f"{len(self.class_names)} class names for {found[1]} logits")
+        classes = self.classes
+        if self.class_names and len(self.class_names) != classes:
+            raise InputError(f"{len(self.class_names)} class names for {classes} logits")
 
     @staticmethod
     def calibrate(
@@ -246,7 +240,7 @@ class Detector:
     @property
     def classes(self) -> int:
         """Number of logits K."""
-        return logits(self.network, torch.zeros(1, *self.shape)).shape[1]
+        return count_classes(self.network, self.shape)
 
     def score(self, images: Tensor) -> Tensor:
         """S(x) in float64, shape (N,)."""
@@ -263,7 +257,7 @@ class Detector:
         score = energy(values)
         return Prediction(score, score <= self.gamma, values.argmax(1))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the checkpoint; weights as float32 where that loses nothing, as after training.
 
         Raises:
@@ -292,13 +286,13 @@ class Detector:
         stream = io.BytesIO()
         torch.save(content, stream)
         try:
-            again = _detector_of(_content(io.BytesIO(stream.getbuffer()), path), path)
+            again = _detector_of(_content(io.BytesIO(stream.getbuffer()), Path(path)), Path(path))
         except InputError as error:
             raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
         gray = torch.full((1, *self.shape), 0.5)
         if not torch.equal(again.score(gray), self.score(gray).cpu()):
             raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
-        with replacing(path) as temporary:
+        with replacing(Path(path)) as temporary:
             temporary.write_bytes(stream.getbuffer())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from grood_cert.errors import InputError
@@ -22,6 +23,28 @@ def check_eval(network: nn.Module) -> None:
             raise InputError(f"{what} is in train mode; call network.eval() first")
 
 
+def count_classes(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Number of logits K of a network, which is tried on one image.
+
+    Raises:
+        InputError: If it does not turn images of this shape into logits (B, K).
+
+    Example:
+        >>> count_classes(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
+        2
+    """
+    weight = next(network.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            found = tuple(network(weight.new_zeros(1, *shape)).shape)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"the network does not take images of shape {shape} ({reason})") from error
+    if len(found) != 2:
+        raise InputError(f"the network must return logits of shape (B, K), got {found} for one image")
+    return int(found[1])
+
+
 def check_pixels(images: Tensor, shape: tuple[int, ...] | None = None, name: str = "images") -> None:
     """Refuse what is no batch of images.
 
@@ -34,7 +57,6 @@ def check_pixels(images: Tensor, shape: tuple[int, ...] | None = None, name: str
         InputError: Naming what is wrong.
 
     Example:
-        >>> import torch
         >>> check_pixels(torch.rand(2, 3, 8, 8), (3, 8, 8))
     """
     if not isinstance(images, Tensor):

@@ -72,7 +72,7 @@ class Table:
         )
 
     @classmethod
-    def read(cls, path: Path, kind: str | None = None) -> Table:
+    def read(cls, path: Path | str, kind: str | None = None) -> Table:
         """Read a result and its manifest.
 
         Args:
@@ -82,6 +82,7 @@ class Table:
         Raises:
             InputError: If a file is missing, holds no rows, or is not a result of this kind that this version reads.
         """
+        path = Path(path)
         words = SCHEMAS[kind].words if kind else "a result that this version reads"
         try:
             manifest, records = read_cells(path, SCHEMAS[kind].command if kind else "certify")

@@ -187,7 +187,7 @@ def cross_checked(choice: Choice, sets: Sequence[ImageSet], eps: Sequence[float]
 
 def run(
     detector: Detector,
-    model: Path,
+    model: Path | None,
     sets: Sequence[ImageSet],
     settings: Settings,
     out: Path,
@@ -206,7 +206,8 @@ def run(
 
     Args:
         detector: The detector.
-        model: The checkpoint it came from, named and hashed in the manifest.
+        model: The checkpoint it came from, named and hashed in the manifest; None: there is none, and the network is
+            hashed.
         sets: Image sets.
         settings: What to certify.
         out: Folder; made if absent.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from grood_cert.bounds.engines import lirpa_version
 from grood_cert.data import ImageSet
@@ -20,11 +23,14 @@ def manifest(
 ) -> dict[str, Any]:
     """What a run is: kind, model, data, settings, software, machine. `Progress` holds the other keys of a manifest."""
     weight, origin = next(detector.network.parameters()), detector.provenance
-    file = {"path": str(model), "sha256": sha256(model)} if model else {"path": None, "sha256": None}
     return {
         "kind": kind,
         "schema": SCHEMAS[kind].version,
-        "model": {**file, "name": detector.name},
+        "model": {
+            "path": str(model) if model else None,
+            "sha256": sha256(model) if model else _hash_of(detector.network),
+            "name": detector.name,
+        },
         "recipe": origin.recipe.to_dict() if origin else None,
         "gamma": detector.gamma,
         "calibration": origin.calibration if origin else None,
@@ -39,3 +45,12 @@ def manifest(
         "versions": {**versions(), "auto_LiRPA": lirpa_version()},
         "machine": platform.machine(),
     }
+
+
+def _hash_of(network: nn.Module) -> str:
+    """SHA-256, in hex, of a network's layers and weights."""
+    digest = hashlib.sha256(str(network).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""The face of the package: what `import grood_cert` offers, and what it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grood_cert
+
+ROOT = Path(grood_cert.__file__).parent
+
+
+def outcome_of(code: str, **options) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, grood_cert; dir(grood_cert); print(sorted({'torch', 'numpy', 'scipy', 'typer'} & set(sys.modules)))"
+    assert outcome_of(code) == "[]\n"
+
+
+def test_every_public_name_is_there_and_no_module_hides_one():
+    code = """
+import importlib, pkgutil, grood_cert
+names = [m.name for m in pkgutil.walk_packages(grood_cert.__path__, "grood_cert.") if m.name != "grood_cert.__main__"]
+modules = [importlib.import_module(name) for name in names]
+for name in grood_cert.__all__:
+    value = getattr(grood_cert, name)
+    assert name in dir(grood_cert) and (name == "figures" or callable(value)), (name, value)
+print(grood_cert.figures.__name__, len(modules) > 60)
+"""
+    assert outcome_of(code) == "grood_cert.results.figures True\n"
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(grood_cert.__all__) == grood_cert.__all__
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(module), name) is getattr(grood_cert, name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'grood_cert' has no attribute 'certfy'"):
+        grood_cert.certfy  # noqa: B018
+
+
+def test_the_types_are_part_of_the_package():
+    assert (ROOT / "py.typed").read_bytes() == b""
+    project = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'\[tool\.hatch\.build\.targets\.wheel\]\ninclude = \["/grood_cert",', project)  # the whole folder
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(model, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (path,) = re.findall(r'"(\S+/model\.pt)"', example)
+    (tmp_path / path).parent.mkdir(parents=True)
+    shutil.copy(model, tmp_path / path)
+    printed = outcome_of(example, cwd=tmp_path)
+    proved, attacked = (
+        [float(number) for number in re.findall(r"\d+\.\d+|inf", line)] for line in printed.splitlines()[:2]
+    )
+    assert len(proved) == len(attacked) == 4 and max(proved) > 0
+    assert all(0 <= one <= other for one, other in zip(proved, attacked, strict=True))
