@@ -138,7 +138,7 @@ def lipschitz_summary(rows: Table) -> list[dict[str, Any]]:
     """Medians over the samples of each kind: one record a kind and eps, with `kind`, `eps` and the keys of `SLOPES`."""
     records = []
     for kind in dict.fromkeys(rows["kind"].tolist()):
-        for eps in dict.fromkeys(rows["eps"].tolist()):
+        for eps in dict.fromkeys(rows["eps"][rows.of_kind(kind)].tolist()):
             mask = rows.of_kind(kind) & (rows["eps"] == eps)
             record: dict[str, Any] = {"kind": kind, "eps": eps, "samples": int(mask.sum())}
             record |= {name: float(np.median(rows[name][mask])) for name in SLOPES if name in rows.columns}

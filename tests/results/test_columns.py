@@ -11,7 +11,7 @@ import pytest
 import grood_cert
 from grood_cert.lipschitz.bound import METHODS
 from grood_cert.results.columns import KINDS, LIPSCHITZ_METHODS, OUTCOMES, SCHEMAS, STAGES, grid_column, header
-from tests.results.certifications import random_certification
+from tests.results.examples import random_certification
 
 TORCHLESS = """
 import importlib, pkgutil, sys

@@ -8,7 +8,7 @@ import pytest
 from grood_cert.errors import InputError
 from grood_cert.metrics import fpr95_id
 from grood_cert.results import curves
-from tests.results.certifications import EPS, certification, random_certification, sample
+from tests.results.examples import EPS, certification, random_certification, sample, smoothing
 
 
 def smallest_threshold(scores):
@@ -125,3 +125,39 @@ def test_what_curves_refuse():
     for function in (curves.fpr_curve, curves.robustness_curve):
         with pytest.raises(InputError, match="no ID samples"):
             function(random_certification(0, kinds=(("ood", "a"),)))
+
+
+def smoothed(seed, share_abstained=0.2):
+    generator = np.random.default_rng(seed)
+    records = []
+    for kind, name in [("id", "in")] * 40 + [("ood", "a")] * 30 + [("ood", "b")] * 20 + [("noise", "n")] * 10:
+        median = float(generator.normal(-2 if kind == "id" else 1, 1.5))
+        decision, wrong = ("accepted", kind != "id") if median <= 0 else ("rejected", kind == "id")
+        lower = median - np.cumsum(generator.random(2))
+        if generator.random() < share_abstained:
+            records.append((kind, name, median, median, "abstained", "abstained", 0.0, (lower[0], -math.inf)))
+        else:
+            radius = 0.0 if wrong else float(generator.random())
+            records.append(
+                (kind, name, median, median, decision, "misdecided" if wrong else "certified", radius, lower)
+            )
+    return smoothing(records)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_curves_of_smoothing_by_brute_force(seed):
+    result = smoothed(seed)
+    eps, rates = curves.fpr95_curve(result)
+    gamma = smallest_threshold(result["median_estimate"][result["kind"] == "id"].tolist())
+    assert eps.tolist() == [0, *EPS]
+    bounds = [result["median_estimate"], *result.grid["s_lb_smoothed"].T]
+    for rate, lower in zip(rates, bounds, strict=True):
+        shares = [1 - np.mean([bool(bound > gamma) for bound in lower[result["set"] == name]]) for name in "ab"]
+        assert rate == pytest.approx(np.mean(shares), abs=1e-12)
+    mask = result["set"] == "a"
+    for value, share in zip(
+        (0.0, 0.3, 2.0), curves.not_certified(result, mask, np.array([0.0, 0.3, 2.0])), strict=True
+    ):
+        assert share == np.mean([not radius > value for radius in result["radius_smoothed"][mask]])
+    with pytest.raises(InputError, match="no ID samples"):
+        curves.fpr95_curve(smoothing([("ood", "a", 1.0, 1.0, "rejected", "certified", 0.1, (0.0, 0.0))]))

@@ -7,7 +7,8 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.results import curves, figures
-from tests.results.certifications import certification, random_certification, sample
+from tests.results.examples import certification, random_certification, sample, slopes
+from tests.results.test_curves import smoothed
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
@@ -54,3 +55,39 @@ def test_what_figures_refuse(tmp_path):
     other = certification([sample("id", "in", 0.0, [(0.0,) * 4] * 2)], norm="l2")
     with pytest.raises(InputError, match="different norms"):
         figures.robustness({"a": random_certification(0), "b": other})
+
+
+SLOPES = slopes([(kind, eps, 1.0, 2.0, 3.0 + eps) for kind in ("id", "ood", "noise") for eps in (0.1, 0.2)])
+
+
+def test_the_kind_of_result_chooses_the_figure():
+    certified, analysed, smoothly = random_certification(0), SLOPES, smoothed(0)
+    for one, title in (
+        (certified, "Worst-case FPR95, OOD moved"),
+        (analysed, "ID"),
+        (smoothly, "Certified FPR95, OOD moved"),
+    ):
+        assert figures.draw({"one": one}).axes[0].get_title() == title
+    assert figures.draw({"one": certified}, "id", 0.2).axes[3].get_title() == "ID robustness at eps = 0.2"
+    for one in (analysed, smoothly):
+        for options in ({"perturbed": "ood"}, {"eps": 0.1}):
+            with pytest.raises(InputError, match=f"are for certifications, not for {one.kind}; leave them out"):
+                figures.draw({"one": one}, **options)
+    with pytest.raises(InputError, match="certification and lipschitz make different figures; give files of one kind"):
+        figures.draw({"one": certified, "two": analysed})
+    with pytest.raises(InputError, match="no results given"):
+        figures.draw({})
+    calibration = {"kind": "smoothing-calibration", "norm": "l2", "eps": [0.1]}
+    with pytest.raises(InputError, match="there is no figure of smoothing-calibration"):
+        figures.draw({"one": type(certified).of([], calibration)})
+
+
+def test_numbers_behind_the_other_figures():
+    numbers = figures.numbers({"one": SLOPES, "two": SLOPES})
+    assert [(record["model"], record["kind"], record["eps"]) for record in numbers] == [
+        (name, kind, eps) for name in ("one", "two") for kind in ("id", "ood", "noise") for eps in (0.1, 0.2)
+    ]
+    result = smoothed(1)
+    numbers = figures.numbers({"one": result})
+    assert [record["eps"] for record in numbers] == [0.0, 0.1, 0.2] and numbers[0]["alpha"] == 0.01
+    assert [record["fpr95_id_smoothed"] for record in numbers] == curves.fpr95_curve(result)[1].tolist()

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.columns import SCHEMAS, header
 from grood_cert.results.table import Table, labelled, manifest_path, read_cells
-from tests.results.certifications import EPS, random_certification
+from tests.results.examples import EPS, random_certification
 
 EXTREME = (0.1, 1 / 3, -0.0, 1.0, 3.0, 5e-324, 1.7976931348623157e308, 1e-05, 1e22, 123456789.0, 2**53 + 2.0)
 

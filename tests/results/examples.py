@@ -1,4 +1,4 @@
-"""Certifications made up for tests."""
+"""Results made up for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from grood_cert.results.columns import grid_column
+from grood_cert.results.columns import SCHEMAS, grid_column
 from grood_cert.results.table import Table
 
 EPS = (0.1, 0.2)
@@ -57,3 +57,30 @@ def random_certification(
             radius = float(generator.random() * (generator.random() < 0.9))
             records.append(sample(kind, name, score, bounds, radius, radius + float(generator.random())))
     return certification(records)
+
+
+def smoothing(records, **manifest):
+    """Rows of smoothing from (kind, set, score, median, decision, status, radius, lower bounds for each eps)."""
+    given = {"kind": "smoothing", "schema": 1, "norm": "l2", "gamma": 0.0, "gamma_base": 0.0, "model": {"name": "m"}}
+    names = ("kind", "set", "score", "median_estimate", "decision", "status", "radius_smoothed")
+    rows = []
+    for *values, lower in records:
+        row = {"index": len(rows), "file": "", "label": 0, "draws_below": 9, "draws_above": 1} | dict(
+            zip(names, values, strict=True)
+        )
+        row |= {"sigma": 0.1, "n": 10, "alpha": 0.01}
+        for eps, bound in zip(EPS, lower, strict=True):
+            row |= {grid_column("s_lb_smoothed", eps): bound, grid_column("s_ub_smoothed", eps): math.inf}
+        rows.append(row)
+    return Table.of(rows, given | {"eps": list(EPS)} | manifest)
+
+
+def slopes(records, **manifest):
+    """Rows of a Lipschitz analysis from (kind, eps, gradient norm, ascended estimate, bound)."""
+    given = {"kind": "lipschitz", "schema": 1, "norm": "linf", "model": {"name": "m"}, "eps": list(EPS)}
+    rows = []
+    for kind, eps, gradient, ascended, bound in records:
+        row = dict.fromkeys(SCHEMAS["lipschitz"].columns, math.nan) | {"set": kind, "kind": kind, "index": len(rows)}
+        row |= {"file": "", "eps": eps, "gradient_norm_estimate": gradient, "ascended_estimate": ascended}
+        rows.append(row | {"bound": bound, "provenance": "interval"})
+    return Table.of(rows, given | manifest)
