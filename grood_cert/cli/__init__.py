@@ -22,6 +22,7 @@ from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.recipe import recipe
 from grood_cert.cli.smooth import smooth
+from grood_cert.cli.status import status
 from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
 
@@ -53,7 +54,7 @@ def _root(
     options.help_without_command(context)
 
 
-for _command in (train, certify, smooth, lipschitz, threshold, curve, merge, export, verdicts, demo):
+for _command in (train, certify, smooth, lipschitz, status, threshold, curve, merge, export, verdicts, demo):
     app.command()(_command)
 app.add_typer(recipe, name="recipe")
 

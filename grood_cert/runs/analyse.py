@@ -88,6 +88,7 @@ def run(
         stage="analysing",
         shard=shard,
         force=force,
+        eps=settings.eps,
         reporter=reporter,
     )
     return Table.read(path, "lipschitz")

@@ -18,6 +18,8 @@ from grood_cert.data import ImageSet
 from grood_cert.data.images import taken
 from grood_cert.errors import InputError
 
+_FIRST = 4  # samples in the first batch
+
 
 def generator(seed: int, batch: int) -> torch.Generator:
     """The source of randomness of one batch: streams of different batches are independent.
@@ -77,12 +79,14 @@ class Batch:
 
 
 def batches(sets: Sequence[ImageSet], limit: int, batch_size: int, seed: int) -> list[Batch]:
-    """All batches of a run, set by set and never across sets.
+    """All batches of a run, set by set and never across sets; those of the first set start small and double.
+
+    Whoever waits therefore sees rows within seconds.
 
     Args:
         sets: Image sets.
         limit: Most images of each set, 0 for all; `subset` says which.
-        batch_size: Samples in a batch; the last of a set may hold fewer.
+        batch_size: Most samples in a batch.
         seed: Draws the images where there is a limit.
 
     Raises:
@@ -93,6 +97,22 @@ def batches(sets: Sequence[ImageSet], limit: int, batch_size: int, seed: int) ->
     found: list[Batch] = []
     for whole in sets:
         source, index = subset(whole, limit, seed)
-        for positions in torch.arange(len(source)).split(batch_size):
+        size, rest = batch_size if found else min(_FIRST, batch_size), torch.arange(len(source))
+        while len(rest):
+            positions, rest = rest[:size], rest[size:]
             found.append(Batch(len(found), source, positions, tuple(index[positions].tolist())))
+            size = min(2 * size, batch_size)
     return found
+
+
+def extent(batches: Sequence[Batch], eps: Sequence[float] = ()) -> str:
+    """How much work batches are, in words.
+
+    Example:
+        >>> images = ImageSet("a", "id", torch.rand(12, 1, 2, 2), torch.zeros(12).long(), ("0",))
+        >>> extent(batches([images], 0, 8, 0), (0.1, 0.2))
+        '12 samples of 1 set x 2 eps = 24 balls'
+    """
+    samples, sets = sum(map(len, batches)), len({(batch.source.kind, batch.source.name) for batch in batches})
+    words = f"{samples} samples of {sets} set{'s' * (sets != 1)}"
+    return f"{words} x {len(eps)} eps = {samples * len(eps)} balls" if eps else words

@@ -8,7 +8,7 @@ the radii at the detector's gamma. Whatever depends on another gamma is read off
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from grood_cert.bounds.crosscheck import cross_check
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engines import Choice, build, lirpa_version
 from grood_cert.certification.cascade import Cascade
-from grood_cert.certification.outcomes import STAGES, Outcome
+from grood_cert.certification.outcomes import Outcome
 from grood_cert.certification.settings import Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
@@ -121,17 +121,6 @@ def certify(cascade: Cascade, batch: Batch, adversarial: Path | None = None) -> 
     return records
 
 
-def tally(eps: Sequence[float]) -> Callable[[Mapping[str, Any]], Iterator[str]]:
-    """What became of the balls of a row: "certified", "attacked" or "undecided"; "misdecided" where x itself is wrong.
-
-    Example:
-        >>> list(tally((0.1, 0.2))({"outcome@0.1": "crown", "outcome@0.2": "attack"}))
-        ['certified', 'attacked']
-    """
-    words = dict.fromkeys(STAGES, "certified") | {"attack": "attacked", "misdecision": "misdecided"}
-    return lambda record: (words.get(record[grid_column("outcome", value)], "undecided") for value in eps)
-
-
 def balls_within(cascade: Cascade, images: ImageSet, memory: int) -> int:
     """How many balls may be bounded at once so that peak memory stays within a bound: a power of 2.
 
@@ -217,7 +206,7 @@ def run(
         save_adversarial: Whether to keep the points that attacks found, in `adversarial/`.
         force: Start afresh, whatever is there.
         stage: What the reporter calls it.
-        reporter: Hears of every batch, with the `tally` of all balls so far, and of an earlier run that was found.
+        reporter: Hears of every batch, with the statuses of all samples so far, and of an earlier run that was found.
 
     Raises:
         InputError: If settings, sets or folder are unusable.
@@ -257,7 +246,8 @@ def run(
         stage=stage,
         shard=shard,
         force=force,
-        tally=tally(settings.eps),
+        eps=settings.eps,
+        tally=lambda record: [record["status"]],
         reporter=reporter,
     )
     return Table.read(path, "certification")

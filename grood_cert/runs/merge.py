@@ -66,18 +66,24 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
     progresses = [Progress.of(parts[name][1]) for name in wanted]
     merged = Progress(
         batches=sum(progress.batches for progress in progresses),
+        of_batches=sum(progress.of_batches for progress in progresses),
+        samples=sum(progress.samples for progress in progresses),
+        of_samples=sum(progress.of_samples for progress in progresses),
         rows=len(rows),
         seconds=round(sum(progress.seconds for progress in progresses), 3),
         peak_memory=max(progress.peak_memory for progress in progresses),
         failures=dict(sum((Counter(progress.failures) for progress in progresses), Counter())),
         finished=max(str(progress.finished) for progress in progresses),
         shards=count,
+        command=progresses[0].command,
     )
     check_writable(out.parent)
     with locked(out):
         if out.exists() and not force:
             raise InputError(f"{out} exists already; {FORCE}")
-        write_json(manifest_path(out), {**description, **dataclasses.asdict(replace(merged, batches=0, rows=0))})
+        write_json(
+            manifest_path(out), {**description, **dataclasses.asdict(replace(merged, batches=0, samples=0, rows=0))}
+        )
         write_csv(out, list(rows[0]), rows)
         whole = {**description, **dataclasses.asdict(replace(merged, complete=True, bytes=out.stat().st_size))}
         write_json(manifest_path(out), whole)

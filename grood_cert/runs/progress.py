@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from grood_cert.system.files import as_json
+from grood_cert.errors import InputError
+from grood_cert.system.files import as_json, is_locked
+from grood_cert.system.reporting import clock
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,9 @@ class Progress:
     Attributes:
         complete: Whether all batches are done.
         batches: Batches done.
+        of_batches: Batches in all.
+        samples: Samples done.
+        of_samples: Samples in all.
         rows: Rows saved.
         bytes: Length of the file of rows; what follows was not finished.
         seconds: Time spent, over all interruptions and shards.
@@ -25,10 +35,14 @@ class Progress:
         finished: When the run was complete.
         shard: Which part of a run this is, such as "1/4"; None: all of it.
         shards: From how many parts it was merged.
+        command: The command line that went on with it last.
     """
 
     complete: bool = False
     batches: int = 0
+    of_batches: int = 0
+    samples: int = 0
+    of_samples: int = 0
     rows: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -37,6 +51,7 @@ class Progress:
     finished: str | None = None
     shard: str | None = None
     shards: int = 1
+    command: str | None = None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Progress:
@@ -51,6 +66,12 @@ _ELSEWHERE = {  # may change as a run goes on
     *("model.path", "device", "machine", "versions.python", "versions.numpy"),
     "cross_check.largest_disagreement",
 }
+
+
+def command_line() -> str:
+    """The command that runs in this process, to be given again."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(("python", "-m", "grood_cert") if program == "__main__.py" else (program,)), *sys.argv[1:]])
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -70,3 +91,100 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, s
         if one.get(name) != other.get(name) and name not in _ELSEWHERE:
             return name, str(one.get(name))[:60], str(other.get(name))[:60]
     return None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands, as the files in its folder tell.
+
+    Attributes:
+        path: Its rows.
+        kind: What kind of run it is.
+        progress: How far it has come.
+        busy: Whether a process is at work on it.
+        idle: Seconds since something was saved.
+    """
+
+    path: Path
+    kind: str
+    progress: Progress
+    busy: bool
+    idle: float
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left at the rate so far; None while nothing is known."""
+        done, total = self.progress.samples, self.progress.of_samples
+        return self.progress.seconds * (total - done) / done if done else None
+
+    def __str__(self) -> str:
+        progress = self.progress
+        name = f"{self.path.name}: {self.kind}"
+        if progress.complete:
+            return f"{name}, complete: {progress.rows} rows in {clock(progress.seconds)}"
+        share = progress.samples / progress.of_samples if progress.of_samples else 0.0
+        done = (
+            f"{name}, {share:.0%}: {progress.samples}/{progress.of_samples} samples, "
+            f"{progress.batches}/{progress.of_batches} batches in {clock(progress.seconds)}"
+        )
+        if self.left is not None and progress.seconds > 0:
+            done += f" ({progress.samples / progress.seconds:.3g} samples/s, {clock(self.left)} left)"
+        if self.busy:
+            return f"{done}; a process is at work on it, saved {clock(self.idle)} ago"
+        return f"{done}; no process is at work on it; go on with: {progress.command or 'its command'}"
+
+
+def status(folder: Path) -> list[Status]:
+    """The runs whose manifests lie in a folder, by name.
+
+    Raises:
+        InputError: If it is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    found = []
+    for page in sorted(folder.glob("*.json")):
+        rows = page.with_suffix(".csv")
+        try:
+            manifest, saved = json.loads(page.read_text(encoding="utf-8")), page.stat().st_mtime
+            if {"batches", "complete"} <= manifest.keys():
+                progress = Progress.of(manifest)
+                idle = max(0.0, time.time() - saved)
+                found.append(Status(rows, str(manifest.get("kind", "?")), progress, is_locked(rows), idle))
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue  # not a manifest, or gone by now
+    return found
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines about the runs in a folder: how far each has come, what goes on with it, which shards are missing.
+
+    Raises:
+        InputError: If it is no folder, or nothing runs or ran there.
+    """
+    runs = status(folder)
+    lines = [str(run) for run in runs]
+    divided: dict[tuple[str, int], dict[int, Status]] = {}
+    for run in runs:
+        if run.progress.shard:
+            number, count = map(int, run.progress.shard.split("/"))
+            stem = run.path.stem.removesuffix(f"-{number}-of-{count}")
+            divided.setdefault((stem, count), {})[number] = run
+    for (stem, count), parts in divided.items():
+        missing = [f"{number}/{count}" for number in range(1, count + 1) if number not in parts]
+        if missing:
+            lines.append(f"{stem}.csv: of {count} shards, {', '.join(missing)} not here")
+        elif all(run.progress.complete for run in parts.values()):
+            names = shlex.join(str(parts[number].path) for number in sorted(parts))
+            lines.append(f"{stem}.csv: all {count} shards are complete; grood-cert merge {names} --out {stem}.csv")
+    model = folder / "model.pt"
+    if (folder / "last.pt").exists() or is_locked(model):
+        lines.append(
+            f"training: {'a process is at work on it' if is_locked(model) else 'unfinished; its command with --resume'}"
+            f"{'' if is_locked(model) else ' goes on'}"
+        )
+    elif model.exists():
+        lines.append("model.pt: trained")
+    if not lines:
+        raise InputError(f"{folder}: no run is here, finished or not")
+    return lines

@@ -23,9 +23,9 @@ from torch import distributed
 
 from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.results.table import manifest_path, read_cells
-from grood_cert.runs.batches import Batch
+from grood_cert.runs.batches import Batch, extent
 from grood_cert.runs.merge import merge
-from grood_cert.runs.progress import FORCE, Progress, difference
+from grood_cert.runs.progress import FORCE, Progress, command_line, difference
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.system.files import appending, check_writable, csv_text, locked, replacing, write_json
 from grood_cert.system.memory import peak_memory
@@ -46,6 +46,7 @@ def execute(
     stage: str,
     shard: Shard = WHOLE,
     force: bool = False,
+    eps: Sequence[float] = (),
     tally: Callable[[Mapping[str, Any]], Iterable[str]] = lambda record: (),
     reporter: Reporter = SILENT,
 ) -> Path:
@@ -64,6 +65,7 @@ def execute(
         stage: What is done, in a word.
         shard: Which batches to do. The shards of a joint run wait for one another, and the first merges them.
         force: Start afresh, whatever is there.
+        eps: Radii of the balls around each sample.
         tally: Names under which a record is counted; it may be one read back as text.
         reporter: Hears of the stage, unless everything is done already, of the samples of an earlier process, then of
             every batch, with the counts of the tally; and of what was found: a run to continue, or a complete one.
@@ -93,7 +95,10 @@ def execute(
         if earlier.complete:
             reporter.say(f"{path} is complete already")
         else:
-            reporter.begin(stage, sum(map(len, own)))
+            samples = sum(map(len, own))
+            earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line())
+            reporter.say(extent(own, eps))
+            reporter.begin(stage, samples)
             counts = Counter(name for record in records for name in tally(record))
             if earlier.batches:
                 reporter.say(f"{path} holds {earlier.batches} of {len(own)} batches; the run continues after them")
@@ -101,7 +106,7 @@ def execute(
             with _evidence(path), _saving(path, columns, description, failures, earlier) as save:
                 for batch in own[earlier.batches :]:
                     added = work(batch)
-                    save(added)
+                    save(batch, added)
                     counts.update(name for record in added for name in tally(record))
                     reporter.advance(len(batch), counts)
     return shard.result(target)
@@ -114,7 +119,7 @@ def _saving(
     description: Mapping[str, Any],
     failures: Callable[[], Mapping[str, int]],
     earlier: Progress,
-) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+) -> Iterator[Callable[[Batch, list[dict[str, Any]]], None]]:
     """Rows and manifest from some progress on; the run is complete when the block ends well.
 
     Yields:
@@ -133,9 +138,10 @@ def _saving(
         )
         write_json(manifest_path(path), {**description, **dataclasses.asdict(progress)})
 
-    def save(records: list[dict[str, Any]]) -> None:
+    def save(batch: Batch, records: list[dict[str, Any]]) -> None:
         size = append(csv_text(columns, records))
-        note(batches=progress.batches + 1, rows=progress.rows + len(records), bytes=size)
+        rows, samples = progress.rows + len(records), progress.samples + len(batch)
+        note(batches=progress.batches + 1, samples=samples, rows=rows, bytes=size)
 
     if not progress.bytes:
         note()  # before the rows are touched: what stood there counts no more

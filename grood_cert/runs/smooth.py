@@ -148,6 +148,7 @@ def run(
         stage="certifying",
         shard=shard,
         force=force,
+        eps=settings.eps,
         tally=lambda record: [record["status"]],
         reporter=reporter,
     )

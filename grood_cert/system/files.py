@@ -122,6 +122,18 @@ def locked(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on `path` at this moment."""
+    try:
+        with path.with_name(f".{path.name}.lock").open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def _os_errors_refused(path: Path) -> Iterator[None]:
     try:

@@ -41,3 +41,14 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+def clock(seconds: float) -> str:
+    """A duration as hours, minutes and seconds.
+
+    Example:
+        >>> clock(7384.6)
+        '2:03:05'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

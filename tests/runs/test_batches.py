@@ -5,7 +5,7 @@ import torch
 
 from grood_cert.errors import InputError
 from grood_cert.runs.batches import batches, generator
-from tests.runs.work import BATCHES, SETS
+from tests.runs.work import BATCHES, SETS, image_set
 
 
 def test_batches_hold_every_sample_once_in_order():
@@ -34,3 +34,13 @@ def test_streams_differ_between_batches_and_seeds():
     drawn = {float(torch.rand(1, generator=generator(*pair), dtype=torch.float64)) for pair in pairs}
     assert len(drawn) == len(pairs)
     assert generator(3, 4).initial_seed() == generator(3, 4).initial_seed()
+
+
+def test_the_first_set_starts_small():
+    """The list is a function of sets, limit, batch size and seed; every sample is in it once."""
+    sets = [image_set("a", 50), image_set("b", 40, "ood")]
+    found = batches(sets, 0, 16, 0)
+    assert [len(batch) for batch in found] == [4, 8, 16, 16, 6, 16, 16, 8]
+    assert [name["index"] for batch in found for name in batch.names] == [*range(50), *range(40)]
+    assert [len(batch) for batch in batches(sets, 20, 64, 0)] == [4, 8, 8, 20]
+    assert [len(batch) for batch in batches(sets[:1], 3, 1, 0)] == [1, 1, 1]

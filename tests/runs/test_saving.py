@@ -43,9 +43,10 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path, last):
     assert path.read_bytes() == whole.read_bytes()
     assert first.done + second.done == list(range(10))
     assert heard.stages == [("working", 18, "samples")] and sum(heard.steps) == 18
-    assert len(heard.lines) == (last > 0)
+    assert len(heard.lines) == 1 + (last > 0) and heard.lines[0] == "18 samples of 3 sets"
     final = manifest(path)
     assert (final["complete"], final["batches"], final["rows"]) == (True, 10, 18)
+    assert (final["of_batches"], final["samples"], final["of_samples"]) == (10, 18, 18)
     assert final["failures"] == {"boom": 10} and final["bytes"] == path.stat().st_size
     assert {entry.name for entry in tmp_path.iterdir()} == {"rows.csv", "rows.json"}
 

@@ -1,0 +1,16 @@
+"""`grood-cert status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(folder: Annotated[Path, typer.Argument(help="Folder of one or more runs.")]) -> None:
+    """Say how far the runs in a folder have come, and what goes on with them."""
+    from grood_cert.runs.progress import describe
+
+    for line in describe(folder):
+        typer.echo(line)

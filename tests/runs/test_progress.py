@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grood_cert.errors import InputError
+from grood_cert.runs.progress import describe, status
+from grood_cert.runs.shards import Shard
+from grood_cert.system.files import locked
+from tests.runs.work import DESCRIPTION, Worker, execute, manifest
+
+KIND = DESCRIPTION | {"kind": "certification"}
+
+
+def interrupted(folder, last, **options):
+    with pytest.raises(KeyboardInterrupt):
+        execute(folder, Worker(last), KIND, **options)
+
+
+def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path):
+    interrupted(tmp_path, 3)
+    (found,) = status(tmp_path)
+    assert (found.kind, found.progress.samples, found.progress.batches, found.busy) == ("certification", 6, 3, False)
+    (line,) = describe(tmp_path)
+    assert line.startswith("rows.csv: certification, 33%: 6/18 samples, 3/10 batches in ")
+    assert f"no process is at work on it; go on with: {manifest(tmp_path / 'rows.csv')['command']}" in line
+
+
+def test_a_run_at_work_is_known_by_its_lock(tmp_path):
+    interrupted(tmp_path, 3)
+    with locked(tmp_path / "rows.csv"):
+        assert status(tmp_path)[0].busy and "a process is at work on it" in describe(tmp_path)[0]
+    assert not status(tmp_path)[0].busy
+
+
+def test_the_time_left_is_that_of_the_samples_left(tmp_path):
+    interrupted(tmp_path, 3)
+    page = tmp_path / "rows.json"
+    page.write_text(json.dumps(json.loads(page.read_text()) | {"seconds": 30.0}))
+    assert status(tmp_path)[0].left == 60 and "(0.2 samples/s, 0:01:00 left)" in describe(tmp_path)[0]
+
+
+def test_shards_that_are_missing_or_wait_to_be_merged(tmp_path):
+    execute(tmp_path, description=KIND, shard=Shard(0, 3))
+    interrupted(tmp_path, 1, shard=Shard(2, 3))
+    assert describe(tmp_path)[-1] == "rows.csv: of 3 shards, 2/3 not here"
+    for index in (1, 2):
+        execute(tmp_path, description=KIND, shard=Shard(index, 3))
+    assert describe(tmp_path)[-1].startswith("rows.csv: all 3 shards are complete; grood-cert merge ")
+
+
+def test_a_complete_run_and_what_is_none(tmp_path):
+    execute(tmp_path, description=KIND)
+    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    (line,) = describe(tmp_path)
+    assert line.startswith("rows.csv: certification, complete: 18 rows in 0:00:0")
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("empty", "no run is here"), ("none", "no such folder")):
+        with pytest.raises(InputError, match=message):
+            describe(tmp_path / folder)
+
+
+def test_an_unfinished_training_is_named(tmp_path):
+    (tmp_path / "last.pt").touch()
+    assert describe(tmp_path) == ["training: unfinished; its command with --resume goes on"]
+    with locked(tmp_path / "model.pt"):
+        assert describe(tmp_path) == ["training: a process is at work on it"]
+
+
+def test_looking_needs_no_torch():
+    code = "import sys, grood_cert.runs.progress; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
