@@ -16,6 +16,7 @@ from grood_cert.results.columns import header
 from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator
 from grood_cert.runs.manifest import manifest
+from grood_cert.runs.plan import outline
 from grood_cert.runs.saving import execute
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.system.reporting import SILENT, Reporter
@@ -92,3 +93,18 @@ def run(
         reporter=reporter,
     )
     return Table.read(path, "lipschitz")
+
+
+def plan(
+    detector: Detector, sets: Sequence[ImageSet], settings: Settings, *, limit: int = 0, shard: Shard = WHOLE
+) -> list[str]:
+    """Lines on what `run` would do, and about how long; nothing is written.
+
+    Raises:
+        InputError: If settings, sets or a layer of the network are unusable.
+        RunError: If the bound engine is missing or cannot convert the network.
+        SoundnessError: If an estimate from below exceeds a formal bound.
+    """
+    analyser = Analyser(detector, settings)
+    own = shard.of(batches(sets, limit, analyser.batch_size, settings.seed))
+    return outline("analysing", own, settings.eps, lambda batch: analyse(analyser, batch))

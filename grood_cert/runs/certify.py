@@ -31,6 +31,7 @@ from grood_cert.results.columns import SCHEMAS, grid_column, header
 from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator, subset
 from grood_cert.runs.manifest import manifest
+from grood_cert.runs.plan import outline
 from grood_cert.runs.saving import execute, save_evidence
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.scores import energy
@@ -251,6 +252,22 @@ def run(
         reporter=reporter,
     )
     return Table.read(path, "certification")
+
+
+def plan(
+    detector: Detector, sets: Sequence[ImageSet], settings: Settings, *, limit: int = 0, shard: Shard = WHOLE
+) -> list[str]:
+    """Lines on what `run` would do, and about how long; nothing is written.
+
+    Raises:
+        InputError: If settings or sets are unusable.
+        RunError: If the bound engine is missing or cannot convert the network.
+        SoundnessError: If an attack contradicts a proof.
+    """
+    settings.check(detector.shape)
+    cascade = Cascade(detector, settings)
+    own = shard.of(batches(sets, limit, settings.batch_size, settings.seed))
+    return outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
 
 
 def agreement(check: Mapping[str, Any]) -> str:

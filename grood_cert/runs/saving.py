@@ -87,7 +87,7 @@ def execute(
         if found and found[0].complete:
             reporter.say(f"{target} is complete already")
             return target
-    path, own = shard.file(target), batches[shard.index :: shard.count]
+    path, own = shard.file(target), shard.of(batches)
     check_writable(path.parent)
     with _merged(target, shard, force) if shard.joint else contextlib.nullcontext(), locked(path):
         found = None if force else _saved(path, columns, description)

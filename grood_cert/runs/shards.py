@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from grood_cert.errors import InputError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class Shard:
     def leads(self) -> bool:
         """Whether this process speaks for the run: alone, or the first of those that run together."""
         return self.index == 0 or not self.joint
+
+    def of(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Its part of all batches."""
+        return items[self.index :: self.count]
 
     def file(self, target: Path) -> Path:
         """Where the shard's rows go if those of the whole run go to `target`."""

@@ -22,6 +22,7 @@ from grood_cert.results.table import Table
 from grood_cert.results.thresholds import calibrated_gamma
 from grood_cert.runs.batches import Batch, batches
 from grood_cert.runs.manifest import manifest
+from grood_cert.runs.plan import outline
 from grood_cert.runs.saving import execute
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.system.reporting import SILENT, Reporter
@@ -153,3 +154,27 @@ def run(
         reporter=reporter,
     )
     return Table.read(path, "smoothing")
+
+
+def plan(
+    detector: Detector,
+    calibration: ImageSet,
+    sets: Sequence[ImageSet],
+    settings: SmoothingSettings,
+    *,
+    limit: int = 0,
+    shard: Shard = WHOLE,
+) -> list[str]:
+    """Lines on what `run` would do, and about how long; nothing is written.
+
+    Raises:
+        InputError: If settings or sets are unusable.
+        RunError: If a calibration image has no smoothed score.
+    """
+    smoother = Smoother(detector, settings)
+    inside = batches([calibration], settings.calibration_limit, settings.batch_size, settings.seed)
+    tested = shard.of(batches(sets, limit, settings.batch_size, settings.seed))
+    return [
+        *outline("calibrating", inside, (), functools.partial(calibrate, smoother)),
+        *outline("certifying", tested, settings.eps, functools.partial(certify, smoother, detector.gamma)),
+    ]
