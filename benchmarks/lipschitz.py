@@ -31,9 +31,9 @@ from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
 from grood_cert.recipe import Recipe
 from grood_cert.runs import analyse
+from grood_cert.sections import NetworkSection
 from grood_cert.system.files import write_csv
 from grood_cert.training import run as training
-from grood_cert.training.sections import NetworkSection
 
 NETWORKS = {
     "MLP-3": NetworkSection("mlp", width=128, hidden_layers=2),

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from grood_cert.cli import run_script
 from grood_cert.networks import architectures
 from grood_cert.scores import energy
+from grood_cert.sections import ObjectiveSection
 from grood_cert.system.files import write_csv
 from grood_cert.training import sampling
 from grood_cert.training.objective import objective
-from grood_cert.training.sections import ObjectiveSection
 
 COLUMNS = ("network", "batch_norm", "step", "ms", "of_energy", "of_reference")
 NETWORKS = ("resnet18", "wrn-40-2", "densenet-bc-100")

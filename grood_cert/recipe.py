@@ -1,6 +1,6 @@
 """A training run as a value: every setting typed, with a default that works, read from a TOML file.
 
-A recipe file states what differs from the defaults of its sections (`grood_cert.training.sections`), or from another
+A recipe file states what differs from the defaults of its sections (`grood_cert.sections`), or from another
 recipe that it names as its `base`. The files under `train/` travel with the package: `grood-cert train NAME` finds them
 anywhere.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError
-from grood_cert.training.sections import (
+from grood_cert.sections import (
     NOT_NEGATIVE,
     SEED,
     AugmentationSection,

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grood_cert.bounds.engines import lirpa_version
+from grood_cert.bounds.engine import lirpa_version
 from grood_cert.errors import RunError
 
 INSTALL_COMMAND = "pip install --no-deps auto-LiRPA==0.3"

@@ -12,6 +12,7 @@ summed to get it, and what is NaN, infinite or crosses its partner is not proved
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -125,3 +126,11 @@ def crossed(lower: Tensor, upper: Tensor) -> Tensor:
     """Where finite bounds cross by more than rounding explains: what they enclose does not exist."""
     scale = 1 + torch.maximum(lower.abs(), upper.abs())
     return torch.isfinite(lower) & torch.isfinite(upper) & (lower - upper > _CROSSING * scale)
+
+
+def lirpa_version() -> str | None:
+    """Version of the installed auto_LiRPA; None if it is not installed."""
+    try:
+        return importlib.metadata.version("auto-LiRPA")
+    except importlib.metadata.PackageNotFoundError:
+        return None

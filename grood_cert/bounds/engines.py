@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,14 +14,6 @@ from grood_cert.networks.checks import check_eval
 
 Engine = Literal["auto", "native", "auto_lirpa"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-
-
-def lirpa_version() -> str | None:
-    """Version of the installed auto_LiRPA; None if it is not installed."""
-    try:
-        return importlib.metadata.version("auto-LiRPA")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def export(
     from grood_cert import detector
     from grood_cert.bounds.engine import Method, way_of
     from grood_cert.bounds.engines import build
-    from grood_cert.certification import vnnlib
     from grood_cert.results.table import Table
+    from grood_cert.runs import vnnlib
 
     way_of(method)
     read = Table.read(rows, "certification")
@@ -56,7 +56,7 @@ def verdicts(
 ) -> None:
     """Read a complete verifier's answers into verdicts.csv. Counterexamples are evaluated again."""
     from grood_cert import detector
-    from grood_cert.certification.verdicts import write_verdicts
+    from grood_cert.runs.verdicts import write_verdicts
 
     loaded = detector.load(model, options.device_name(device))
     images = options.experiment(loaded, ood, data_dir, download)

@@ -20,7 +20,8 @@ from grood_cert import attacks
 from grood_cert.ball import DEFAULT_EPS, Ball, Norm, largest_eps
 from grood_cert.bounds.crosscheck import cross_check
 from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.engines import Choice, build, lirpa_version
+from grood_cert.bounds.engine import lirpa_version
+from grood_cert.bounds.engines import Choice, build
 from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.outcomes import Outcome
 from grood_cert.certification.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from grood_cert.bounds.engines import lirpa_version
+from grood_cert.bounds.engine import lirpa_version
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.results.columns import SCHEMAS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grood_cert.training.sections import AugmentationSection
+from grood_cert.sections import AugmentationSection
 
 _ASPECT = (3 / 4, 4 / 3)
 

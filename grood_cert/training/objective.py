@@ -41,9 +41,9 @@ from torch.nn import functional
 
 from grood_cert.ball import Ball
 from grood_cert.lipschitz.interval import interval_lipschitz
+from grood_cert.sections import ObjectiveSection
 from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.penalty import SampleWise, pixels_per_unit, scores
-from grood_cert.training.sections import ObjectiveSection
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.weights import load_pretrained
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
+from grood_cert.sections import ObjectiveSection
 from grood_cert.system import processes
 from grood_cert.system.files import check_writable, locked, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
@@ -31,7 +32,6 @@ from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.checkpoint import State
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
 from grood_cert.training.loop import Epoch, check_images, fit
-from grood_cert.training.sections import ObjectiveSection
 from grood_cert.training.step import check_batches, check_layout, steps_per_epoch
 
 _NAMES = ("model.pt", "log.csv", "last.pt", "best.pt")

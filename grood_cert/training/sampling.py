@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from grood_cert.errors import InputError
 from grood_cert.scores import energy
+from grood_cert.sections import ROUTINGS
 from grood_cert.training.objective import Roles
-from grood_cert.training.sections import ROUTINGS
 
 _BATCH = 512
 _LLOYD_STEPS = 10

@@ -30,11 +30,11 @@ from torch._functorch import config as functorch
 from grood_cert.data import Experiment, ImageSet
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe
+from grood_cert.sections import ObjectiveSection, OptimizerSection
 from grood_cert.system import processes
 from grood_cert.training import sampling
 from grood_cert.training.augmentation import augment
 from grood_cert.training.objective import Terms, objective
-from grood_cert.training.sections import ObjectiveSection, OptimizerSection
 
 TERMS = [item.name for item in dataclasses.fields(Terms)]
 

@@ -113,7 +113,8 @@ def test_without_auto_lirpa_everything_else_is_there():
         for found in pkgutil.walk_packages(grood_cert.__path__, "grood_cert."):
             if not found.name.endswith("__main__"):
                 importlib.import_module(found.name)
-        from grood_cert.bounds.engines import build, lirpa_version
+        from grood_cert.bounds.engine import lirpa_version
+        from grood_cert.bounds.engines import build
         from grood_cert.errors import RunError
         from grood_cert.networks.architectures import build as network_of
         network = network_of("mlp", (1, 4, 4), 3, [0.5], [0.5]).eval()

@@ -24,8 +24,8 @@ from grood_cert.runs import analyse
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
 from grood_cert.scores import gradient_norm_estimate
+from grood_cert.sections import ObjectiveSection
 from grood_cert.training import objective
-from grood_cert.training.sections import ObjectiveSection
 
 SETTINGS = analysis.Settings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
 

@@ -14,7 +14,7 @@ from grood_cert import detector
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeRelaxation
-from grood_cert.bounds.engines import lirpa_version
+from grood_cert.bounds.engine import lirpa_version
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification import stages
 from grood_cert.certification.settings import Settings

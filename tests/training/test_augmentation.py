@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grood_cert.sections import AugmentationSection
 from grood_cert.training.augmentation import augment
-from grood_cert.training.sections import AugmentationSection
 
 
 def images(count: int = 64, channels: int = 2, height: int = 5, width: int = 6) -> torch.Tensor:

@@ -14,9 +14,9 @@ from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.scores import energy
+from grood_cert.sections import ObjectiveSection
 from grood_cert.training.certified_loss import certified_loss, energy_interval
 from grood_cert.training.objective import Roles, energy_loss, objective
-from grood_cert.training.sections import ObjectiveSection
 
 METHODS = ("ibp", "crown-ibp")
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
+from grood_cert.sections import ObjectiveSection
 from grood_cert.training.objective import Roles, Terms, energy_loss, gradient_shares, objective
-from grood_cert.training.sections import ObjectiveSection
 
 WEIGHTS = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=-1.9, m_out=-1.7)
 ENERGY_ONLY = ObjectiveSection(lambda_S=0.3, lambda_grad=0.0, m_in=-1.9, m_out=-1.7)

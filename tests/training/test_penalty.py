@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from grood_cert.networks import architectures
+from grood_cert.sections import ObjectiveSection
 from grood_cert.training import penalty
 from grood_cert.training.objective import objective
 from grood_cert.training.penalty import BatchStatistics, SampleWise
-from grood_cert.training.sections import ObjectiveSection
 
 ALL_ACTIVE = ObjectiveSection(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from grood_cert.scores import energy
+from grood_cert.sections import OptimizerSection
 from grood_cert.training import step as steps
 from grood_cert.training.loop import fit
-from grood_cert.training.sections import OptimizerSection
 from grood_cert.training.step import Steps, learning_rate
 from tests.training.examples import experiment, needs_gpu, network_of, small
 

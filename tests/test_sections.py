@@ -10,7 +10,7 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe, from_dict
-from grood_cert.training.sections import (
+from grood_cert.sections import (
     NOT_NEGATIVE,
     DataSection,
     ObjectiveSection,
@@ -86,7 +86,5 @@ def test_a_setting_is_one_line():
 
 
 def test_sections_know_neither_torch_nor_files():
-    code = (
-        "import sys, grood_cert.training.sections; sys.exit(any(name in sys.modules for name in ('torch', 'tomllib')))"
-    )
+    code = "import sys, grood_cert.sections; sys.exit(any(name in sys.modules for name in ('torch', 'tomllib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,7 +1,7 @@
 """Read what a complete verifier says of exported properties, and judge what it is worth.
 
 Unsat certifies, in the verifier's name. Sat proves nothing: its counterexample is evaluated again, in float64, and
-believed only if S crosses gamma there. `grood_cert.certification.vnnlib` writes the properties.
+believed only if S crosses gamma there. `grood_cert.runs.vnnlib` writes the properties.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from grood_cert.ball import Ball
-from grood_cert.certification.vnnlib import INSTANCES
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError
+from grood_cert.runs.vnnlib import INSTANCES
 from grood_cert.scores import energy
 from grood_cert.system.files import sha256, write_csv, write_json
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from grood_cert import detector
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.certification import vnnlib
-from grood_cert.certification.vnnlib import Instance, Specification
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.table import Table
+from grood_cert.runs import vnnlib
+from grood_cert.runs.vnnlib import Instance, Specification
 from grood_cert.scores import energy
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from grood_cert import detector
-from grood_cert.certification.verdicts import COLUMNS, Verdict, judge, read_verdicts, write_verdicts
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.results.table import Table
+from grood_cert.runs.verdicts import COLUMNS, Verdict, judge, read_verdicts, write_verdicts
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ logits (`grood_cert.bounds.score`). On the l_inf ball around x, intersected with
 
 with p near softmax f(x), l <= f <= u proved by our own bound engine on the same ball, M = max_k u_k, and kappa_k any
 slope from 0 to the chord's. A property asserts the negation, so **unsat means certified**. Sat does not mean refuted:
-the linear function can cross its threshold where S does not cross gamma (see `grood_cert.certification.verdicts`).
+the linear function can cross its threshold where S does not cross gamma (see `grood_cert.runs.verdicts`).
 
 The readers of VNNLIB in alpha-beta-CROWN and in the competition know constraints between single outputs and numbers
 only, no linear combinations. So the rows c are the last layer of the network: output i of `model.onnx` is c_i . f, and
