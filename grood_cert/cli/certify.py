@@ -58,6 +58,7 @@ def certify(
     download: options.Download = False,
     device: options.Device = "auto",
     force: options.Force = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
     import math
@@ -98,6 +99,9 @@ def certify(
     sets = [experiment.test, *experiment.ood]
     if not grid:
         settings = replace(settings, eps=certification.automatic_eps(loaded, sets, ball, seed))
+    if dry_run:
+        output.say(certification.plan(loaded, sets, settings, limit=limit, shard=part, memory=most))
+        return
     with output.Bar() as bar:
         rows = certification.run(
             loaded,

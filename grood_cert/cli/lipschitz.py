@@ -28,6 +28,7 @@ def lipschitz(
     download: options.Download = False,
     device: options.Device = "auto",
     force: options.Force = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
     from typing import cast
@@ -55,11 +56,15 @@ def lipschitz(
     images = options.experiment(loaded, ood, data_dir, download)
     folder = out or model.parent
     part = options.shard_of(shard)
+    sets = [images.test, *images.ood]
+    if dry_run:
+        output.say(analyse.plan(loaded, sets, settings, limit=limit, shard=part))
+        return
     with output.Bar() as bar:
         result = analyse.run(
             loaded,
             model,
-            [images.test, *images.ood],
+            sets,
             settings,
             folder,
             limit=limit,

@@ -32,6 +32,7 @@ Shard = Annotated[str, typer.Option(help="Do part i of n, as i/n; grood-cert mer
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much work it is and about how long; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
 
 

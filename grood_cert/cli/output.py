@@ -139,6 +139,12 @@ class Bar:
                 self.say(self._stage.line)
 
 
+def say(lines: Sequence[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        console().print(line, markup=False)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

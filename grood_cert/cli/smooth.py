@@ -46,6 +46,7 @@ def smooth(
     download: options.Download = False,
     device: options.Device = "auto",
     force: options.Force = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Certify the smoothed detector in l2. For networks of any size, each sample with probability 1 - alpha."""
     from typing import cast
@@ -71,12 +72,16 @@ def smooth(
     )
     settings.check(loaded.shape)
     experiment = options.experiment(loaded, ood, data_dir, download)
+    sets = [experiment.test, *experiment.ood]
+    if dry_run:
+        output.say(run_smoothing.plan(loaded, experiment.calibration, sets, settings, limit=limit, shard=part))
+        return
     with output.Bar() as bar:
         rows = run_smoothing.run(
             loaded,
             model,
             experiment.calibration,
-            [experiment.test, *experiment.ood],
+            sets,
             settings,
             folder,
             limit=limit,

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from grood_cert.cli import output
+
 
 def status(folder: Annotated[Path, typer.Argument(help="Folder of one or more runs.")]) -> None:
     """Say how far the runs in a folder have come, and what goes on with them."""
     from grood_cert.runs.progress import describe
 
-    for line in describe(folder):
-        typer.echo(line)
+    output.say(describe(folder))

@@ -256,7 +256,13 @@ def run(
 
 
 def plan(
-    detector: Detector, sets: Sequence[ImageSet], settings: Settings, *, limit: int = 0, shard: Shard = WHOLE
+    detector: Detector,
+    sets: Sequence[ImageSet],
+    settings: Settings,
+    *,
+    limit: int = 0,
+    shard: Shard = WHOLE,
+    memory: int = 0,
 ) -> list[str]:
     """Lines on what `run` would do, and about how long; nothing is written.
 
@@ -267,6 +273,8 @@ def plan(
     """
     settings.check(detector.shape)
     cascade = Cascade(detector, settings)
+    if memory:
+        cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     own = shard.of(batches(sets, limit, settings.batch_size, settings.seed))
     return outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
 

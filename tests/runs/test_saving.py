@@ -249,7 +249,7 @@ def main(model: Path, out: Path, limit: int, dies: int = -1, waits: int = -1) ->
 
     certification.certify = certify
     result = certification.run(loaded, model, sets, settings, out, limit=limit, shard=shard)
-    print(len(result), result.complete)
+    os.write(1, f"{len(result)} {result.complete}\\n".encode())  # two processes share the pipe: one write a line
 
 run_script(main)
 """
