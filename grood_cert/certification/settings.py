@@ -98,6 +98,10 @@ class Settings:
             raise InputError(f"precision must lie between 0 and 1, got {self.precision!r}")
         if not 0 <= self.time_limit < float("inf"):
             raise InputError(f"time limit must be 0 (none) or more seconds, got {self.time_limit!r}")
+        if self.time_limit > 0 and not set(self.cascade) - set(LINEAR):
+            raise InputError(
+                f"a time limit stops refining stages, and there are none among {', '.join(self.cascade)}; leave it out"
+            )
 
     @property
     def cascade(self) -> tuple[str, ...]:

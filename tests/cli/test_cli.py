@@ -172,6 +172,7 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
         (["--gamma", "nan"], "gamma must be a finite number"),
         (["--time-limit", "-1"], "time limit must be 0"),
+        (["--time-limit", "5", "--effort", "fast"], "a time limit stops refining stages, and there are none among ibp"),
         (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
         (["--ood", "digits:5-9"], "share class 5"),
         (["--ood", "cifar10"], "data set 'cifar10' is not in"),
@@ -313,6 +314,15 @@ def test_nothing_is_overwritten_unasked(refused, model, rows_file, tmp_path):
     before = (tmp_path / "rows.csv").read_bytes()
     assert "exists already" in refused("certify", model, "--out", tmp_path)
     assert (tmp_path / "rows.csv").read_bytes() == before
+
+
+def test_rows_of_another_norm_are_not_answered_from(refused, rows_file):
+    """Rows in l_inf lie beside the model; asked for l_2 at another eps and gamma, nothing of them is handed out."""
+    before = rows_file.read_bytes()
+    manifest = json.loads(rows_file.with_suffix(".json").read_text())
+    options = ("--gamma", "-5", "--norm", "l2", "--eps", "0.5", "--out", rows_file.parent)
+    assert "exists already and holds another run" in refused("certify", manifest["model"]["path"], *options)
+    assert rows_file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
