@@ -33,7 +33,7 @@ def linear(weight, bias=0.0):
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(torch.as_tensor(bias).expand(layer.bias.shape))
-    return nn.Sequential(nn.Flatten(), layer).double().requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), layer).double().eval().requires_grad_(False)
 
 
 def length(offset, norm):
@@ -170,7 +170,7 @@ class Saddle(nn.Module):
 
 def test_only_a_climb_of_one_logit_leaves_a_flat_score():
     """x is a stationary point of S, exactly, in either precision."""
-    network = Saddle(torch.tensor([2.0, -1.0, 0.5, 4.0]).double(), -2.75)
+    network = Saddle(torch.tensor([2.0, -1.0, 0.5, 4.0]).double(), -2.75).eval()
     images = torch.full((1, 1, 2, 2), 0.5).double()
     assert not energy_gradient(network, images)[1].any()
     level = 0.6
@@ -328,7 +328,7 @@ class NotANumber(nn.Module):
 def test_a_score_that_is_no_number_is_no_witness(level):
     """x lies at z = 2, S <= gamma needs z >= 3, and above the level there are only NaN."""
     images = torch.full((1, 1, 2, 2), 0.5).double()
-    network = NotANumber(level)
+    network = NotANumber(level).eval()
     found = attacks.minimum_norm(network, images, -3.0, "linf", generator())
     assert bool(torch.isinf(found.radius).all()) and torch.equal(found.points, images)
     ball = Ball(images, torch.tensor([0.5]).double(), "linf")
