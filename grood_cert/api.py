@@ -42,7 +42,10 @@ Eps = float | Sequence[float]
 
 
 def _grid(eps: Eps) -> tuple[float, ...]:
-    return (float(eps),) if isinstance(eps, int | float) else tuple(float(value) for value in eps)
+    try:
+        return tuple(float(value) for value in np.atleast_1d(np.asarray(eps)))
+    except (TypeError, ValueError):
+        raise InputError(f"eps {eps!r}: expected a number, or a list of numbers") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +136,7 @@ def certify(
     found = Certificates(
         **{item.name: torch.cat([getattr(part, item.name) for part in parts])[back] for item in fields(Certificates)}
     )
-    single = isinstance(eps, int | float)
+    single = np.ndim(eps) == 0
     return Certified(
         score=found.score,
         accepted=found.accepted.bool(),
@@ -290,7 +293,7 @@ class Smoothed:
         decision = np.select([side > 0 for side in sides], ["accepted", "rejected"], "abstained")
         bounds = smoothing.smoothed_bounds(draws, settings.eps, settings.sigma, settings.alpha)
         lower, upper = (np.where(np.isfinite(bound), bound, np.nan) for bound in bounds)
-        single = isinstance(eps, int | float)
+        single = np.ndim(eps) == 0
         return SmoothedCertified(
             alpha=settings.alpha,
             decision=decision.tolist(),

@@ -62,6 +62,7 @@ def test_a_number_gives_one_entry_a_sample():
     one, grid = (gc.certify(detector, images, eps, effort="fast") for eps in (0.02, [0.02]))
     assert one.lower.shape == one.upper.shape == (5,) and grid.lower.shape == (5, 1)
     assert torch.equal(one.lower, grid.lower[:, 0]) and torch.equal(one.radius, grid.radius)
+    assert torch.equal(gc.certify(detector, images, np.float64(0.02), effort="fast").lower, one.lower)
     assert one.outcome == [row[0] for row in grid.outcome]
     assert str(one.outcome[0]).startswith("certified by")
 
@@ -157,6 +158,7 @@ def test_another_network_does_not_continue_a_run(tmp_path):
         (lambda d, x: gc.certify(d, x, -0.1), "eps -0.1: expected a number from 0 to 1"),
         (lambda d, x: gc.certify(d, x, [0.2, 0.1]), "ascending"),
         (lambda d, x: gc.certify(d, x, []), "no eps given"),
+        (lambda d, x: gc.certify(d, x, "8/255"), "eps '8/255': expected a number, or a list of numbers"),
         (lambda d, x: gc.certify(d, x, 0.1, norm="l7"), "unknown norm 'l7'"),
         (lambda d, x: gc.certify(d, x, 0.1, effort="heroic"), "unknown effort 'heroic'"),
         (lambda d, x: gc.certify(d, x, 0.1, engine="steam"), "unknown engine 'steam'"),
