@@ -48,6 +48,12 @@ def _grid(eps: Eps) -> tuple[float, ...]:
         raise InputError(f"eps {eps!r}: expected a number, or a list of numbers") from None
 
 
+def _check_detector(detector: Detector) -> None:
+    if not isinstance(detector, Detector):
+        what = type(detector).__name__
+        raise InputError(f"expected a Detector, got {what}; make one with Detector.calibrate(model, id_images)")
+
+
 @dataclass(frozen=True, eq=False)
 class Certified:
     """What is proved about the decisions of a detector on some images.
@@ -82,7 +88,7 @@ def certify(
     *,
     norm: Norm = "linf",
     effort: str = "default",
-    stages: Sequence[str] = (),
+    stages: str | Sequence[str] = (),
     engine: Engine = "auto",
     truth: Literal["id", "ood"] | None = None,
     seed: int = 0,
@@ -96,7 +102,7 @@ def certify(
         eps: Radius of the balls, or an ascending list of radii; the certified radius is searched beyond them.
         norm: "linf", "l2" or "l1".
         effort: "fast", "default" or "max".
-        stages: Stages of proof in place of the effort's.
+        stages: One stage of proof or more in place of the effort's.
         engine: "auto", "native" or "auto_lirpa": who gives linear bounds.
         truth: What all images are; the others are misdecided, with radius 0. None: the decision at x is the right one.
         seed: Seed of the attacks.
@@ -117,11 +123,18 @@ def certify(
         >>> [outcome.word for outcome in found.outcome[0]]
         ['ibp', 'attack']
     """
+    _check_detector(detector)
     if truth not in (None, "id", "ood"):
         raise InputError(f"unknown truth {truth!r}; use 'id', 'ood' or None")
     accepted = detector.predict(x).accepted
     settings = Settings(
-        _grid(eps), norm, effort=effort, stages=tuple(stages), engine=engine, seed=seed, time_limit=time_limit
+        _grid(eps),
+        norm,
+        effort=effort,
+        stages=(stages,) if isinstance(stages, str) else tuple(stages),
+        engine=engine,
+        seed=seed,
+        time_limit=time_limit,
     )
     cascade = Cascade(detector, settings)
     inside = accepted if truth is None else torch.full_like(accepted, truth == "id")
@@ -233,6 +246,7 @@ def attack(
         >>> attack(detector, torch.rand(2, 1, 2, 2)).radius  # all is rejected
         tensor([inf, inf], dtype=torch.float64)
     """
+    _check_detector(detector)
     check_pixels(x, detector.shape)
     check_eps([0.0], norm, detector.shape)
     images, preset = x.to(next(detector.network.parameters())), attacks.Effort.preset(effort)
@@ -335,6 +349,7 @@ def smooth(
         >>> smoothed.certify(torch.rand(2, 1, 2, 2), eps=0.1).alpha
         0.001
     """
+    _check_detector(detector)
     settings = smoothing.SmoothingSettings(sigma, (0.0,), n=n, alpha=alpha, dtype=dtype, seed=seed)
     images = image_set(calibration, "calibration", "id")
     check_pixels(images.images, detector.shape, "calibration")
@@ -353,7 +368,7 @@ def certify_sets(
     out: Path | str,
     norm: Norm = "linf",
     effort: str = "default",
-    stages: Sequence[str] = (),
+    stages: str | Sequence[str] = (),
     engine: Engine = "auto",
     limit: int = 0,
     batch_size: int = 64,
@@ -371,7 +386,7 @@ def certify_sets(
         out: Folder of `rows.csv` and its manifest `rows.json`.
         norm: "linf", "l2" or "l1".
         effort: "fast", "default" or "max".
-        stages: Stages of proof in place of the effort's.
+        stages: One stage of proof or more in place of the effort's.
         engine: "auto", "native" or "auto_lirpa".
         limit: Most images of each set, 0 for all.
         batch_size: Images bounded together.
@@ -392,12 +407,19 @@ def certify_sets(
         >>> table["set"].tolist(), table.grid["s_ub"].shape
         (['id', 'id', 'svhn', 'svhn', 'svhn'], (5, 2))
     """
-    if not sets:
+    _check_detector(detector)
+    if not isinstance(sets, Mapping) or not sets:
         raise InputError("no image sets given; name them, such as {'id': images, 'svhn': others}")
     chosen = [image_set(data, name, "id" if name == "id" else "ood") for name, data in sets.items()]
     for images in chosen:
         check_pixels(images.images[:1], detector.shape, images.name)
     settings = Settings(
-        _grid(eps), norm, effort=effort, stages=tuple(stages), engine=engine, batch_size=batch_size, seed=seed
+        _grid(eps),
+        norm,
+        effort=effort,
+        stages=(stages,) if isinstance(stages, str) else tuple(stages),
+        engine=engine,
+        batch_size=batch_size,
+        seed=seed,
     )
     return certification.run(detector, None, chosen, settings, Path(out), limit=limit, force=force, reporter=reporter)

@@ -169,6 +169,8 @@ class Detector:
 
     def __post_init__(self) -> None:
         check_network(self.network)
+        object.__setattr__(self, "gamma", float(self.gamma))
+        object.__setattr__(self, "shape", tuple(self.shape))
         if math.isnan(self.gamma):
             raise InputError("gamma is NaN; expected a number")
         if self.architecture and self.architecture.shape != self.shape:

@@ -264,6 +264,11 @@ def linear(classes: int = 3) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(4, classes)).double().eval()
 
 
+def test_gamma_and_shape_are_numbers_whatever_they_were_given_as():
+    detector = Detector(linear(), torch.tensor(-1.0), [1, 2, 2])
+    assert (type(detector.gamma), detector.gamma, detector.shape) == (float, -1.0, (1, 2, 2))
+
+
 def test_a_plain_module_is_a_detector():
     detector = Detector(linear(), -1.0, (1, 2, 2))
     assert (detector.name, detector.classes, detector.provenance) == ("Sequential", 3, None)
