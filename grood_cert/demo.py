@@ -125,6 +125,8 @@ def run(
             stage=f"certify {name}",
             reporter=reporter,
         )
+        about = certifications[name].manifest
+        reporter.say(f"{name}: bounded by {about['bounded_by']}; {certify.agreement(about['cross_check'])}")
         summary.append(summarise(name, detector, certifications[name]))
     figures.save(figures.robustness(certifications), out / "curves.png")
     figures.write_numbers(figures.numbers(certifications), out / "curves.csv")
