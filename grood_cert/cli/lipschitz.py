@@ -15,6 +15,9 @@ def lipschitz(
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     method: Annotated[str, typer.Option(help="Pre-activation bounds: ibp, crown-ibp or crown.")] = "crown",
+    engine: Annotated[
+        str, typer.Option(help="Who gives those bounds: native, auto_lirpa, or auto: native where it can.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of lipschitz.csv and .json. [default: the model's]")] = None,
     ood: options.Ood = None,
     limit: options.Limit = 50,
@@ -36,6 +39,7 @@ def lipschitz(
     from grood_cert import detector
     from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.engine import Method
+    from grood_cert.bounds.engines import Engine
     from grood_cert.lipschitz import analyser as analysis
     from grood_cert.results.summary import SLOPES
     from grood_cert.runs import analyse
@@ -46,6 +50,7 @@ def lipschitz(
         eps=options.eps_grid(eps) or DEFAULT_EPS[ball],
         norm=ball,
         method=cast(Method, method),
+        engine=cast(Engine, engine),
         samples=samples,
         clever_batches=clever_batches,
         memory=options.byte_count(memory),

@@ -1,7 +1,6 @@
 r"""A Lipschitz analysis: every estimate and every bound of the local constant, for each sample and each eps.
 
-The product is one row for each sample and eps in `lipschitz.csv`, with a manifest beside it. The
-columns are documented in `grood_cert.results.columns`. Constants are per pixel unit, in the dual of the ball's norm.
+Its columns are documented in `grood_cert.results.columns`. Constants are per pixel unit, in the dual of the ball's norm.
 
 On every batch the chain (gradient norm, sampled, ascended, secant) <= every bound is checked; a violation raises
 `SoundnessError`. CLEVER extrapolates and may exceed the truth, so it is outside the chain.
@@ -18,7 +17,7 @@ from torch import Tensor
 from grood_cert import attacks
 from grood_cert.ball import Ball, Norm, check_eps
 from grood_cert.bounds.engine import Method
-from grood_cert.bounds.engines import build
+from grood_cert.bounds.engines import Engine, build
 from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, engine_preactivations
 from grood_cert.detector import Detector, check_network
@@ -48,6 +47,7 @@ class Settings:
         eps: Radii in pixel units, ascending, without repetition.
         norm: Norm of the balls.
         method: Engine method for the pre-activation bounds.
+        engine: Who gives them: "native", "auto_lirpa", or "auto": the native one where it takes the network.
         samples: Points sampled in each ball.
         clever_batches: Batch maxima of CLEVER; 0 leaves CLEVER out.
         ascents: Starting points of the gradient ascent.
@@ -59,6 +59,7 @@ class Settings:
     eps: tuple[float, ...]
     norm: Norm = "linf"
     method: Method = "crown"
+    engine: Engine = "auto"
     samples: int = 256
     clever_batches: int = 50
     ascents: int = 4
@@ -89,6 +90,9 @@ class Analyser:
         detector: Network; gamma plays no part.
         settings: What to analyse.
 
+    Attributes:
+        choice: The engine of the pre-activation bounds.
+
     Raises:
         InputError: If the settings make no sense for the detector, or a layer of its network is not supported.
         RunError: If the bound engine is missing or cannot convert the network.
@@ -100,7 +104,7 @@ class Analyser:
         check_network(detector.network)
         self.settings = settings
         self.graph = trace(detector.network, shape)
-        self._bounded = build("auto", detector.network, shape, settings.method).bounded
+        self.choice = build(settings.engine, detector.network, shape, settings.method)
 
     @property
     def batch_size(self) -> int:
@@ -128,7 +132,7 @@ class Analyser:
             ball = Ball(images, torch.full_like(score, value), self.settings.norm)
             page: dict[str, Any] = {"score": score, "eps": torch.full_like(score, value)}
             page |= self._estimates(ball, generator)
-            known = engine_preactivations(self._bounded, self.graph, ball)
+            known = engine_preactivations(self.choice.bounded, self.graph, ball)
             bounds = local_lipschitz(self.graph, ball, known, fixed_head=True, memory=self.settings.memory)
             page |= {f"bound_{name.replace('-', '_')}": bound for name, bound in bounds.methods.items()}
             page |= {"bound": bounds.auto, "provenance": bounds.provenance, "bound_fixed_head": bounds.fixed_head}

@@ -84,7 +84,7 @@ def run(
         header("lipschitz", settings.eps),
         batches(sets, limit, analyser.batch_size, settings.seed),
         lambda batch: analyse(analyser, batch),
-        manifest("lipschitz", detector, model, sets, limit, settings),
+        manifest("lipschitz", detector, model, sets, limit, settings) | {"bounded_by": analyser.choice.engine},
         dict,
         stage="analysing",
         shard=shard,

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from grood_cert import detector
 from grood_cert.data import experiment_of
 from grood_cert.lipschitz import analyser as analysis
@@ -20,3 +24,16 @@ def test_shards_of_a_lipschitz_analysis(model, tmp_path):
     merge(parts, tmp_path / "merged.csv")
     assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "lipschitz.csv").read_bytes()
     assert len(Table.read(tmp_path / "merged.csv", "lipschitz")) == len(whole) == 6
+
+
+def test_the_engine_is_named_and_both_agree(model, tmp_path):
+    loaded = detector.load(model)
+    sets = [experiment_of(loaded.origin.recipe).test]
+    settings = analysis.Settings(eps=(0.02,), samples=8, clever_batches=0, ascents=1)
+    found = {
+        engine: analyse.run(loaded, model, sets, replace(settings, engine=engine), tmp_path / engine, limit=2)
+        for engine in ("auto", "native", "auto_lirpa")
+    }
+    assert [table.manifest["bounded_by"] for table in found.values()] == ["native", "native", "auto_lirpa"]
+    assert np.array_equal(found["auto"]["bound"], found["native"]["bound"])
+    np.testing.assert_allclose(found["native"]["bound"], found["auto_lirpa"]["bound"], rtol=1e-8)
