@@ -101,7 +101,7 @@ def measure(
                 if name == "pgd-bisection":
                     reference = radius = pgd_bisection(loaded.network, right, loaded.gamma, norm, generator)
                 else:
-                    effort = attacks.Effort.preset(name)
+                    effort = attacks.AttackEffort.preset(name)
                     radius = attacks.minimum_norm(loaded.network, right, loaded.gamma, norm, generator, effort).radius
                 seconds = time.process_time() - start
                 rows.append({"set": images.name, "norm": norm, "effort": name, "median_radius": float(radius.median())})

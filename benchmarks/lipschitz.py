@@ -93,7 +93,7 @@ def measure(
     sets = [experiment.test, *experiment.ood]
     records = []
     for norm, values in EPS.items():
-        settings = analysis.Settings(values, norm, clever_batches=0, samples=64, ascents=3)
+        settings = analysis.AnalysisSettings(values, norm, clever_batches=0, samples=64, ascents=3)
         result = analyse.run(loaded, folder / "model.pt", sets, settings, folder / norm, limit=samples, force=True)
         for kind in ("id", "ood"):
             for eps in values:

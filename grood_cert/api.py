@@ -249,7 +249,7 @@ def attack(
     _check_detector(detector)
     check_pixels(x, detector.shape)
     check_eps([0.0], norm, detector.shape)
-    images, preset = x.to(next(detector.network.parameters())), attacks.Effort.preset(effort)
+    images, preset = x.to(next(detector.network.parameters())), attacks.AttackEffort.preset(effort)
     return attacks.minimum_norm(detector.network, images, detector.gamma, norm, generator(seed, 0), preset)
 
 

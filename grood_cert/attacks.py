@@ -62,7 +62,7 @@ PRESETS: tuple[str, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True)
-class Effort:
+class AttackEffort:
     """How hard the attacks search; cost grows with each of the three numbers.
 
     Attributes:
@@ -84,23 +84,23 @@ class Effort:
             raise InputError(f"an attack needs steps >= 1, restarts >= 0 and rounds >= 1, got {self}")
 
     @staticmethod
-    def preset(name: str) -> Effort:
+    def preset(name: str) -> AttackEffort:
         """The effort of a name of `PRESETS`.
 
         Raises:
             InputError: If there is none.
 
         Example:
-            >>> Effort.preset("default") == Effort()
+            >>> AttackEffort.preset("default") == AttackEffort()
             True
         """
-        efforts = {"fast": Effort(20, 0, 2), "default": Effort(), "max": Effort(100, 3, 12)}
+        efforts = {"fast": AttackEffort(20, 0, 2), "default": AttackEffort(), "max": AttackEffort(100, 3, 12)}
         if name not in efforts:
             raise InputError(f"unknown attack effort {name!r}; use one of {', '.join(efforts)}")
         return efforts[name]
 
 
-DEFAULT = Effort()
+DEFAULT = AttackEffort()
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def extremes(
     generator: torch.Generator,
     high: Tensor,
     low: Tensor,
-    effort: Effort = DEFAULT,
+    effort: AttackEffort = DEFAULT,
 ) -> Extremes:
     """Search each ball for high and for low scores.
 
@@ -436,7 +436,7 @@ def minimum_norm(
     gamma: float,
     norm: Norm,
     generator: torch.Generator,
-    effort: Effort = DEFAULT,
+    effort: AttackEffort = DEFAULT,
 ) -> MinimumNorm:
     r"""Upper bracket of the robust radius: the nearest point found whose decision S <= gamma differs from x's.
 

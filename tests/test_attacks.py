@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import attacks as attacks_benchmark
 from grood_cert import attacks, detector
-from grood_cert.attacks import Effort
+from grood_cert.attacks import AttackEffort
 from grood_cert.ball import Ball
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
@@ -175,13 +175,13 @@ def test_only_a_climb_of_one_logit_leaves_a_flat_score():
     assert not energy_gradient(network, images)[1].any()
     level = 0.6
     gamma = -math.log(2 * math.cosh(level))
-    blind = attacks.minimum_norm(network, images, gamma, "linf", generator(), Effort(30, 0, 1))
+    blind = attacks.minimum_norm(network, images, gamma, "linf", generator(), AttackEffort(30, 0, 1))
     assert bool(torch.isinf(blind.radius))
-    found = attacks.minimum_norm(network, images, gamma, "linf", generator(), Effort(30, 0, 2))
+    found = attacks.minimum_norm(network, images, gamma, "linf", generator(), AttackEffort(30, 0, 2))
     assert float(found.radius) == pytest.approx(level / 7.5, rel=1e-6)
     ball = Ball(images, torch.tensor([0.1]).double(), "linf")
     blind, seen = (
-        attacks.extremes(network, ball, generator(), images, images, effort=Effort(30, 0, r)) for r in (1, 2)
+        attacks.extremes(network, ball, generator(), images, images, effort=AttackEffort(30, 0, r)) for r in (1, 2)
     )
     assert float(blind.minimum) == pytest.approx(-math.log(2))
     assert float(seen.minimum) == pytest.approx(-math.log(2 * math.cosh(0.75)))
@@ -267,7 +267,7 @@ def test_checkpoints_are_not_weaker_than_textbook_pgd(trained, norm):
     """With equally many steps from the same start, both ways, averaged over samples."""
     loaded, images = trained
     ball = Ball(images, torch.full((len(images),), {"linf": 0.1, "l2": 0.6, "l1": 1.5}[norm]).double(), norm)
-    seen = attacks.extremes(loaded.network, ball, generator(), images, images, effort=Effort(30, 0, 1))
+    seen = attacks.extremes(loaded.network, ball, generator(), images, images, effort=AttackEffort(30, 0, 1))
     clean = loaded.score(images)
     for sign, value in ((1, seen.maximum), (-1, -seen.minimum)):
         moved, reference = value - sign * clean, textbook_pgd(loaded.network, ball, sign, 30) - sign * clean
@@ -277,7 +277,7 @@ def test_checkpoints_are_not_weaker_than_textbook_pgd(trained, norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_more_effort_finds_nearer_points(trained, norm):
     loaded, images = trained[0], trained[1][::5]
-    efforts = [Effort(4, 0, 1), Effort.preset("fast"), Effort(), Effort(40, 2, 6)]
+    efforts = [AttackEffort(4, 0, 1), AttackEffort.preset("fast"), AttackEffort(), AttackEffort(40, 2, 6)]
     means = [
         float(attacks.minimum_norm(loaded.network, images, loaded.gamma, norm, generator(), effort).radius.mean())
         for effort in efforts
@@ -289,7 +289,9 @@ def test_more_effort_finds_nearer_points(trained, norm):
 def test_the_attack_is_seeded(network):
     images = torch.rand(4, 1, 8, 8, generator=generator()).double()
     gamma = float(energy(network(images)).median())
-    first, second = (attacks.minimum_norm(network, images, gamma, "l2", generator(), Effort(5, 2, 2)) for _ in range(2))
+    first, second = (
+        attacks.minimum_norm(network, images, gamma, "l2", generator(), AttackEffort(5, 2, 2)) for _ in range(2)
+    )
     assert torch.equal(first.radius, second.radius) and torch.equal(first.points, second.points)
 
 
@@ -298,7 +300,7 @@ def test_samples_do_not_influence_one_another(network, norm):
     """Without random starts, a batch gives what its samples give alone, whichever of them finish early."""
     images = torch.rand(4, 1, 8, 8, generator=generator()).double()
     gamma = float(energy(network(images)).median()) - 0.01
-    effort = Effort(20, 0, 3)
+    effort = AttackEffort(20, 0, 3)
     together = attacks.minimum_norm(network, images, gamma, norm, generator(), effort)
     alone = [attacks.minimum_norm(network, image[None], gamma, norm, generator(), effort) for image in images]
     torch.testing.assert_close(together.radius, torch.cat([found.radius for found in alone]), rtol=1e-3, atol=0)
@@ -360,10 +362,10 @@ def test_attacks_benchmark(model, monkeypatch):
 
 def test_effort_is_checked():
     with pytest.raises(InputError, match="restarts >= 0"):
-        Effort(restarts=-1)
+        AttackEffort(restarts=-1)
     with pytest.raises(InputError, match="rounds >= 1"):
-        Effort(rounds=0)
+        AttackEffort(rounds=0)
     with pytest.raises(InputError, match="fast, default, max"):
-        Effort.preset("thorough")
+        AttackEffort.preset("thorough")
     for name in attacks.PRESETS:
-        assert Effort.preset(name)
+        assert AttackEffort.preset(name)

@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Train and analyse each value."""
     torch.set_num_threads(1)
-    settings = analysis.Settings(tuple(eps or (0.01, 0.03)), cast(Norm, norm), clever_batches=0, samples=128)
+    settings = analysis.AnalysisSettings(tuple(eps or (0.01, 0.03)), cast(Norm, norm), clever_batches=0, samples=128)
     for value in values or (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
         chosen = recipe.load(source, [f"objective.lambda_grad={value!r}", f"name=lambda_grad={value:g}"])
         folder = out / f"{value:g}"

@@ -32,18 +32,18 @@ class Effort:
     steps: int
     nodes: int
     rounds: int
-    attack: attacks.Effort
+    attack: attacks.AttackEffort
 
 
 _DEFAULT = Effort(
-    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 64, 4, attacks.Effort.preset("default")
+    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 64, 4, attacks.AttackEffort.preset("default")
 )
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
-        ("ibp", "crown"), False, _DEFAULT.steps, _DEFAULT.nodes, _DEFAULT.rounds, attacks.Effort.preset("fast")
+        ("ibp", "crown"), False, _DEFAULT.steps, _DEFAULT.nodes, _DEFAULT.rounds, attacks.AttackEffort.preset("fast")
     ),
     "default": _DEFAULT,
-    "max": Effort(STAGES, True, 50, 2000, 6, attacks.Effort.preset("max")),
+    "max": Effort(STAGES, True, 50, 2000, 6, attacks.AttackEffort.preset("max")),
 }
 
 

@@ -46,7 +46,7 @@ def lipschitz(
 
     loaded = detector.load(model, options.device_name(device))
     ball = options.norm_named(norm)
-    settings = analysis.Settings(
+    settings = analysis.AnalysisSettings(
         eps=options.eps_grid(eps) or DEFAULT_EPS[ball],
         norm=ball,
         method=cast(Method, method),

@@ -22,7 +22,7 @@ def console(stderr: bool = False) -> Console:
 
 
 @dataclass
-class Stage:
+class Shown:
     """A stage of a run, as it is shown.
 
     Attributes:
@@ -97,7 +97,7 @@ class Bar:
             console=self._console,
             expand=True,
         )
-        self._stage: Stage | None = None
+        self._stage: Shown | None = None
         self._pause, self._over = pause, threading.Event()
         self._teller = threading.Thread(target=self._tell, daemon=True)
 
@@ -111,7 +111,7 @@ class Bar:
 
     def begin(self, stage: str, total: int, unit: str = "samples") -> None:
         """Show a new line for a stage of this many steps."""
-        self._stage = Stage(stage, total, unit)
+        self._stage = Shown(stage, total, unit)
         if self._console.is_terminal:
             self._task = self._progress.add_task(stage, total=total, stage=self._stage)
             self._progress.start()

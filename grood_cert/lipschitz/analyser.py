@@ -40,7 +40,7 @@ _COPIES = 8  # arrays of the size of a layer that interval propagation holds for
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnalysisSettings:
     """What to analyse.
 
     Attributes:
@@ -98,7 +98,7 @@ class Analyser:
         RunError: If the bound engine is missing or cannot convert the network.
     """
 
-    def __init__(self, detector: Detector, settings: Settings) -> None:
+    def __init__(self, detector: Detector, settings: AnalysisSettings) -> None:
         shape = detector.shape
         settings.check(shape)
         check_network(detector.network)

@@ -39,7 +39,7 @@ from grood_cert.bounds.hidden import Preactivations, preactivations
 from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
 from grood_cert.bounds.simplex import SoftmaxWeights
 
-Refinement = Callable[[int, Tensor, Tensor], Interval]
+Sharpen = Callable[[int, Tensor, Tensor], Interval]
 
 
 def product_interval(slopes: Interval, lower: Tensor, upper: Tensor) -> Interval:
@@ -69,7 +69,7 @@ def _head(operation: LinearMap, weights: SoftmaxWeights, shape: tuple[int, ...])
 
 
 def gradient_intervals(
-    graph: Graph, slopes: tuple[Interval, ...], weights: SoftmaxWeights, refine: Refinement | None = None
+    graph: Graph, slopes: tuple[Interval, ...], weights: SoftmaxWeights, refine: Sharpen | None = None
 ) -> Interval:
     r"""Intervals of the gradient of p . f with respect to the image, for all p in P and all slopes in their ranges.
 

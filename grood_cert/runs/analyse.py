@@ -11,7 +11,7 @@ from typing import Any
 
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
-from grood_cert.lipschitz.analyser import Analyser, Settings
+from grood_cert.lipschitz.analyser import Analyser, AnalysisSettings
 from grood_cert.results.columns import header
 from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator
@@ -47,7 +47,7 @@ def run(
     detector: Detector,
     model: Path,
     sets: Sequence[ImageSet],
-    settings: Settings,
+    settings: AnalysisSettings,
     out: Path,
     *,
     limit: int = 0,
@@ -96,7 +96,7 @@ def run(
 
 
 def plan(
-    detector: Detector, sets: Sequence[ImageSet], settings: Settings, *, limit: int = 0, shard: Shard = WHOLE
+    detector: Detector, sets: Sequence[ImageSet], settings: AnalysisSettings, *, limit: int = 0, shard: Shard = WHOLE
 ) -> list[str]:
     """Lines on what `run` would do, and about how long; nothing is written.
 

@@ -73,7 +73,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
                 detector.gamma,
                 norm,
                 generator(seed, number),
-                attacks.Effort.preset("fast"),
+                attacks.AttackEffort.preset("fast"),
             )
             distances += [value for value in found.radius.tolist() if np.isfinite(value)]
     if not distances:

@@ -29,7 +29,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """How far a training run has got; its tensors are the run's own and change with its next step.
 
     Attributes:
@@ -77,7 +77,7 @@ def _described(architecture: Architecture) -> dict[str, Any]:
 
 
 def save(
-    path: Path, recipe: Recipe, architecture: Architecture, state: State, rows: Sequence[Mapping[str, Any]]
+    path: Path, recipe: Recipe, architecture: Architecture, state: TrainingState, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write the state of a run.
 
@@ -98,13 +98,13 @@ def save(
             "format_version": _VERSION,
             "recipe": recipe.to_dict(),
             "architecture": _described(architecture),
-            "progress": {field.name: getattr(state, field.name) for field in dataclasses.fields(State)},
+            "progress": {field.name: getattr(state, field.name) for field in dataclasses.fields(TrainingState)},
             "rows": [dict(row) for row in rows],
         },
     )
 
 
-def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[State, list[dict[str, Any]]]:
+def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[TrainingState, list[dict[str, Any]]]:
     """Read the state of a run that is to go on.
 
     Args:
@@ -125,7 +125,7 @@ def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[State,
         raise InputError(f"{path}: the run began with {difference}; resume it with its own recipe, or start another")
     if content["architecture"] != _described(architecture):
         raise InputError(f"{path}: the run began with other training images; resume it with those")
-    return State(**content["progress"]), content["rows"]
+    return TrainingState(**content["progress"]), content["rows"]
 
 
 def save_weights(path: Path, epoch: int, weights: dict[str, Tensor]) -> None:

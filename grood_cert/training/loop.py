@@ -20,7 +20,7 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import Recipe
 from grood_cert.system import processes
 from grood_cert.system.reporting import SILENT, Reporter
-from grood_cert.training.checkpoint import State
+from grood_cert.training.checkpoint import TrainingState
 from grood_cert.training.evaluation import watch
 from grood_cert.training.step import TERMS, Steps, learning_rate, steps_per_epoch
 
@@ -140,7 +140,7 @@ class _Loop:
         recipe: Recipe,
         device: str,
         reporter: Reporter,
-        save: Callable[[State], None],
+        save: Callable[[TrainingState], None],
         checkpoint_steps: int,
     ) -> None:
         check_images(experiment)
@@ -152,13 +152,13 @@ class _Loop:
             raise InputError(f"the network has {outputs} logits, '{train.name}' has {classes} classes")
         self.reporter, self.save, self.checkpoint_steps = reporter, save, checkpoint_steps
 
-    def state(self, epoch: int, history: Sequence[Tensor], seconds: float) -> State:
+    def state(self, epoch: int, history: Sequence[Tensor], seconds: float) -> TrainingState:
         """What it takes to go on in an epoch, whose steps so far had these terms and took this time."""
         values = torch.stack([*history]).cpu() if history else torch.empty(0, len(TERMS))
         network, optimizer = self.network.state_dict(), self.steps.optimizer.state_dict()
-        return State(epoch, len(history), network, optimizer, values, seconds)
+        return TrainingState(epoch, len(history), network, optimizer, values, seconds)
 
-    def begin(self, start: State | None) -> State:
+    def begin(self, start: TrainingState | None) -> TrainingState:
         """Take up an earlier run, or begin; all processes then hold the same network."""
         if start is None:
             start = self.state(1, [], 0.0)
@@ -201,8 +201,8 @@ def fit(
     device: str = "cpu",
     *,
     reporter: Reporter = SILENT,
-    start: State | None = None,
-    save: Callable[[State], None] = lambda state: None,
+    start: TrainingState | None = None,
+    save: Callable[[TrainingState], None] = lambda state: None,
     checkpoint_steps: int = 0,
 ) -> Iterator[Epoch]:
     """Train in place; one record an epoch.

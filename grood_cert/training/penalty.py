@@ -44,7 +44,7 @@ from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize
 from grood_cert.scores import energy
 
-Method = Literal["exact", "fast"]
+PenaltyMethod = Literal["exact", "fast"]
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BREAK_EVEN = {"exact": 1 / 2, "fast": 1 / 4}  # share of the samples from which on the loss's own pass is cheaper
 _DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -284,7 +284,7 @@ class SampleWise:
         self,
         network: nn.Module,
         images: Tensor,
-        method: Method,
+        method: PenaltyMethod,
         batch_norm: str = "eval",
         scale: Tensor | None = None,
         part: float = 1.0,

@@ -29,7 +29,7 @@ from grood_cert.system.files import check_writable, locked, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import checkpoint
 from grood_cert.training.certified_loss import certified_loss
-from grood_cert.training.checkpoint import State
+from grood_cert.training.checkpoint import TrainingState
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
 from grood_cert.training.loop import Epoch, check_images, fit
 from grood_cert.training.step import check_batches, check_layout, steps_per_epoch
@@ -120,7 +120,7 @@ class _Files:
         self.floor = accuracy_floor(recipe, architecture.classes)
         self.rows: list[dict[str, Any]] = []
 
-    def resumed(self) -> State:
+    def resumed(self) -> TrainingState:
         """Where the unfinished run in the folder was saved; its rows are those of this one."""
         start, self.rows = checkpoint.load(self.last, self.recipe, self.architecture)
         return start
@@ -137,7 +137,7 @@ class _Files:
                     raise InputError(f"cannot replace {old}: {error.strerror or error}") from error
             yield
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainingState) -> None:
         """Write what it takes to go on from here."""
         checkpoint.save(self.last, self.recipe, self.architecture, state, self.rows)
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from grood_cert.cli.output import Bar, Stage
+from grood_cert.cli.output import Bar, Shown
 
 
 def test_the_time_left_follows_from_the_rate_since_the_first_report(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("grood_cert.cli.output.time.monotonic", lambda: now[0])
-    stage = Stage("certifying", 1000, "samples", started=now[0])
+    stage = Shown("certifying", 1000, "samples", started=now[0])
     assert stage.line == "certifying: 0/1000 samples, 0 %, eta ? after 0:00:00"
     now[0] += 1
     stage.advance(900, {"certified": 5})  # of an earlier process

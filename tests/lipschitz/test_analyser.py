@@ -27,7 +27,7 @@ from grood_cert.scores import gradient_norm_estimate
 from grood_cert.sections import ObjectiveSection
 from grood_cert.training import objective
 
-SETTINGS = analysis.Settings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
+SETTINGS = analysis.AnalysisSettings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
 
 
 @pytest.fixture(scope="module")

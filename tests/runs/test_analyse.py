@@ -16,7 +16,9 @@ from grood_cert.runs.shards import Shard
 def test_shards_of_a_lipschitz_analysis(model, tmp_path):
     loaded = detector.load(model)
     sets = [experiment_of(loaded.origin.recipe).test]
-    settings = analysis.Settings(eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2)
+    settings = analysis.AnalysisSettings(
+        eps=(0.01, 0.05), method="ibp", samples=8, clever_batches=0, ascents=1, batch_size=2
+    )
     whole = analyse.run(loaded, model, sets, settings, tmp_path, limit=3)
     parts = [tmp_path / f"lipschitz-{index}-of-2.csv" for index in (1, 2)]
     for index in range(2):
@@ -29,7 +31,7 @@ def test_shards_of_a_lipschitz_analysis(model, tmp_path):
 def test_the_engine_is_named_and_both_agree(model, tmp_path):
     loaded = detector.load(model)
     sets = [experiment_of(loaded.origin.recipe).test]
-    settings = analysis.Settings(eps=(0.02,), samples=8, clever_batches=0, ascents=1)
+    settings = analysis.AnalysisSettings(eps=(0.02,), samples=8, clever_batches=0, ascents=1)
     found = {
         engine: analyse.run(loaded, model, sets, replace(settings, engine=engine), tmp_path / engine, limit=2)
         for engine in ("auto", "native", "auto_lirpa")
