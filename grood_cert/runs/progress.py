@@ -156,12 +156,8 @@ def status(folder: Path) -> list[Status]:
     return found
 
 
-def describe(folder: Path) -> list[str]:
-    """Lines about the runs in a folder: how far each has come, what goes on with it, which shards are missing.
-
-    Raises:
-        InputError: If it is no folder, or nothing runs or ran there.
-    """
+def _lines(folder: Path) -> list[str]:
+    """What there is to say of one folder."""
     runs = status(folder)
     lines = [str(run) for run in runs]
     divided: dict[tuple[str, int], dict[int, Status]] = {}
@@ -175,16 +171,28 @@ def describe(folder: Path) -> list[str]:
         if missing:
             lines.append(f"{stem}.csv: of {count} shards, {', '.join(missing)} not here")
         elif all(run.progress.complete for run in parts.values()):
-            names = shlex.join(str(parts[number].path) for number in sorted(parts))
-            lines.append(f"{stem}.csv: all {count} shards are complete; grood-cert merge {names} --out {stem}.csv")
+            names = [str(parts[number].path) for number in sorted(parts)]
+            command = shlex.join(["grood-cert", "merge", *names, "--out", str(folder / f"{stem}.csv")])
+            lines.append(f"{stem}.csv: all {count} shards are complete; {command}")
     model = folder / "model.pt"
-    if (folder / "last.pt").exists() or is_locked(model):
-        lines.append(
-            f"training: {'a process is at work on it' if is_locked(model) else 'unfinished; its command with --resume'}"
-            f"{'' if is_locked(model) else ' goes on'}"
-        )
+    if is_locked(model):
+        lines.append("model.pt: a process is training it")
+    elif (folder / "last.pt").exists():
+        lines.append("model.pt: training is unfinished; its command with --resume goes on")
     elif model.exists():
         lines.append("model.pt: trained")
+    return lines
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines about the runs in a folder and in those directly below it: how far each has come, and what goes on with it.
+
+    Raises:
+        InputError: If it is no folder, or nothing runs or ran there.
+    """
+    lines = _lines(folder)
+    for below in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        lines += [f"{below.name}/{line}" for line in _lines(below)]
     if not lines:
         raise InputError(f"{folder}: no run is here, finished or not")
     return lines

@@ -50,6 +50,7 @@ def test_shards_that_are_missing_or_wait_to_be_merged(tmp_path):
     for index in (1, 2):
         execute(tmp_path, description=KIND, shard=Shard(index, 3))
     assert describe(tmp_path)[-1].startswith("rows.csv: all 3 shards are complete; grood-cert merge ")
+    assert describe(tmp_path)[-1].endswith(f" --out {tmp_path / 'rows.csv'}")
 
 
 def test_a_complete_run_and_what_is_none(tmp_path):
@@ -66,9 +67,16 @@ def test_a_complete_run_and_what_is_none(tmp_path):
 
 def test_an_unfinished_training_is_named(tmp_path):
     (tmp_path / "last.pt").touch()
-    assert describe(tmp_path) == ["training: unfinished; its command with --resume goes on"]
+    assert describe(tmp_path) == ["model.pt: training is unfinished; its command with --resume goes on"]
     with locked(tmp_path / "model.pt"):
-        assert describe(tmp_path) == ["training: a process is at work on it"]
+        assert describe(tmp_path) == ["model.pt: a process is training it"]
+
+
+def test_runs_in_folders_below_are_told_too(tmp_path):
+    execute(tmp_path / "greg", description=KIND)
+    (tmp_path / "greg/model.pt").touch()
+    first, second = describe(tmp_path)
+    assert first.startswith("greg/rows.csv: certification, complete: 18 rows") and second == "greg/model.pt: trained"
 
 
 def test_looking_needs_no_torch():
