@@ -461,7 +461,7 @@ def minimum_norm(
         >>> with torch.no_grad():
         ...     _ = layer.weight.copy_(torch.tensor([[3.0, 4.0]])), layer.bias.zero_()
         >>> image = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)  # S = -3.5
-        >>> found = minimum_norm(nn.Sequential(nn.Flatten(), layer), image, -3.0, "l2", torch.Generator())
+        >>> found = minimum_norm(nn.Sequential(nn.Flatten(), layer).eval(), image, -3.0, "l2", torch.Generator())
         >>> found.radius.round(decimals=6)
         tensor([0.1000], dtype=torch.float64)
     """

@@ -226,7 +226,7 @@ def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, 
     for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):
         assert (found[name][right] > 0).all() and (found[name] <= found["radius_attack"]).all()
         assert (found[name][~right] == 0).all()
-    assert np.median(found.radius_lipschitz_path[right] / found.radius_lipschitz_fixed_point[right]) > 0.95
+    assert np.median(found["radius_lipschitz_path"][right] / found["radius_lipschitz_fixed_point"][right]) > 0.95
     assert found.manifest["failures"] == {}
 
 
