@@ -30,12 +30,13 @@ from grood_cert.certification.outcomes import Outcome
 from grood_cert.certification.settings import Settings
 from grood_cert.data.tensors import image_set
 from grood_cert.detector import Detector
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
+from grood_cert.scores import energy
 from grood_cert.system.reporting import SILENT, Reporter
 
 Eps = float | Sequence[float]
@@ -43,6 +44,8 @@ Eps = float | Sequence[float]
 
 def _grid(eps: Eps) -> tuple[float, ...]:
     try:
+        if isinstance(eps, str | bool):
+            raise TypeError
         return tuple(float(value) for value in np.atleast_1d(np.asarray(eps)))
     except (TypeError, ValueError):
         raise InputError(f"eps {eps!r}: expected a number, or a list of numbers") from None
@@ -68,6 +71,8 @@ class Certified:
         upper: Proved upper bound.
         outcome: What became of the ball of each eps.
         certificates: All that was found, see `grood_cert.certification.cascade`.
+        note: Why the engine "auto" did not take the native one, and what that costs; empty if it did.
+        failures: Messages of exceptions in bound engines, with the number of balls left unproved by each.
     """
 
     score: Tensor
@@ -79,6 +84,8 @@ class Certified:
     upper: Tensor
     outcome: list[Outcome] | list[list[Outcome]]
     certificates: Certificates
+    note: str
+    failures: Mapping[str, int]
 
 
 def certify(
@@ -160,12 +167,16 @@ def certify(
         upper=found.s_ub[:, 0] if single else found.s_ub,
         outcome=[row[0] for row in found.outcomes] if single else found.outcomes,
         certificates=found,
+        note=cascade.note,
+        failures=cascade.failures,
     )
 
 
 def _network(model: nn.Module | Detector, x: Tensor, eps: float, norm: Norm) -> nn.Module:
     """The network of a call about one eps, after images and eps have been checked."""
     network = model.network if isinstance(model, Detector) else model
+    if len(_grid(eps)) != 1:
+        raise InputError(f"eps {eps!r}: expected one number")
     check_pixels(x, model.shape if isinstance(model, Detector) else None)
     check_eps([eps], norm, x.shape[1:])
     check_eval(network)
@@ -194,6 +205,7 @@ def score_bounds(
 
     Raises:
         InputError: If images or settings make no sense, or no engine can bound the network.
+        SoundnessError: If S(x) itself lies outside the bounds.
 
     Example:
         >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), torch.rand(2, 1, 2, 2)
@@ -202,7 +214,18 @@ def score_bounds(
         True
     """
     bounded = build(engine, _network(model, x, eps, norm), tuple(x.shape[1:]), method).bounded
-    return score.score_bounds(bounded, Ball(x.to(next(bounded.network.parameters())), eps, norm))
+    weight = next(bounded.network.parameters(), torch.empty(0))
+    ball = Ball(x.detach().to(weight.device, torch.float64), eps, norm)
+    found = score.score_bounds(bounded, ball, method)
+    with torch.no_grad():
+        at_center = energy(bounded.network(ball.center))
+    outside = (at_center < found.lower) | (at_center > found.upper)
+    if bool(outside.any()):
+        raise SoundnessError(
+            f"{int(outside.sum())} scores lie outside their proved bounds: no bound of this network can be trusted",
+            {"image": ball.center[outside].cpu().numpy(), "score": at_center[outside].cpu().numpy()},
+        )
+    return found
 
 
 def lipschitz_bound(model: nn.Module | Detector, x: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
@@ -410,6 +433,9 @@ def certify_sets(
     _check_detector(detector)
     if not isinstance(sets, Mapping) or not sets:
         raise InputError("no image sets given; name them, such as {'id': images, 'svhn': others}")
+    for name in sets:
+        if name != "id" and name.casefold() == "id":
+            raise InputError(f"image set {name!r}: the set to be accepted is called 'id'")
     chosen = [image_set(data, name, "id" if name == "id" else "ood") for name, data in sets.items()]
     for images in chosen:
         check_pixels(images.images[:1], detector.shape, images.name)

@@ -171,8 +171,8 @@ class Detector:
         check_network(self.network)
         object.__setattr__(self, "gamma", float(self.gamma))
         object.__setattr__(self, "shape", tuple(self.shape))
-        if math.isnan(self.gamma):
-            raise InputError("gamma is NaN; expected a number")
+        if not math.isfinite(self.gamma):
+            raise InputError(f"gamma is {self.gamma}; expected a finite number")
         if self.architecture and self.architecture.shape != self.shape:
             raise InputError(f"the architecture takes images of shape {self.architecture.shape}, not {self.shape}")
         classes = self.classes
@@ -207,6 +207,8 @@ class Detector:
             >>> int(Detector.calibrate(model, images).predict(images).accepted.sum())
             95
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
         if (mean is None) != (std is None):
             raise InputError("normalisation needs both mean and std")
         check_pixels(id_images)
@@ -246,6 +248,7 @@ class Detector:
 
     def score(self, images: Tensor) -> Tensor:
         """S(x) in float64, shape (N,)."""
+        check_eval(self.network)
         return energy(logits(self.network, images))
 
     def predict(self, images: Tensor) -> Prediction:
@@ -254,6 +257,7 @@ class Detector:
         Raises:
             InputError: If the images have another shape, or pixels outside [0, 1].
         """
+        check_eval(self.network)
         check_pixels(images, self.shape)
         values = logits(self.network, images)
         score = energy(values)
@@ -291,8 +295,8 @@ class Detector:
             again = _detector_of(_content(io.BytesIO(stream.getbuffer()), Path(path)), Path(path))
         except InputError as error:
             raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
-        gray = torch.full((1, *self.shape), 0.5)
-        if not torch.equal(again.score(gray), self.score(gray).cpu()):
+        images = torch.rand(4, *self.shape, generator=torch.Generator().manual_seed(0))
+        if not torch.equal(again.score(images), self.score(images).cpu()):
             raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(stream.getbuffer())

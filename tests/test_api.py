@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import grood_cert as gc
+from grood_cert import api
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import InputError
@@ -35,6 +36,18 @@ def linear() -> gc.Detector:
 def hidden() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def test_a_bound_that_its_own_centre_contradicts_ends_the_call(monkeypatch):
+    real = api.score.score_bounds
+
+    def shifted(*arguments):
+        found = real(*arguments)
+        return dataclasses.replace(found, lower=found.lower + 1, upper=found.upper + 1)
+
+    monkeypatch.setattr(api.score, "score_bounds", shifted)
+    with pytest.raises(gc.SoundnessError, match="9 scores lie outside their proved bounds"):
+        gc.score_bounds(linear(), images_of(9), 0.001)
 
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
@@ -152,9 +165,38 @@ def test_another_network_does_not_continue_a_run(tmp_path):
         gc.certify_sets(other, sets, 0.01, out=tmp_path, effort="fast")
 
 
+class Gate(nn.Module):
+    """Two functions with the same layers and weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.doubled = network, False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.network(images)
+        return logits + logits if self.doubled else logits
+
+
+def test_other_code_with_the_same_weights_does_not_continue_a_run(tmp_path):
+    network, sets = Gate(linear().network).eval(), {"id": images_of(3)}
+    work = {"out": tmp_path, "effort": "fast"}
+    gc.certify_sets(gc.Detector(network, -1.0, SHAPE), sets, 0.01, **work)
+    gc.certify_sets(gc.Detector(network, -1.0, SHAPE), sets, 0.01, **work)
+    network.doubled = True
+    with pytest.raises(InputError, match="another run"):
+        gc.certify_sets(gc.Detector(network, -1.0, SHAPE), sets, 0.01, **work)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda d, x: d.predict(d.network.train() and x), "train mode"),
+        (lambda d, x: gc.Detector(d.network, math.inf, SHAPE), "gamma is inf; expected a finite number"),
+        (lambda d, x: gc.certify(d, x, "0.02"), "eps '0.02': expected a number"),
+        (lambda d, x: gc.score_bounds(d, x, [0.01, 0.02]), "expected one number"),
+        (lambda d, x: gc.lipschitz_bound(d, x, None), "eps None: expected a number"),
+        (lambda d, x: gc.Detector.calibrate("model", x), "expected a torch.nn.Module, got str"),
+        (lambda d, x: gc.certify_sets(d, {"ID": x}, 0.1, out="unused"), "the set to be accepted is called 'id'"),
         (lambda d, x: gc.certify(d, x, -0.1), "eps -0.1: expected a number from 0 to 1"),
         (lambda d, x: gc.certify(d, x, [0.2, 0.1]), "ascending"),
         (lambda d, x: gc.certify(d, x, []), "no eps given"),

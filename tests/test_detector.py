@@ -301,7 +301,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         ({"network": linear(), "shape": (1, 2, 2), "class_names": (), "architecture": None}, "network of your own"),
         ({"network": changed}, "its network is not the one that its architecture builds"),
         ({"network": wrong}, "cannot be saved, .* weights or a gamma that are not finite"),
-        ({"gamma": math.inf}, "not finite"),
+        ({"gamma": math.inf}, "gamma is inf; expected a finite number"),
         ({"provenance": foreign}, "cannot be saved, because it could not be loaded again"),
     ):
         with pytest.raises(InputError, match=message):
@@ -324,7 +324,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         (linear(), (1, 2, 3), {}, r"does not take images of shape \(1, 2, 3\)"),
         (nn.Conv2d(1, 1, 1).double().eval(), (1, 2, 2), {}, r"logits of shape \(B, K\), got \(1, 1, 2, 2\)"),
         (linear(), (1, 2, 2), {"class_names": ("a",)}, "1 class names for 3 logits"),
-        (linear(), (1, 2, 2), {"gamma": math.nan}, "gamma is NaN"),
+        (linear(), (1, 2, 2), {"gamma": math.nan}, "gamma is nan; expected a finite number"),
         (linear(), (1, 2, 2), {"architecture": make().architecture}, r"images of shape \(1, 8, 8\), not \(1, 2, 2\)"),
     ],
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
+from grood_cert.bounds.graph import UntraceableError
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks.checks import check_eval
 
@@ -42,7 +43,7 @@ def build(engine: str, network: nn.Module, shape: tuple[int, ...], method: Metho
 
     Raises:
         InputError: If engine or method are unknown, a module is in train mode, or the engine ("auto": neither of them)
-            can bound the network; the message says why.
+            can bound the network, or Python conditions decide what it computes; the message says why.
         RunError: If the engine asked for is missing or wrong on this machine.
 
     Example:
@@ -58,6 +59,8 @@ def build(engine: str, network: nn.Module, shape: tuple[int, ...], method: Metho
         return Choice("auto_lirpa", _lirpa(network, shape, method))
     try:
         return Choice("native", NativeNetwork(network, shape, method))
+    except UntraceableError:
+        raise  # auto_LiRPA would follow one path through it without a word
     except (InputError, RunError) as error:
         if engine == "native":
             raise

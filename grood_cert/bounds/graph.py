@@ -31,6 +31,10 @@ Operation = LinearMap | Activation | MaxPool | Addition
 _AGREEMENT = 1e-9
 
 
+class UntraceableError(InputError):
+    """What a network computes hangs on values or shapes in Python code: a trace would hold one path of it alone."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One layer.
@@ -268,7 +272,10 @@ def _nodes(network: nn.Module, shape: tuple[int, ...]) -> tuple[Node, ...]:
     try:
         traced = _Tracer().trace(network)
     except (fx.proxy.TraceError, TypeError) as error:
-        raise InputError(f"the network cannot be traced into a graph: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UntraceableError(
+            f"the network cannot be traced into a graph: {reason}; write it without conditions"
+        ) from error
     modules = dict(network.named_modules())
     device = _device_of(network)
     nodes = [Node(None, (), shape, "image")]

@@ -48,7 +48,7 @@ def certify(
     batch_size: options.BatchSize = 64,
     memory: Annotated[str, typer.Option(help="Peak memory to stay within: 500M, 8G. [default: no bound]")] = "",
     time_limit: Annotated[float, typer.Option(help="Seconds a sample may take; 0: no limit.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the attacks and of --limit.")] = 0,
+    seed: options.Seed = 0,
     shard: options.Shard = "",
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep the points that attacks found.")
@@ -80,6 +80,8 @@ def certify(
     ball = options.norm_named(norm)
     grid = options.eps_grid(eps)
     chosen = tuple(name.strip() for name in stages.split(",") if name.strip())
+    if stages and not chosen:
+        raise InputError(f"--stages {stages!r} names none; use some of {', '.join(STAGES)}")
     settings = Settings(
         eps=grid or DEFAULT_EPS[ball],
         norm=ball,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from grood_cert.cli import options
+
 
 def curve(
     rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, lipschitz.csv or smoothing.csv.")],
@@ -29,12 +31,16 @@ def curve(
 
     from grood_cert.results import figures
     from grood_cert.results.curves import Perturbed
-    from grood_cert.results.table import Table, labelled
+    from grood_cert.results.table import Table, check_target, labelled, manifest_path
 
     figures.check_format(out)
-    tables = labelled([Table.read(path) for path in rows], rows, label or [])
+    numbers = out.with_suffix(".csv")
+    check_target(numbers, rows, force=not manifest_path(numbers).exists())
+    found = [Table.read(path) for path in rows]
+    for path, table in zip(rows, found, strict=True):
+        options.warn_unfinished(table, path)
+    tables = labelled(found, rows, label or [])
     side = cast(Perturbed | None, perturb)
     figures.save(figures.draw(tables, side, at), out)
-    numbers = out.with_suffix(".csv")
     figures.write_numbers(figures.numbers(tables, side), numbers)
     typer.echo(f"wrote {out} and {numbers}")

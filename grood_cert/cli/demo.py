@@ -20,7 +20,10 @@ def demo(
     import torch
 
     from grood_cert import demo as demonstration
+    from grood_cert.errors import InputError
 
+    if limit < 0:
+        raise InputError(f"limit must be 0 (all) or more, got {limit}")
     torch.set_num_threads(1)  # networks this small gain nothing from threads, and lose much where cores are shared
     with output.Bar() as bar:
         result = demonstration.run(out, limit=limit, device=options.device_name(device), force=force, reporter=bar)

@@ -25,7 +25,7 @@ def lipschitz(
     clever_batches: Annotated[int, typer.Option(help="Batch maxima of CLEVER; 0: leave it out.")] = 50,
     memory: Annotated[str, typer.Option(help="Memory that blocks of rows may take, for example 64M or 1G.")] = "16M",
     batch_size: options.BatchSize = 64,
-    seed: Annotated[int, typer.Option(help="Seed of all sampling and of --limit.")] = 0,
+    seed: options.Seed = 0,
     shard: options.Shard = "",
     data_dir: options.DataDir = None,
     download: options.Download = False,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from grood_cert.ball import Norm as Norm_
     from grood_cert.data import Experiment
     from grood_cert.detector import Detector
+    from grood_cert.results.table import Table
     from grood_cert.runs import shards
 
 Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
@@ -28,6 +29,7 @@ Norm = Annotated[
 Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
 Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
 BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers and of --limit.")]
 Shard = Annotated[str, typer.Option(help="Do part i of n, as i/n; grood-cert merge puts the parts together.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
@@ -82,6 +84,15 @@ def norm_named(text: str) -> Norm_:
     return cast("Norm_", name)
 
 
+def warn_unfinished(table: Table, path: Path) -> None:
+    """Say so where a run has not come to its end."""
+    if not table.complete:
+        done, total = table.manifest.get("samples_done"), table.manifest.get("of_samples")
+        typer.echo(
+            f"warning: {path} is unfinished, {done} of {total} samples: what follows is of these alone", err=True
+        )
+
+
 def device_name(name: str) -> str:
     """The device's name, with auto resolved to this process's GPU; whether it works is checked where it is used."""
     import os
@@ -107,8 +118,10 @@ def byte_count(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in units else (text, "")
     try:
-        size = float(number) * units.get(unit, 1)
-        return int(size)
+        size = int(float(number) * units.get(unit, 1))
+        if size > 0:
+            return size
+        raise ValueError
     except (ValueError, OverflowError):
         raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
 

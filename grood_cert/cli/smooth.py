@@ -40,7 +40,7 @@ def smooth(
     limit: options.Limit = 0,
     batch_size: Annotated[int, typer.Option(help="Samples saved together.")] = 8,
     memory: Annotated[str, typer.Option(help="Memory that the layers of noisy images may take: 64M, 1G.")] = "256M",
-    seed: Annotated[int, typer.Option(help="Seed of the noise and of --limit.")] = 0,
+    seed: options.Seed = 0,
     shard: options.Shard = "",
     data_dir: options.DataDir = None,
     download: options.Download = False,

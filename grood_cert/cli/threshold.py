@@ -18,16 +18,14 @@ def threshold(
 ) -> None:
     """Read a certification at another threshold. A look-up: nothing is verified again."""
     from grood_cert.cli.certify import print_summary
-    from grood_cert.errors import InputError
     from grood_cert.results import thresholds
-    from grood_cert.results.table import Table
+    from grood_cert.results.table import Table, check_target
 
     target = out or rows.with_name(f"{rows.stem}-gamma{gamma:g}{rows.suffix}")
-    if target.resolve() == rows.resolve():
-        raise InputError(f"{target} is what is read; choose another --out")
-    if target.exists() and not force:
-        raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
-    found = thresholds.at_gamma(Table.read(rows, "certification"), gamma)
+    check_target(target, [rows], force)
+    read = Table.read(rows, "certification")
+    options.warn_unfinished(read, rows)
+    found = thresholds.at_gamma(read, gamma)
     found.write(target)
     print_summary(found)
     typer.echo(f"wrote {target}, looked up in {rows}: nothing was verified again")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from grood_cert.data.images import ImageSet
 from grood_cert.errors import InputError
@@ -51,8 +51,10 @@ def _batches(data: Any, name: str) -> Iterable[Any]:
     if isinstance(data, Tensor) or _is_pair(data):
         return [data]
     if isinstance(data, DataLoader):
-        if isinstance(data.sampler, RandomSampler):
+        if not isinstance(data.sampler, SequentialSampler) or type(data.batch_sampler) is not BatchSampler:
             raise InputError(f"'{name}': the loader shuffles; give shuffle=False, so that rows name the same images")
+        if data.drop_last:
+            raise InputError(f"'{name}': the loader drops images; give drop_last=False")
         return data
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=_BATCH)
@@ -68,5 +70,8 @@ def _is_pair(data: Any) -> bool:
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch; label 0 where it has none."""
     images, *others = batch if isinstance(batch, tuple | list) else (batch,)
-    labelled = bool(others) and isinstance(others[0], Tensor) and not others[0].is_floating_point()
-    return images, others[0] if labelled else torch.zeros(len(images), dtype=torch.int64)
+    if not others:
+        return images, torch.zeros(len(images), dtype=torch.int64)
+    if not isinstance(others[0], Tensor) or others[0].is_floating_point():
+        raise TypeError("what follows the images must be labels, a tensor of integers")
+    return images, others[0]

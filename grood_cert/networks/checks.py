@@ -68,8 +68,9 @@ def check_pixels(images: Tensor, shape: tuple[int, ...] | None = None, name: str
     if not len(images):
         raise InputError(f"{name}: expected one image or more, got none")
     if not images.is_floating_point():
-        raise InputError(f"{name}: pixels of type {images.dtype}; divide them by 255 as floats")
-    low, high = (float(value) for value in images.aminmax())
+        hint = "divide them by 255 as floats" if images.dtype == torch.uint8 else "make them floats in [0, 1]"
+        raise InputError(f"{name}: pixels of type {images.dtype}; {hint}")
+    low, high = (float(value) for value in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
         raise InputError(
             f"{name}: pixels from {low:g} to {high:g}; all must lie in [0, 1], normalisation is a layer of the model"

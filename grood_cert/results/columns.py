@@ -32,6 +32,7 @@ class Column:
         type: "number" is float64, NaN where nothing is known.
         allowed: The texts that may occur; empty: any.
         finite: Whether it must be a finite number.
+        never_infinite: Whether it must be a finite number or NaN.
         least: Smallest number that may occur, NaN excluded; None: any.
     """
 
@@ -39,6 +40,7 @@ class Column:
     type: Literal["text", "integer", "number"] = "number"
     allowed: tuple[str, ...] = ()
     finite: bool = False
+    never_infinite: bool = False
     least: float | None = None
 
 
@@ -106,10 +108,10 @@ _CERTIFICATION = {
     ),
 }
 _CERTIFICATION_GRID = {
-    "s_lb": Column("formal: S_lb <= S on the ball of radius eps; nan if not proved"),
-    "s_ub": Column("formal: S <= S_ub on the ball of radius eps; nan if not proved"),
-    "s_attack_min": Column("smallest S an attack saw in the ball"),
-    "s_attack_max": Column("largest S an attack saw in the ball"),
+    "s_lb": Column("formal: S_lb <= S on the ball of radius eps; nan if not proved", never_infinite=True),
+    "s_ub": Column("formal: S <= S_ub on the ball of radius eps; nan if not proved", never_infinite=True),
+    "s_attack_min": Column("smallest S an attack saw in the ball", never_infinite=True),
+    "s_attack_max": Column("largest S an attack saw in the ball", never_infinite=True),
     "outcome": Column(
         "what decided the ball of radius eps: a stage (or envelope) certified it, attack broke it, misdecision: wrong "
         "at x itself, timeout, undecided",

@@ -61,9 +61,14 @@ def _percent(axes: Axes, label: str) -> None:
 
 
 def _draw_fpr(axes: Axes, curve: FprCurve, colour: str, marker: str) -> None:
-    axes.fill_between(curve.eps, curve.attacked, curve.certified, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(curve.eps, curve.certified, color=colour, marker=marker, markersize=3.5)
-    axes.plot(curve.eps, curve.attacked, color=colour, linestyle="--")
+    """Steps: between two eps of the grid the proof of the larger ball holds, and the attack in the smaller one."""
+    eps = np.repeat(curve.eps, 2)
+    certified = np.append(np.repeat(curve.certified, 2)[1:], curve.certified[-1])
+    attacked = np.append(curve.attacked[0], np.repeat(curve.attacked, 2)[:-1])
+    axes.fill_between(eps, attacked, certified, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(eps, certified, color=colour)
+    axes.plot(curve.eps, curve.certified, color=colour, marker=marker, markersize=3.5, linestyle="")
+    axes.plot(eps, attacked, color=colour, linestyle="--")
     axes.plot(0, curve.certified[0], color=colour, marker="*", markersize=11, markeredgecolor="white", clip_on=False)
 
 

@@ -99,6 +99,8 @@ class Table:
                 raise ValueError(f"{manifest_path(path).name} lacks {', '.join(missing)}")
             for name, column, values in table._all(schema):
                 _check(name, column, values)
+            if table.kind == "certification" and (table["radius_certified"] > table["radius_attack"]).any():
+                raise ValueError("holds certified radii beyond the attack radius")
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
             reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
             raise InputError(f"{path}: not {words} ({reason})") from None
@@ -163,6 +165,7 @@ class Table:
             InputError: If a file cannot be written.
         """
         wide = {name: values.tolist() for name, values in self._wide().items()}
+        manifest_path(path).unlink(missing_ok=True)  # it must never stand beside rows that it does not describe
         write_csv(path, list(wide), (dict(zip(wide, row, strict=True)) for row in zip(*wide.values(), strict=True)))
         write_json(manifest_path(path), {**self.manifest, "rows": len(self), "bytes": path.stat().st_size})
 
@@ -209,6 +212,28 @@ class Table:
             for position, eps in enumerate(self.eps)
             for name, values in self.grid.items()
         }
+
+
+def check_target(target: Path, inputs: Sequence[Path], force: bool) -> None:
+    """Make sure that a result may be written to a place: neither it nor its manifest is an input or would be lost.
+
+    Args:
+        target: The CSV to write.
+        inputs: The CSVs that are read.
+        force: Whether another result that is there may be overwritten.
+
+    Raises:
+        InputError: If it is no CSV, is what is read, or is there already.
+    """
+    if target.suffix != ".csv":
+        raise InputError(f"{target}: results are written as .csv; choose this ending")
+    written = {target.resolve(), manifest_path(target).resolve()}
+    for path in inputs:
+        if written & {path.resolve(), manifest_path(path).resolve()}:
+            raise InputError(f"{target} would overwrite {path}, which is read; choose another --out")
+    for path in (target, manifest_path(target)):
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already; choose another --out, or add --force to overwrite it")
 
 
 def read_cells(path: Path, command: str = "certify") -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -314,6 +339,8 @@ def _check(name: str, column: Column, values: NDArray[Any]) -> None:
         raise ValueError(f"{name} is {strange[0]!r}; it may be {', '.join(column.allowed)}")
     if column.finite and not np.isfinite(values).all():
         raise ValueError(f"holds values of {name} that are not finite")
+    if column.never_infinite and np.isinf(values).any():
+        raise ValueError(f"holds values of {name} that are infinite")
     if column.least is not None and not (values >= column.least).all():
         raise ValueError(f"holds values of {name} that are not numbers of at least {column.least:g}")
 

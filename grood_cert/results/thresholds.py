@@ -76,7 +76,11 @@ def at_gamma(rows: Table, gamma: float) -> Table:
         np.where(eps >= attack[:, None], "attack", "undecided"),
     )
     outcomes = np.where(right[:, None], decided, "misdecision")
-    manifest = {**rows.manifest, "gamma": gamma, "gamma_certified_at": rows.gamma}
+    manifest = {
+        **rows.manifest,
+        "gamma": gamma,
+        "gamma_certified_at": rows.manifest.get("gamma_certified_at", rows.gamma),
+    }
     return Table(manifest, columns, {**rows.grid, "outcome": outcomes})
 
 

@@ -173,6 +173,8 @@ def cross_checked(choice: Choice, sets: Sequence[ImageSet], eps: Sequence[float]
     ]
     ends = dict.fromkeys((eps[0], eps[-1]))
     found = cross_check(native, other, (Ball(image, value, norm) for image in images for value in ends))
+    if not found.balls:
+        return {"left_out": "there was no ball that both engines could bound"}
     return {"engine": "auto_lirpa", "version": lirpa_version(), **asdict(found)}
 
 
@@ -227,8 +229,8 @@ def run(
         except SoundnessError as error:
             save_evidence(error, out)
             raise
-        if shard.leads and cascade.choice.note:
-            reporter.say(cascade.choice.note)
+        if shard.leads and cascade.note:
+            reporter.say(cascade.note)
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
@@ -273,10 +275,11 @@ def plan(
     """
     settings.check(detector.shape)
     cascade = Cascade(detector, settings)
+    note = [cascade.note] if cascade.note else []
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     own = shard.of(batches(sets, limit, settings.batch_size, settings.seed))
-    return outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
+    return note + outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
 
 
 def agreement(check: Mapping[str, Any]) -> str:
@@ -284,12 +287,14 @@ def agreement(check: Mapping[str, Any]) -> str:
 
     Example:
         >>> agreement({"engine": "auto_lirpa", "version": "0.3", "balls": 8, "same_lines": 8, "largest_disagreement": 2e-12})
-        'bounds cross-checked by auto_LiRPA 0.3 on 8 balls: largest disagreement 2e-12'
+        'bounds cross-checked by auto_LiRPA 0.3 on 8 balls: largest disagreement 2e-12 on the 8 with the same lines'
         >>> agreement({"left_out": "auto_LiRPA is not installed"})
         'no cross-check of the bounds: auto_LiRPA is not installed'
     """
     if "left_out" in check:
         return f"no cross-check of the bounds: {check['left_out']}"
     largest = check["largest_disagreement"]
-    found = "intervals meet" if largest is None else f"largest disagreement {largest:.2g}"
+    found = "intervals meet"
+    if largest is not None:
+        found = f"largest disagreement {largest:.2g} on the {check['same_lines']} with the same lines"
     return f"bounds cross-checked by auto_LiRPA {check['version']} on {check['balls']} balls: {found}"

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from grood_cert.bounds.engine import lirpa_version
 from grood_cert.data import ImageSet
-from grood_cert.detector import Detector, versions
+from grood_cert.detector import Detector, logits, versions
 from grood_cert.results.columns import SCHEMAS
 from grood_cert.system.files import sha256
 
@@ -28,7 +28,7 @@ def manifest(
         "schema": SCHEMAS[kind].version,
         "model": {
             "path": str(model) if model else None,
-            "sha256": sha256(model) if model else _hash_of(detector.network),
+            "sha256": sha256(model) if model else _hash_of(detector),
             "name": detector.name,
         },
         "recipe": origin.recipe.to_dict() if origin else None,
@@ -47,10 +47,16 @@ def manifest(
     }
 
 
-def _hash_of(network: nn.Module) -> str:
-    """SHA-256, in hex, of a network's layers and weights."""
+def _hash_of(detector: Detector) -> str:
+    """SHA-256, in hex, of a network's layers, weights and buffers, and of what it makes of two random images.
+
+    The images tell networks apart that differ in the code of `forward` alone.
+    """
+    network = detector.network
     digest = hashlib.sha256(str(network).encode())
-    for name, tensor in network.state_dict().items():
+    for name, tensor in (*network.state_dict().items(), *network.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    images = torch.rand(2, *detector.shape, generator=torch.Generator().manual_seed(0))
+    digest.update(" ".join(f"{value:.6g}" for value in logits(network, images).flatten().tolist()).encode())
     return digest.hexdigest()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError
-from grood_cert.results.table import manifest_path, read_cells
-from grood_cert.runs.progress import FORCE, Progress, difference
+from grood_cert.results.table import check_target, manifest_path, read_cells
+from grood_cert.runs.progress import Progress, difference
 from grood_cert.runs.shards import Shard
 from grood_cert.system.files import check_writable, locked, write_csv, write_json
 
@@ -67,7 +67,7 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
     merged = Progress(
         batches=sum(progress.batches for progress in progresses),
         of_batches=sum(progress.of_batches for progress in progresses),
-        samples=sum(progress.samples for progress in progresses),
+        samples_done=sum(progress.samples_done for progress in progresses),
         of_samples=sum(progress.of_samples for progress in progresses),
         rows=len(rows),
         seconds=round(sum(progress.seconds for progress in progresses), 3),
@@ -77,12 +77,12 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
         shards=count,
         command=progresses[0].command,
     )
+    check_target(out, paths, force)
     check_writable(out.parent)
     with locked(out):
-        if out.exists() and not force:
-            raise InputError(f"{out} exists already; {FORCE}")
         write_json(
-            manifest_path(out), {**description, **dataclasses.asdict(replace(merged, batches=0, samples=0, rows=0))}
+            manifest_path(out),
+            {**description, **dataclasses.asdict(replace(merged, batches=0, samples_done=0, rows=0))},
         )
         write_csv(out, list(rows[0]), rows)
         whole = {**description, **dataclasses.asdict(replace(merged, complete=True, bytes=out.stat().st_size))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -25,7 +26,7 @@ class Progress:
         complete: Whether all batches are done.
         batches: Batches done.
         of_batches: Batches in all.
-        samples: Samples done.
+        samples_done: Samples done.
         of_samples: Samples in all.
         rows: Rows saved.
         bytes: Length of the file of rows; what follows was not finished.
@@ -41,7 +42,7 @@ class Progress:
     complete: bool = False
     batches: int = 0
     of_batches: int = 0
-    samples: int = 0
+    samples_done: int = 0
     of_samples: int = 0
     rows: int = 0
     bytes: int = 0
@@ -68,10 +69,19 @@ _ELSEWHERE = {  # may change as a run goes on
 }
 
 
-def command_line() -> str:
-    """The command that runs in this process, to be given again."""
+def command_line(joint: bool) -> str | None:
+    """The command that runs in this process, to be given again; None where it is a script or program of the user's.
+
+    Args:
+        joint: Whether `torchrun` started it with others.
+    """
     program = Path(sys.argv[0]).name
-    return shlex.join([*(("python", "-m", "grood_cert") if program == "__main__.py" else (program,)), *sys.argv[1:]])
+    if program not in ("__main__.py", "grood-cert"):
+        return None
+    start = ["grood-cert"]
+    if joint:
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "grood_cert"]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -114,7 +124,7 @@ class Status:
     @property
     def left(self) -> float | None:
         """Seconds that are left at the rate so far; None while nothing is known."""
-        done, total = self.progress.samples, self.progress.of_samples
+        done, total = self.progress.samples_done, self.progress.of_samples
         return self.progress.seconds * (total - done) / done if done else None
 
     def __str__(self) -> str:
@@ -122,13 +132,13 @@ class Status:
         name = f"{self.path.name}: {self.kind}"
         if progress.complete:
             return f"{name}, complete: {progress.rows} rows in {clock(progress.seconds)}"
-        share = progress.samples / progress.of_samples if progress.of_samples else 0.0
+        share = progress.samples_done / progress.of_samples if progress.of_samples else 0.0
         done = (
-            f"{name}, {share:.0%}: {progress.samples}/{progress.of_samples} samples, "
+            f"{name}, {share:.0%}: {progress.samples_done}/{progress.of_samples} samples, "
             f"{progress.batches}/{progress.of_batches} batches in {clock(progress.seconds)}"
         )
         if self.left is not None and progress.seconds > 0:
-            done += f" ({progress.samples / progress.seconds:.3g} samples/s, {clock(self.left)} left)"
+            done += f" ({progress.samples_done / progress.seconds:.3g} samples/s, {clock(self.left)} left)"
         if self.busy:
             return f"{done}; a process is at work on it, saved {clock(self.idle)} ago"
         return f"{done}; no process is at work on it; go on with: {progress.command or 'its command'}"

@@ -96,7 +96,7 @@ def execute(
             reporter.say(f"{path} is complete already")
         else:
             samples = sum(map(len, own))
-            earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line())
+            earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line(shard.joint))
             reporter.say(extent(own, eps))
             reporter.begin(stage, samples)
             counts = Counter(name for record in records for name in tally(record))
@@ -140,8 +140,8 @@ def _saving(
 
     def save(batch: Batch, records: list[dict[str, Any]]) -> None:
         size = append(csv_text(columns, records))
-        rows, samples = progress.rows + len(records), progress.samples + len(batch)
-        note(batches=progress.batches + 1, samples=samples, rows=rows, bytes=size)
+        rows, samples = progress.rows + len(records), progress.samples_done + len(batch)
+        note(batches=progress.batches + 1, samples_done=samples, rows=rows, bytes=size)
 
     if not progress.bytes:
         note()  # before the rows are touched: what stood there counts no more

@@ -18,16 +18,14 @@ SHAPE = (1, 4, 4)
 
 
 class Reshaped(nn.Module):
-    """Flattened in a way that torch.fx cannot follow."""
+    """Flattened in a way that the native engine does not take."""
 
     def __init__(self, last):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(16, 6), last, nn.Linear(6, 3))
 
     def forward(self, images):
-        if images.shape[0] < 0:
-            raise ValueError
-        return self.layers(images.flatten(1))
+        return self.layers(images.reshape(-1, 16))
 
 
 def reshaped(last):
@@ -53,6 +51,24 @@ def test_auto_takes_auto_lirpa_where_the_native_engine_cannot_and_says_so():
     theirs = LirpaNetwork(network, SHAPE, "crown").relax(ball).rows(rows)
     for one, other in zip(choice.bounded.relax(ball).rows(rows), theirs, strict=True):
         assert torch.equal(one, other)
+
+
+class Moody(nn.Module):
+    """Adds 40 to all logits of dark images: a trace at a bright one knows nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    def forward(self, images):
+        logits = self.layers(images)
+        return logits if float(images.mean()) > 0.3 else logits + 40
+
+
+def test_auto_never_hands_conditions_on_to_an_engine_that_follows_one_path():
+    for engine in ("auto", "native"):
+        with pytest.raises(InputError, match=r"cannot be traced into a graph: .*; write it without conditions"):
+            build(engine, Moody().double().eval(), (1, 4, 4), "crown")
 
 
 def test_where_neither_can_both_reasons_are_named():

@@ -170,8 +170,12 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--engine", "steam"], "unknown engine 'steam'; use one of auto, native, auto_lirpa"),
         (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
+        (["--memory", "0"], "memory '0': expected a size such as 64M or 1G"),
+        (["--stages", ","], "--stages ',' names none; use some of ibp"),
         (["--gamma", "nan"], "gamma must be a finite number"),
         (["--time-limit", "-1"], "time limit must be 0"),
+        (["--seed", "-1"], "'--seed'"),
+        (["--seed", "99999999999999999999999"], "'--seed'"),
         (["--time-limit", "5", "--effort", "fast"], "a time limit stops refining stages, and there are none among ibp"),
         (["--ood", "digits:0-5"], "OOD set 'digits:0-5' and ID set 'digits:0-5' share classes"),
         (["--ood", "digits:5-9"], "share class 5"),
@@ -263,9 +267,42 @@ def test_another_threshold_is_looked_up(call, refused, rows_file, tmp_path):
     looked_up = Table.read(tmp_path / "rows-gamma-4.5.csv")
     assert looked_up.gamma == -4.5 and len(looked_up) == len(Table.read(mine))
     assert "exists already" in refused("threshold", mine, "--gamma", "-4.5")
-    assert "is what is read" in refused("threshold", mine, "--gamma", "-4.5", "--out", mine, "--force")
+    manifest = mine.with_suffix(".json").read_bytes()
+    for out in (mine, tmp_path / "rows.json", tmp_path / "rows.txt", tmp_path / "deeper/../rows.csv"):
+        message = refused("threshold", mine, "--gamma", "-4.5", "--out", out, "--force")
+        assert "would overwrite" in message or "results are written as .csv" in message
+    assert mine.with_suffix(".json").read_bytes() == manifest
+    code, _, _ = call("threshold", tmp_path / "rows-gamma-4.5.csv", "--gamma", "-4", "--out", tmp_path / "again.csv")
+    assert code == 0 and Table.read(tmp_path / "again.csv").manifest["gamma_certified_at"] == Table.read(mine).gamma
     assert "gamma must be a finite number" in refused("threshold", mine, "--gamma", "nan")
     assert mine.read_bytes() == before
+
+
+def test_a_figure_never_replaces_the_rows_it_is_drawn_from(refused, rows_file, tmp_path):
+    for file in (rows_file, rows_file.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    before = (tmp_path / "rows.csv").read_bytes()
+    assert "would overwrite" in refused("curve", tmp_path / "rows.csv", "--out", tmp_path / "rows.pdf")
+    assert "exists already" in refused("curve", rows_file, "--out", tmp_path / "rows.png")
+    assert (tmp_path / "rows.csv").read_bytes() == before and not list(tmp_path.glob("*.p*"))
+
+
+def test_an_unfinished_run_is_said_to_be_one(call, rows_file, tmp_path):
+    lines = rows_file.read_text().splitlines(keepends=True)
+    (tmp_path / "rows.csv").write_text("".join(lines))
+    manifest = json.loads(rows_file.with_suffix(".json").read_text())
+    partial = {"complete": False, "rows": 40, "samples_done": 40, "bytes": len("".join(lines[:41]).encode())}
+    (tmp_path / "rows.json").write_text(json.dumps(manifest | partial))
+    for arguments in (("threshold", "--gamma", "-4", "--out", "t.csv"), ("curve", "--out", "f.svg")):
+        command, *rest = arguments
+        rest[-1] = tmp_path / rest[-1]
+        code, _, err = call(command, tmp_path / "rows.csv", *rest)
+        assert code == 0 and f"is unfinished, 40 of {manifest['of_samples']} samples" in err
+
+
+def test_a_demo_of_less_than_nothing_trains_nothing(refused, tmp_path):
+    assert "limit must be 0 (all) or more" in refused("demo", "--limit", "-1", "--out", tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_curve_refuses_options_of_other_results(call, refused, model, tmp_path):

@@ -3,12 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from grood_cert.data.tensors import image_set
 from grood_cert.errors import InputError
 
 IMAGES, LABELS = torch.rand(10, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
+
+
+class Backwards(BatchSampler):
+    """Batches in another order."""
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
 
 
 class Few(Dataset):
@@ -54,6 +61,10 @@ def test_images_alone(data):
         ((IMAGES, LABELS[:4]), "'x': expected one label a sample"),
         ((IMAGES, LABELS - 1), "'x': expected one label a sample, 0 or more"),
         (DataLoader(Few(), shuffle=True), "'x': the loader shuffles; give shuffle=False"),
+        (DataLoader(Few(), sampler=SubsetRandomSampler([0, 1])), "the loader shuffles"),
+        (DataLoader(Few(), batch_sampler=Backwards(SequentialSampler(Few()), 2, False)), "the loader shuffles"),
+        (DataLoader(Few(), batch_size=2, drop_last=True), "the loader drops images; give drop_last=False"),
+        ((torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2)), "what follows the images must be labels"),
         (DataLoader([IMAGES[0], IMAGES[1, :, :1]]), "'x': expected tensors of images of one shape"),
         (DataLoader([{"image": IMAGES[0]}]), "'x': expected tensors of images"),
     ],

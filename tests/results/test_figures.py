@@ -28,9 +28,17 @@ def test_the_figure_draws_what_the_curves_say():
     models = {"one": random_certification(0), "two": random_certification(1)}
     figure = figures.robustness(models, "both", 0.2)
     first, inside, outside, sweep = figure.axes
-    drawn = [line.get_ydata() for line in first.lines if line.get_linestyle() == "-" and len(line.get_ydata()) == 3]
-    for values, result in zip(drawn, models.values(), strict=True):
+    marked = [line.get_ydata() for line in first.lines if line.get_linestyle() == "None" and len(line.get_ydata()) == 3]
+    for values, result in zip(marked, models.values(), strict=True):
         np.testing.assert_array_equal(values, curves.fpr_curve(result, "both").certified)
+    for name, style, where in (("certified", "-", np.ceil), ("attacked", "--", np.floor)):
+        steps = [line for line in first.lines if line.get_linestyle() == style and len(line.get_ydata()) == 6]
+        for line, result in zip(steps, models.values(), strict=True):
+            values, eps = getattr(curves.fpr_curve(result, "both"), name), line.get_xdata()
+            for left in range(5):  # proved up to the next eps of the grid, shown from the last one on
+                if eps[left] < eps[left + 1]:
+                    place = int(where(np.interp((eps[left] + eps[left + 1]) / 2, (0, 0.1, 0.2), (0, 1, 2))))
+                    assert line.get_ydata()[left] == line.get_ydata()[left + 1] == values[place]
     np.testing.assert_array_equal(inside.lines[0].get_ydata(), curves.radius_curve(models["one"], "id").certified)
     np.testing.assert_array_equal(outside.lines[0].get_ydata(), curves.radius_curve(models["one"], "ood").certified)
     assert sweep.get_title().endswith("eps = 0.2")

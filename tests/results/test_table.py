@@ -28,7 +28,10 @@ def table(kind, values, samples=3, **changes):
             return column.allowed[0] if column.allowed else "text"
         if column.type == "integer":
             return next(phase)
-        return 0.5 if column.finite or column.least is not None else values[next(phase) % len(values)]
+        value = values[next(phase) % len(values)]
+        if column.never_infinite and math.isinf(value):
+            return math.nan
+        return 0.5 if column.finite or column.least is not None else value
 
     manifest = dict.fromkeys(schema.manifest, 1.0) | {"kind": kind, "schema": schema.version, "eps": list(EPS)}
     records = []
@@ -176,6 +179,9 @@ def test_the_manifest_says_what_a_file_is_and_its_name_does_not(tmp_path):
             "values of radius_attack that are not numbers of at least 0",
         ),
         (lambda frame: frame.assign(radius_certified=-0.1), "values of radius_certified that are not numbers of at"),
+        (lambda frame: frame.assign(**{"s_lb@0.1": math.inf}), "values of s_lb that are infinite"),
+        (lambda frame: frame.assign(**{"s_ub@0.1": -math.inf}), "values of s_ub that are infinite"),
+        (lambda frame: frame.assign(radius_attack=0.0, radius_certified=0.1), "certified radii beyond the attack"),
         (lambda frame: frame.assign(stage="guess"), "stage is 'guess'; it may be ibp, "),
         (lambda frame: frame.assign(**{"outcome@0.1": "luck"}), "outcome is 'luck'; it may be undecided, ibp"),
         (lambda frame: frame.rename(columns={"label": "score"}), "two columns have the same name"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from grood_cert import detector
 from grood_cert.ball import Ball
+from grood_cert.bounds import crosscheck
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeRelaxation
 from grood_cert.bounds.engine import lirpa_version
@@ -181,31 +182,41 @@ def test_a_named_engine_is_not_cross_checked_and_a_missing_one_is_left_out(loade
     assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA is not installed"}
 
 
-class Untraceable(torch.nn.Module):
-    """The same function, with a condition that torch.fx cannot follow."""
+def test_a_cross_check_of_nothing_is_none(loaded, monkeypatch, tmp_path, model):
+    monkeypatch.setattr(crosscheck, "score_bounds", lambda *arguments: 1 / 0)
+    images, settings = experiment_of(loaded.origin.recipe).test, Settings(eps=(0.01,), stages=("ibp",), effort="fast")
+    found = certification.run(loaded, model, [images], settings, tmp_path, limit=2)
+    assert found.manifest["cross_check"] == {"left_out": "there was no ball that both engines could bound"}
+    assert certification.agreement(found.manifest["cross_check"]).startswith("no cross-check of the bounds: ")
+
+
+class Reshaped(torch.nn.Module):
+    """The same function, with an operation that the native engine does not take."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, images):
-        if images.shape[0] < 0:
-            raise ValueError
-        return self.network(images)
+        return self.network(images.reshape(-1, 1, 8, 8))
 
 
 def test_where_the_native_engine_cannot_auto_lirpa_bounds_and_the_run_says_so(loaded, tmp_path, model):
     images, heard = experiment_of(loaded.origin.recipe).test, Recorder()
-    strange = dataclasses.replace(loaded, network=Untraceable(loaded.network).eval())
+    strange = dataclasses.replace(loaded, network=Reshaped(loaded.network).eval())
     settings = Settings(eps=(0.01, 0.03))
     found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, reporter=heard)
     assert heard.lines[0].startswith("bounds by auto_LiRPA, since the native engine cannot take the network: ")
+    assert heard.lines[0].endswith("left out: alpha-crown, branch-and-bound")
+    with pytest.raises(InputError, match="there are none among ibp, crown"):  # which a limit would have stopped
+        certification.run(strange, model, [images], dataclasses.replace(settings, time_limit=5.0), tmp_path / "late")
     assert found.manifest["bounded_by"] == "auto_lirpa" and found.manifest["stages"] == ["ibp", "crown"]
     assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA itself gives the bounds"}
     named = dataclasses.replace(settings, engine="auto_lirpa", stages=("ibp", "crown"))
     again = certification.run(loaded, model, [images], named, tmp_path / "named", limit=4)
-    assert (found["radius_certified"] == again["radius_certified"]).all() and (found["radius_certified"] > 0).any()
-    with pytest.raises(InputError, match="cannot be traced"):
+    np.testing.assert_allclose(found["radius_certified"], again["radius_certified"], rtol=1e-6)
+    assert (found["radius_certified"] > 0).any()
+    with pytest.raises(InputError, match="reshape cannot be bounded"):
         certification.run(strange, model, [images], dataclasses.replace(settings, engine="native"), tmp_path / "native")
 
 

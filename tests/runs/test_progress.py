@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
+from grood_cert.certification.settings import Settings as CertificationSettings
+from grood_cert.certification.smoothing import SmoothingSettings
 from grood_cert.errors import InputError
-from grood_cert.runs.progress import describe, status
+from grood_cert.lipschitz.analyser import AnalysisSettings
+from grood_cert.runs.progress import Progress, describe, status
 from grood_cert.runs.shards import Shard
 from grood_cert.system.files import locked
 from tests.runs.work import DESCRIPTION, Worker, execute, manifest
@@ -23,7 +27,12 @@ def interrupted(folder, last, **options):
 def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path):
     interrupted(tmp_path, 3)
     (found,) = status(tmp_path)
-    assert (found.kind, found.progress.samples, found.progress.batches, found.busy) == ("certification", 6, 3, False)
+    assert (found.kind, found.progress.samples_done, found.progress.batches, found.busy) == (
+        "certification",
+        6,
+        3,
+        False,
+    )
     (line,) = describe(tmp_path)
     assert line.startswith("rows.csv: certification, 33%: 6/18 samples, 3/10 batches in ")
     assert f"no process is at work on it; go on with: {manifest(tmp_path / 'rows.csv')['command']}" in line
@@ -77,6 +86,13 @@ def test_runs_in_folders_below_are_told_too(tmp_path):
     (tmp_path / "greg/model.pt").touch()
     first, second = describe(tmp_path)
     assert first.startswith("greg/rows.csv: certification, complete: 18 rows") and second == "greg/model.pt: trained"
+
+
+def test_no_setting_hides_behind_a_key_of_progress():
+    """What a run is and how far it has come stand in one manifest: a shared key would let another run be continued."""
+    settings = (CertificationSettings, AnalysisSettings, SmoothingSettings)
+    described = {item.name for kind in settings for item in dataclasses.fields(kind)}
+    assert not described & {item.name for item in dataclasses.fields(Progress)}
 
 
 def test_looking_needs_no_torch():

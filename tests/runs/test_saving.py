@@ -46,7 +46,7 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path, last):
     assert len(heard.lines) == 1 + (last > 0) and heard.lines[0] == "18 samples of 3 sets"
     final = manifest(path)
     assert (final["complete"], final["batches"], final["rows"]) == (True, 10, 18)
-    assert (final["of_batches"], final["samples"], final["of_samples"]) == (10, 18, 18)
+    assert (final["of_batches"], final["samples_done"], final["of_samples"]) == (10, 18, 18)
     assert final["failures"] == {"boom": 10} and final["bytes"] == path.stat().st_size
     assert {entry.name for entry in tmp_path.iterdir()} == {"rows.csv", "rows.json"}
 
