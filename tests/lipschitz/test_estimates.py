@@ -56,6 +56,17 @@ def test_ascent_finds_the_closed_form_and_the_others_stay_below(norm):
         assert bool((bound >= exact * (1 - 1e-12)).all())
 
 
+def test_the_secant_of_a_ball_too_small_to_be_seen_is_no_slope():
+    """Between points that float64 hardly tells apart the difference of S is its rounding, which no bound covers."""
+    weight = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    graph, images = two_logits(3, weight), torch.full((1, 1, 1, 3), 0.5, dtype=torch.float64)
+    for eps in (1e-300, 1e-16, 1e-13, 1e-9):
+        ball = ball_of(images, eps, "linf")
+        points = uniform_in_ball(ball, 200, torch.Generator().manual_seed(0))
+        secant = secant_estimate(graph, ball, points)
+        assert bool((secant <= local_lipschitz(graph, ball).auto * (1 + 1e-9)).all())
+
+
 def test_ascent_crosses_kinks_that_a_gradient_does_not_see():
     # f = relu(x - .6): S is flat at the centre; only a point beyond the kink shows the slope
     network = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).double().eval()
