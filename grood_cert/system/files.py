@@ -16,11 +16,14 @@ import math
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError
+
+_TRIES, _PAUSE = 10, 0.02  # to get a lock; seconds between them
 
 
 @contextlib.contextmanager
@@ -105,11 +108,16 @@ def locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:
         with _os_errors_refused(lock):
+            tries = 0
             while True:
                 stream = stack.enter_context(lock.open("ab"))
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    tries += 1
+                    if tries < _TRIES:  # `is_locked` holds it for an instant
+                        time.sleep(_PAUSE)
+                        continue
                     raise InputError(
                         f"another process is writing {path}; wait until it ends, or choose another --out"
                     ) from None

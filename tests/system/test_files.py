@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 
 from grood_cert.errors import InputError
+from grood_cert.system import files
 from grood_cert.system.files import (
     appending,
     check_writable,
     csv_text,
+    is_locked,
     locked,
     replacing,
     sha256,
@@ -241,6 +244,16 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
         thread.join()
     assert worst == [1] * 300
     assert os.listdir(tmp_path) == []
+
+
+def test_who_only_looks_at_a_lock_keeps_nobody_out(tmp_path, monkeypatch):
+    """A look holds the lock for an instant; whoever starts in it waits for its end."""
+    with (tmp_path / ".rows.csv.lock").open("ab") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(files.time, "sleep", lambda pause: fcntl.flock(looking, fcntl.LOCK_UN))
+        with locked(tmp_path / "rows.csv"):
+            assert is_locked(tmp_path / "rows.csv")
+    assert not is_locked(tmp_path / "rows.csv")
 
 
 def test_a_lock_in_an_unusable_folder_is_refused(tmp_path):
