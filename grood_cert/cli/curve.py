@@ -35,7 +35,7 @@ def curve(
 
     figures.check_format(out)
     numbers = out.with_suffix(".csv")
-    check_target(numbers, rows, force=not manifest_path(numbers).exists())
+    check_target(numbers, rows, force=not manifest_path(numbers).exists())  # beside a manifest lies a result
     found = [Table.read(path) for path in rows]
     for path, table in zip(rows, found, strict=True):
         options.warn_unfinished(table, path)
