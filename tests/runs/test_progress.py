@@ -11,7 +11,7 @@ from grood_cert.certification.settings import Settings as CertificationSettings
 from grood_cert.certification.smoothing import SmoothingSettings
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.analyser import AnalysisSettings
-from grood_cert.runs.progress import Progress, describe, status
+from grood_cert.runs.progress import Progress, command_line, describe, status
 from grood_cert.runs.shards import Shard
 from grood_cert.system.files import locked
 from tests.runs.work import DESCRIPTION, Worker, execute, manifest
@@ -24,7 +24,8 @@ def interrupted(folder, last, **options):
         execute(folder, Worker(last), KIND, **options)
 
 
-def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path):
+def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/grood-cert", "certify", "my model.pt"])
     interrupted(tmp_path, 3)
     (found,) = status(tmp_path)
     assert (found.kind, found.progress.samples_done, found.progress.batches, found.busy) == (
@@ -35,7 +36,22 @@ def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path):
     )
     (line,) = describe(tmp_path)
     assert line.startswith("rows.csv: certification, 33%: 6/18 samples, 3/10 batches in ")
-    assert f"no process is at work on it; go on with: {manifest(tmp_path / 'rows.csv')['command']}" in line
+    assert line.endswith("no process is at work on it; go on with: grood-cert certify 'my model.pt'")
+    assert manifest(tmp_path / "rows.csv")["command"] == "grood-cert certify 'my model.pt'"
+
+
+@pytest.mark.parametrize(
+    ("program", "joint", "command"),
+    [
+        ("/env/grood_cert/__main__.py", False, "grood-cert certify model.pt"),
+        ("/env/grood_cert/__main__.py", True, "torchrun --nproc-per-node 3 -m grood_cert certify model.pt"),
+        ("/home/me/study.py", False, None),  # a script of the user's: what it does is not for us to say
+    ],
+)
+def test_the_command_that_goes_on_is_one_that_can_be_given(monkeypatch, program, joint, command):
+    monkeypatch.setattr(sys, "argv", [program, "certify", "model.pt"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert command_line(joint) == command
 
 
 def test_a_run_at_work_is_known_by_its_lock(tmp_path):
