@@ -21,7 +21,6 @@ import typer
 from grood_cert import detector
 from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import engine_preactivations, logit_rows
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
@@ -29,6 +28,7 @@ from grood_cert.detector import Detector
 from grood_cert.errors import RunError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
+from grood_cert.networks.graph import trace
 from grood_cert.recipe import Recipe
 from grood_cert.runs import analyse
 from grood_cert.sections import NetworkSection

@@ -23,10 +23,10 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import branch_and_bound
 from grood_cert.bounds.engine import Side
-from grood_cert.bounds.graph import Graph, trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
+from grood_cert.networks.graph import Graph, trace
 from grood_cert.system.files import write_csv
 
 COLUMNS = ("kind", "method", "samples", "median", "smallest", "largest", "seconds_per_sample")

@@ -22,7 +22,6 @@ from grood_cert.ball import Ball, Norm, check_eps
 from grood_cert.bounds import score
 from grood_cert.bounds.engine import Method
 from grood_cert.bounds.engines import Engine, build
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.score import ScoreBounds
 from grood_cert.certification import smoothing
 from grood_cert.certification.cascade import Cascade, Certificates
@@ -33,6 +32,7 @@ from grood_cert.detector import Detector
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
+from grood_cert.networks.graph import trace
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator

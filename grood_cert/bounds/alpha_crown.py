@@ -43,10 +43,11 @@ from grood_cert.bounds.domains import (
     root,
     tightened,
 )
-from grood_cert.bounds.engine import ROUNDING, Interval, Side, sign_of
-from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import Preactivations
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
+from grood_cert.interval import ROUNDING, Interval
+from grood_cert.networks.graph import Graph
 from grood_cert.scores import energy
 
 _WEIGHT_RATE = 0.1
@@ -227,7 +228,7 @@ def optimised_bounds(
         InputError: If the side is unknown or the bounds do not fit the network.
 
     Example:
-        >>> from grood_cert.bounds.graph import trace
+        >>> from grood_cert.networks.graph import trace
         >>> from grood_cert.bounds.hidden import preactivations
         >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
         >>> graph = trace(torch.nn.Sequential(*layers).eval(), (1, 2, 2))

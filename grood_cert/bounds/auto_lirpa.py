@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from grood_cert.ball import Ball, support
 from grood_cert.bounds.auto_lirpa_repair import is_old, library, running, version
-from grood_cert.bounds.engine import Interval, Method, Source, way_of
+from grood_cert.bounds.engine import Method, Source, way_of
 from grood_cert.errors import InputError, RunError
+from grood_cert.interval import Interval
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.checks import check_eval
 

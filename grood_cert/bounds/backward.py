@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import Interval
-from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.linear_rows import FullRows, RowBatch, Transposes, UnitRows, through_pool, unit_blocks
-from grood_cert.bounds.operations import Addition, Convolution, Dense, LinearMap, MaxPool
 from grood_cert.bounds.windows import Window, WindowRows, windows
+from grood_cert.interval import Interval
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.operations import Addition, Convolution, Dense, LinearMap, MaxPool
 
 _SIZE = 8  # bytes of a float64
 _COPIES = 4  # a row, its parts, and what it becomes

@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import LeakyReLU
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise, plain
 from grood_cert.bounds.domains import Domains, Passage, emptied, root, tightened
-from grood_cert.bounds.engine import Interval, Side, sign_of
-from grood_cert.bounds.graph import Graph
+from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.errors import InputError
+from grood_cert.interval import Interval
+from grood_cert.networks.activations import LeakyReLU
+from grood_cert.networks.graph import Graph
 from grood_cert.scores import energy
 
 _ROOT_STEPS = 40  # of Adam, for the undivided ball
@@ -365,7 +366,7 @@ def branch_and_bound(
         InputError: If the network has other nonlinear layers, or an argument makes no sense.
 
     Example:
-        >>> from grood_cert.bounds.graph import trace
+        >>> from grood_cert.networks.graph import trace
         >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
         >>> graph = trace(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
         >>> ball = Ball(torch.full((1, 1, 2, 2), 0.5).double(), torch.tensor([0.1]).double(), "linf")

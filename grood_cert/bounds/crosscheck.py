@@ -29,12 +29,13 @@ from torch import Tensor
 
 from grood_cert import attacks
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import LeakyReLU
 from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.engine import ROUNDING, BoundedNetwork, Interval, Method, way_of
-from grood_cert.bounds.operations import Addition
+from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import SoundnessError
+from grood_cert.interval import ROUNDING, Interval
+from grood_cert.networks.activations import LeakyReLU
+from grood_cert.networks.operations import Addition
 from grood_cert.scores import energy, energy_gradient
 
 TOLERANCE = 1e-8

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.engine import ROUNDING, Interval, Method, Source, way_of
+from grood_cert.bounds.engine import Method, Source, way_of
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING, Interval
+from grood_cert.networks.graph import trace
 
 _DEVICE_MEMORY = 2**30
 

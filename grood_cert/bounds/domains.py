@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import Activation, LeakyReLU
-from grood_cert.bounds.engine import ROUNDING, Interval, crossed, ordered
-from grood_cert.bounds.graph import Graph, Node
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.linear_rows import over_rows, through_pool
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
 from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING, Interval, crossed, ordered
+from grood_cert.networks.activations import Activation, LeakyReLU
+from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 Condition = tuple[Tensor, Tensor]
 SLOPE_RATE = 0.3  # first step of Adam, per parameter

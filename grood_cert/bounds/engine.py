@@ -1,13 +1,10 @@
-r"""What a bound engine is, and what all bounds share: methods, intervals, the margin for rounding.
+r"""What a bound engine is: its methods, and what it is asked for.
 
 An engine holds a network f and gives sound bounds of rows of its logits over balls,
 
     LB[c] <= c . f(x') <= UB[c]        for all x' in B.
 
 `grood_cert.bounds.crown` is our own, `grood_cert.bounds.auto_lirpa` the adapter of auto_LiRPA.
-
-Bounds are claims in exact arithmetic, computed in float64. Each is moved outward by `ROUNDING` of the size of what was
-summed to get it, and what is NaN, infinite or crosses its partner is not proved.
 """
 
 from __future__ import annotations
@@ -16,18 +13,15 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
+from grood_cert.interval import Interval
 
-Interval = tuple[Tensor, Tensor]
 Method = Literal["ibp", "crown-ibp", "crown"]
 Side = Literal["upper", "lower"]
 Source = Literal["ibp", "crown"]
-ROUNDING = 1e-12
-_CROSSING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -105,27 +99,6 @@ def sign_of(side: Side) -> int:
     if side not in get_args(Side):
         raise InputError(f"unknown side {side!r}; use upper or lower")
     return 1 if side == "upper" else -1
-
-
-def outward(lower: Tensor, upper: Tensor, magnitude: Tensor) -> Interval:
-    """Both ends moved outward by the rounding of sums of this magnitude."""
-    return lower - ROUNDING * magnitude, upper + ROUNDING * magnitude
-
-
-def intersect(first: Interval, second: Interval) -> Interval:
-    """What both intervals allow; ends may cross."""
-    return torch.maximum(first[0], second[0]), torch.minimum(first[1], second[1])
-
-
-def ordered(lower: Tensor, upper: Tensor) -> Tensor:
-    """Whether all bounds of a sample are finite and in order, shape (B,)."""
-    return (torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).flatten(1).all(1)
-
-
-def crossed(lower: Tensor, upper: Tensor) -> Tensor:
-    """Where finite bounds cross by more than rounding explains: what they enclose does not exist."""
-    scale = 1 + torch.maximum(lower.abs(), upper.abs())
-    return torch.isfinite(lower) & torch.isfinite(upper) & (lower - upper > _CROSSING * scale)
 
 
 def lirpa_version() -> str | None:

@@ -9,9 +9,9 @@ from torch import nn
 
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
-from grood_cert.bounds.graph import UntraceableError
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks.checks import check_eval
+from grood_cert.networks.graph import UntraceableError
 
 Engine = Literal["auto", "native", "auto_lirpa"]
 ENGINES: tuple[str, ...] = get_args(Engine)

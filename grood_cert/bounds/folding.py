@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from grood_cert.bounds.graph import Graph, Node
-from grood_cert.bounds.operations import Convolution, Dense, Reshape, Scale
+from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.operations import Convolution, Dense, Reshape, Scale
 
 
 def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -63,7 +63,7 @@ def folded(graph: Graph) -> Graph:
 
     Example:
         >>> from torch import nn
-        >>> from grood_cert.bounds.graph import trace
+        >>> from grood_cert.networks.graph import trace
         >>> network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> graph = trace(network.eval(), (1, 2, 2))
         >>> [node.name for node in graph.nodes], [node.name for node in folded(graph).nodes]

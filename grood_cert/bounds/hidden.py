@@ -26,16 +26,17 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import Activation, LeakyReLU
 from grood_cert.bounds.backward import Pullback
-from grood_cert.bounds.engine import BoundedNetwork, Interval, Source, intersect, ordered, outward
+from grood_cert.bounds.engine import BoundedNetwork, Source
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import Graph, Node
 from grood_cert.bounds.intervals import magnitude, through
 from grood_cert.bounds.linear_rows import Transposes
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
 from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, softmax_weights
 from grood_cert.errors import InputError
+from grood_cert.interval import Interval, intersect, ordered, outward
+from grood_cert.networks.activations import Activation, LeakyReLU
+from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 _PAIRWISE_UP_TO = 20
 DEFAULT_MEMORY = 2**24  # blocks that stay in cache: twice as fast as large ones

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import Interval
-from grood_cert.bounds.graph import Graph, Operation
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
+from grood_cert.interval import Interval
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph, Operation
+from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 
 def through(operation: Operation | None, inputs: Sequence[Interval]) -> Interval:

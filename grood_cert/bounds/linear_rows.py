@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.operations import AveragePool, Convolution, LinearMap, MaxPool
+from grood_cert.networks.operations import AveragePool, Convolution, LinearMap, MaxPool
 
 _DENSE_RATIO = 4
 _DENSE_FREE = 2**14

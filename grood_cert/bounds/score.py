@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.engine import ROUNDING, BoundedNetwork, Interval, Method, crossed
+from grood_cert.bounds.engine import BoundedNetwork, Method
+from grood_cert.interval import ROUNDING, Interval, crossed
 from grood_cert.scores import energy
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grood_cert.bounds.engine import ROUNDING
+from grood_cert.interval import ROUNDING
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.ball import Ball, support
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.linear_rows import RowBatch, Transposes
-from grood_cert.bounds.operations import Addition, AveragePool, Convolution, LinearMap, Scale
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.operations import Addition, AveragePool, Convolution, LinearMap, Scale
 
 Pair = tuple[int, int]
 

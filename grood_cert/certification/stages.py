@@ -14,8 +14,7 @@ from torch import Tensor
 from grood_cert.ball import Ball, largest_eps
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import Branched, branch_and_bound
-from grood_cert.bounds.engine import ROUNDING, BoundedNetwork, Method
-from grood_cert.bounds.graph import Graph, trace
+from grood_cert.bounds.engine import BoundedNetwork, Method
 from grood_cert.bounds.hidden import Preactivations, engine_preactivations
 from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification.envelope import Envelope
@@ -23,8 +22,10 @@ from grood_cert.certification.guard import Guard
 from grood_cert.certification.search import search_radius
 from grood_cert.certification.settings import EFFORTS, Effort, Settings
 from grood_cert.certification.state import State
+from grood_cert.interval import ROUNDING
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
+from grood_cert.networks.graph import Graph, trace
 
 _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows nothing
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds

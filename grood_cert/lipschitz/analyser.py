@@ -18,7 +18,6 @@ from grood_cert import attacks
 from grood_cert.ball import Ball, Norm, check_eps
 from grood_cert.bounds.engine import Method
 from grood_cert.bounds.engines import Engine, build
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, engine_preactivations
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError, SoundnessError
@@ -30,6 +29,7 @@ from grood_cert.lipschitz.estimates import (
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy
 
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")

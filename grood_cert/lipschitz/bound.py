@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball, Norm
-from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations, preactivations
 from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.interval import interval_bounds
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown, jacobian_crown_corners
 from grood_cert.lipschitz.product import active_product_bound, product_bound
+from grood_cert.networks.graph import Graph
 
 METHODS = "product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners"
 
@@ -85,7 +85,7 @@ def local_lipschitz(
         InputError: If a method is unknown, none is named, or the balls do not fit the network.
 
     Example:
-        >>> from grood_cert.bounds.graph import trace
+        >>> from grood_cert.networks.graph import trace
         >>> from torch import nn
         >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (1, 1, 1))
         >>> ball = Ball(torch.full((1, 1, 1, 1), 0.5).double(), torch.tensor([0.1]).double(), "linf")

@@ -20,9 +20,9 @@ from scipy import stats
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.graph import Graph
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.estimates import _norms, uniform_in_ball
+from grood_cert.networks.graph import Graph
 
 _IMPLAUSIBLE = 10.0
 _SHAPES = (1.0, 3.0, 10.0)  # where the likelihood fits start

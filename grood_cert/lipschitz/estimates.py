@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball, Norm, dual_norm
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import ROUNDING
-from grood_cert.bounds.graph import Graph
+from grood_cert.interval import ROUNDING
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph
 from grood_cert.scores import energy
 
 _SOFTENINGS = (0.0, 0.3, 1.0)

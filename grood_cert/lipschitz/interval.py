@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import DUAL_ORDER, Ball, Norm
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import ROUNDING, Interval
-from grood_cert.bounds.graph import Graph, live_graph
 from grood_cert.bounds.hidden import Preactivations, preactivations
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
 from grood_cert.bounds.simplex import SoftmaxWeights
+from grood_cert.interval import ROUNDING, Interval
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph, live_graph
+from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 Sharpen = Callable[[int, Tensor, Tensor], Interval]
 

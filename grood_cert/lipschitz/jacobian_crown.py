@@ -43,14 +43,14 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Norm
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import ROUNDING, Interval
-from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.linear_rows import UnitRows, over_rows, unit_blocks
-from grood_cert.bounds.operations import Addition, LinearMap, MaxPool
 from grood_cert.bounds.simplex import SoftmaxWeights
+from grood_cert.interval import ROUNDING, Interval
 from grood_cert.lipschitz.interval import gradient_intervals, norm_of_box
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 
 def chords(slopes: Interval, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import DUAL_ORDER, ORDER, Norm
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.engine import ROUNDING, Interval
-from grood_cert.bounds.graph import Graph
 from grood_cert.bounds.hidden import Preactivations
-from grood_cert.bounds.operations import Addition, Convolution, LinearMap, MaxPool
+from grood_cert.interval import ROUNDING, Interval
+from grood_cert.networks.activations import Activation
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.operations import Addition, Convolution, LinearMap, MaxPool
 
 _UNROLLED_ENTRIES = 2**22
 
@@ -76,7 +76,7 @@ def operator_norm(
         The bound, moved up by 1e-12.
 
     Example:
-        >>> from grood_cert.bounds.operations import Dense
+        >>> from grood_cert.networks.operations import Dense
         >>> round(operator_norm(Dense(torch.tensor([[3.0, 4.0]]).double(), None), (2,), "l2"), 6)
         5.0
     """

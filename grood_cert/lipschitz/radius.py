@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grood_cert.bounds.engine import ROUNDING
 from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING
 from grood_cert.lipschitz.bound import running_minimum
 
 _DOWN = 1 - ROUNDING

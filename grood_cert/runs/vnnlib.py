@@ -42,11 +42,12 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.engine import ROUNDING, BoundedNetwork
+from grood_cert.bounds.engine import BoundedNetwork
 from grood_cert.bounds.score import chord_slopes
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
+from grood_cert.interval import ROUNDING
 from grood_cert.results.table import Table
 from grood_cert.system.files import check_writable, replacing, sha256, write_json
 

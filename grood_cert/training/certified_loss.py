@@ -31,9 +31,9 @@ from torch.nn import functional
 from grood_cert.ball import Ball
 from grood_cert.bounds.backward import Pullback
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import live_graph
 from grood_cert.bounds.intervals import intervals
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
+from grood_cert.networks.graph import live_graph
 from grood_cert.scores import energy
 
 

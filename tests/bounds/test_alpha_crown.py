@@ -9,11 +9,11 @@ from grood_cert import attacks
 from grood_cert.ball import NORMS, Ball
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.backward import Pullback
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.score import gibbs_upper
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, resnet_small
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy
 
 SHAPE = (1, 4, 4)

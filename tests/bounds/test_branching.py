@@ -12,10 +12,10 @@ from grood_cert import attacks
 from grood_cert.ball import Ball
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import _halved, _Leaves, branch_and_bound
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, resnet_small
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy
 
 SIDES = ("upper", "lower")

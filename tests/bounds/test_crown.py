@@ -15,12 +15,12 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import METHODS
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import trace
-from grood_cert.bounds.operations import Convolution, Scale
 from grood_cert.bounds.score import score_bounds
 from grood_cert.bounds.windows import Window, windows
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, _Residual
+from grood_cert.networks.graph import trace
+from grood_cert.networks.operations import Convolution, Scale
 
 SHAPE = (2, 6, 6)
 CLASSES = 3

@@ -9,8 +9,8 @@ import torch
 
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
 from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy
 from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mlp, points_in, residual
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import Hidden
 from grood_cert.bounds.intervals import intervals
 from grood_cert.networks.architectures import _Residual
+from grood_cert.networks.graph import trace
 
 SHAPE = (2, 4, 4)
 

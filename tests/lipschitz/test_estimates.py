@@ -9,7 +9,6 @@ from scipy import stats
 from torch import nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.graph import trace
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.clever import clever_estimate, clever_radius_estimate, reverse_weibull_end_point
@@ -20,6 +19,7 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
     uniform_in_ball,
 )
+from grood_cert.networks.graph import trace
 
 NORMS = ("linf", "l2", "l1")
 

@@ -9,13 +9,13 @@ from scipy.optimize import linprog
 from torch import nn
 
 from grood_cert.ball import Ball, dual_norm
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, softmax_weights
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.jacobian_crown import chords, jacobian_crown
 from grood_cert.lipschitz.product import operator_norm, product_bound, torus_norm, unrolled
 from grood_cert.networks.architectures import build
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy_gradient
 
 NORMS = ("linf", "l2", "l1")
@@ -248,7 +248,7 @@ def test_slope_and_value_ranges_hold_every_sampled_point(activation):
 
 
 def test_gelu_reaches_the_stated_extremes_of_its_derivative():
-    from grood_cert.bounds.activations import GELU
+    from grood_cert.networks.activations import GELU
 
     turns = torch.tensor([-(2**0.5), 2**0.5], dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(GELU()(turns).sum(), turns)

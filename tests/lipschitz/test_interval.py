@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from grood_cert.ball import Ball, dual_norm
-from grood_cert.bounds.graph import trace
 from grood_cert.lipschitz.estimates import ascended_gradient_norm_estimate
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.architectures import Normalize
+from grood_cert.networks.graph import trace
 from grood_cert.scores import energy_gradient
 
 

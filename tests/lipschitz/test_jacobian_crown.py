@@ -11,13 +11,13 @@ from torch import nn
 from grood_cert.ball import Ball
 from grood_cert.bounds import auto_lirpa
 from grood_cert.bounds.auto_lirpa_repair import is_old, library, running
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.lipschitz.estimates import uniform_in_ball
 from grood_cert.lipschitz.interval import norm_of_box
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
 from grood_cert.networks.architectures import Normalize
+from grood_cert.networks.graph import trace
 
 
 def networks():

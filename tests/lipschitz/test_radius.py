@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.graph import trace
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, margins, path_radius, proved_radius
+from grood_cert.networks.graph import trace
 
 NAN, INF = float("nan"), float("inf")
 

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.graph import trace
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz
 from grood_cert.lipschitz.estimates import _norms, ascended_gradient_norm_estimate, secant_estimate, uniform_in_ball
 from grood_cert.networks.architectures import Normalize
+from grood_cert.networks.graph import trace
 
 NETWORKS = 216
 GROUPS = 7

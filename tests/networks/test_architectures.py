@@ -11,11 +11,11 @@ from torch import nn
 from grood_cert import recipe
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.networks.architectures import NETWORKS, Classifier, Normalize, build
+from grood_cert.networks.graph import trace
 
 SMALL = {  # of each network the thinnest that is worth testing, and images it takes
     "conv-small": ((1, 8, 8), {"width": 4}),

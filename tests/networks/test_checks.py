@@ -8,9 +8,9 @@ from grood_cert import attacks
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.graph import trace
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
+from grood_cert.networks.graph import trace
 
 IMAGES = torch.rand(20, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ENTRIES = {

@@ -7,11 +7,11 @@ from torch.nn import functional
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.bounds.graph import trace
 from grood_cert.bounds.hidden import logit_rows, preactivations
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.bound import best_of, local_lipschitz
 from grood_cert.networks.architectures import build
+from grood_cert.networks.graph import trace
 
 
 def ball_of(images, eps):

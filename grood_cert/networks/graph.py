@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from grood_cert.bounds import activations
-from grood_cert.bounds.activations import Activation
-from grood_cert.bounds.operations import Addition, AveragePool, Convolution, Dense, LinearMap, MaxPool, Reshape, Scale
 from grood_cert.errors import InputError, RunError
+from grood_cert.networks import activations
+from grood_cert.networks.activations import Activation
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.checks import check_eval
+from grood_cert.networks.operations import Addition, AveragePool, Convolution, Dense, LinearMap, MaxPool, Reshape, Scale
 
 Operation = LinearMap | Activation | MaxPool | Addition
 _AGREEMENT = 1e-9
@@ -127,7 +127,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def _refuse(name: str, what: str) -> InputError:
-    return InputError(f"layer {name}: {what} cannot be bounded; see grood_cert.bounds.graph for what can")
+    return InputError(f"layer {name}: {what} cannot be bounded; see grood_cert.networks.graph for what can")
 
 
 def _convolution(layer: nn.Conv2d, shape: tuple[int, ...], name: str) -> Operation:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grood_cert.bounds.engine import ROUNDING
+from grood_cert.interval import ROUNDING
 
 _ABSOLUTE = 1e-15
 _GELU_MINIMUM = -0.7517915246935645  # GELU'(x) = 0
