@@ -186,7 +186,9 @@ def _global_average_pool(layer: nn.AdaptiveAvgPool2d, shape: tuple[int, ...], na
 def _max_pool(layer: nn.MaxPool2d, shape: tuple[int, ...], name: str) -> Operation:
     if layer.ceil_mode or layer.return_indices or _pair(layer.dilation) != (1, 1):
         raise _refuse(name, "MaxPool2d with ceil_mode, dilation or return_indices")
-    return MaxPool(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding), (shape[1], shape[2]))
+    high, wide = _pair(layer.padding)
+    padding = (high, high), (wide, wide)
+    return MaxPool(_pair(layer.kernel_size), _pair(layer.stride), padding, (1, 1), (shape[1], shape[2]))
 
 
 def _leaky(layer: nn.LeakyReLU, shape: tuple[int, ...], name: str) -> Operation:

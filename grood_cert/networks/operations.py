@@ -161,7 +161,7 @@ class AveragePool(LinearMap):
 
     def absolute(self) -> AveragePool:
         """|W| = W."""
-        return self
+        return replace(self, bias=_abs(self.bias))
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,140 @@ class Reshape(LinearMap):
 
     def absolute(self) -> Reshape:
         """|W| = W."""
-        return self
+        return replace(self, bias=_abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Pad(LinearMap):
+    r"""Zeros around a sample, or parts of it cut off.
+
+    A contiguous slice is a Pad that cuts; a concatenation is the sum of Pads.
+
+    Attributes:
+        margins: Entries added before and after, one pair for each axis of the sample, channels first; cut off where
+            negative.
+
+    Example:
+        >>> pad = Pad(((0, 0), (-1, 2)))
+        >>> pad(torch.tensor([[[1.0, 2.0]]])), pad.transpose(torch.tensor([[[5.0, 6.0, 7.0]]]))
+        (tensor([[[2., 0., 0.]]]), tensor([[[0., 5.]]]))
+    """
+
+    margins: tuple[tuple[int, int], ...]
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return functional.pad(values, [end for pair in reversed(self.margins) for end in pair])
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y: what was added is cut off, what was cut off is 0."""
+        return functional.pad(values, [-end for pair in reversed(self.margins) for end in pair])
+
+    def absolute(self) -> Pad:
+        """|W| = W."""
+        return replace(self, bias=_abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Permute(LinearMap):
+    """The axes of a sample in another order; axis 0 is the first one behind the batch."""
+
+    order: tuple[int, ...]
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return values.permute(0, *(axis + 1 for axis in self.order))
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y: the inverse order."""
+        return values.permute(0, *(self.order.index(axis) + 1 for axis in range(len(self.order))))
+
+    def absolute(self) -> Permute:
+        """|W| = W."""
+        return replace(self, bias=_abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Selection(LinearMap):
+    """Entries along an axis, in any order and any number of times: strided slices, flips, repetitions, shuffles.
+
+    Attributes:
+        axis: Axis of the sample; 0 is the first one behind the batch.
+        index: Which entries, shape (outputs,), int64.
+        length: How many there are.
+    """
+
+    axis: int
+    index: Tensor
+    length: int
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return values.index_select(self.axis + 1, self.index)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y: entries that were taken more than once add up."""
+        shape = [*values.shape]
+        shape[self.axis + 1] = self.length
+        return values.new_zeros(shape).index_add(self.axis + 1, self.index, values)
+
+    def absolute(self) -> Selection:
+        """|W| = W."""
+        return replace(self, bias=_abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Separable(LinearMap):
+    r"""y = A x B^T on the last two axes of each channel: resampling and pooling of any kind that treats axes apart.
+
+    Attributes:
+        rows: A, shape (H', H).
+        columns: B, shape (W', W).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W x."""
+        return self.rows.to(values) @ values @ self.columns.to(values).T
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W^T y = A^T y B."""
+        return self.rows.to(values).T @ values @ self.columns.to(values)
+
+    def absolute(self) -> Separable:
+        """|A| x |B|^T: the entries of W are products of one of A and one of B."""
+        return Separable(self.rows.abs(), self.columns.abs(), _abs(self.bias))
+
+
+@dataclass(frozen=True)
+class Transposed(LinearMap):
+    """A transposed convolution, x -> W^T x of a convolution W; the bias has shape (channels, 1, 1).
+
+    Attributes:
+        operation: W without bias; its `input_size` is the size of the result. The size of x must be that of its
+            result, so the output padding of the layer is below its stride.
+    """
+
+    operation: Convolution
+    bias: Tensor | None = None
+
+    def linear(self, values: Tensor) -> Tensor:
+        """W^T x."""
+        return self.operation.transpose(values)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """W y."""
+        return self.operation.linear(values)
+
+    def absolute(self) -> Transposed:
+        """|W^T|."""
+        return Transposed(self.operation.absolute(), _abs(self.bias))
 
 
 @dataclass(frozen=True)
@@ -192,33 +325,44 @@ class Addition:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """Maximum over windows; padding never wins."""
+    """Maximum over windows; padding never wins.
+
+    Attributes:
+        kernel: Entries of a window on each axis.
+        stride: Distance of windows.
+        padding: (top, bottom) and (left, right); windows beyond the end that `ceil_mode` adds are bottom and right
+            padding.
+        dilation: Distance of the entries of a window.
+        input_size: Height and width of what it reads.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
     input_size: tuple[int, int]
 
     def __call__(self, values: Tensor) -> Tensor:
         """The pooled values, shape (N, C, H', W')."""
-        return functional.max_pool2d(values, self.kernel, self.stride, self.padding)
+        (top, bottom), (left, right) = self.padding
+        if top == bottom <= self.kernel[0] // 2 and left == right <= self.kernel[1] // 2:  # what torch takes itself
+            return functional.max_pool2d(values, self.kernel, self.stride, (top, left), self.dilation)
+        return functional.max_pool2d(self._padded(values, -math.inf), self.kernel, self.stride, 0, self.dilation)
 
-    @property
-    def _padded(self) -> tuple[int, int]:
-        return self.input_size[0] + 2 * self.padding[0], self.input_size[1] + 2 * self.padding[1]
+    def _padded(self, values: Tensor, fill: float) -> Tensor:
+        return functional.pad(values, (*self.padding[1], *self.padding[0]), value=fill)
 
     def windows(self, values: Tensor, fill: float) -> Tensor:
         """The entries of every window, shape (N, C, entries, windows); padding reads `fill`."""
-        high, wide = self.padding
-        padded = functional.pad(values, (wide, wide, high, high), value=fill)
-        entries = functional.unfold(padded, self.kernel, stride=self.stride)
+        entries = functional.unfold(self._padded(values, fill), self.kernel, self.dilation, stride=self.stride)
         return entries.reshape(len(values), values.shape[1], math.prod(self.kernel), -1)
 
     def spread(self, entries: Tensor) -> Tensor:
         """Transpose of `windows`: entries of shape (N, C, entries, windows) summed into (N, C, H, W)."""
-        padded = functional.fold(entries.flatten(1, 2), self._padded, self.kernel, stride=self.stride)
-        high, wide = self.padding
-        return padded[..., high : high + self.input_size[0], wide : wide + self.input_size[1]]
+        (height, width), ((top, bottom), (left, right)) = self.input_size, self.padding
+        size = height + top + bottom, width + left + right
+        padded = functional.fold(entries.flatten(1, 2), size, self.kernel, self.dilation, stride=self.stride)
+        return padded[..., top : top + height, left : left + width]
 
     def routing(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         r"""Mask intervals of every (window, entry): [0, 0] if it cannot win, [1, 1] if no other can, else [0, 1].
@@ -257,4 +401,7 @@ class MaxPool:
     @property
     def overlap(self) -> int:
         """The largest number of windows that one entry can belong to."""
-        return math.prod(-(-kernel // step) for kernel, step in zip(self.kernel, self.stride, strict=True))
+        return math.prod(
+            -(-kernel // (step // math.gcd(step, dilation)))
+            for kernel, step, dilation in zip(self.kernel, self.stride, self.dilation, strict=True)
+        )
