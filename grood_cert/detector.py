@@ -1,13 +1,13 @@
 """A detector: network, threshold gamma, and what is known about where they came from.
 
-A checkpoint is one file, `model.pt`, that `torch.load(weights_only=True)` opens: plain containers and tensors.
+A checkpoint is one file, `model.pt`, that `torch.load(weights_only=True)` opens: plain containers and tensors, with a
+SHA-256 of them all and the scores of a few probe images, both of which are checked when it is loaded.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,17 @@ from grood_cert.networks.checks import check_eval, check_pixels, count_classes
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
 from grood_cert.system.files import replacing
+from grood_cert.system.torch_files import Format
 
-_FORMAT = "grood-cert checkpoint"
-_FORMAT_VERSION = 1
+_FORMAT = Format(
+    "grood-cert checkpoint",
+    version=2,
+    expected="a model.pt written by grood-cert train",
+    absent="no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER",
+)
 _BATCH = 256
+_PROBES = 4
+_AGREEMENT = 1e-9  # processors sum in other orders; that moves a float64 score by some 1e-13, any fault by far more
 
 
 def versions() -> dict[str, str]:
@@ -275,8 +282,6 @@ class Detector:
                 "torch.save(network.state_dict(), FILE), and make the detector again in Python"
             )
         content = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
             "architecture": {**vars(self.architecture), "shape": list(self.shape)},
             "class_names": list(self.class_names),
             "state_dict": {name: _single(tensor.cpu()) for name, tensor in self.network.state_dict().items()},
@@ -289,40 +294,40 @@ class Detector:
                 "metrics": self.provenance.metrics,
                 "versions": self.provenance.versions,
             }
-        stream = io.BytesIO()
-        torch.save(content, stream)
+        images = probes(self.shape)
         try:
-            again = _detector_of(_content(io.BytesIO(stream.getbuffer()), Path(path)), Path(path))
+            scores = _detector_of(content, Path(path)).score(images)
+            stream = _FORMAT.packed({**content, "probe_scores": scores})
+            _FORMAT.unpacked(Path(path), stream)
         except InputError as error:
             raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
-        images = torch.rand(4, *self.shape, generator=torch.Generator().manual_seed(0))
-        if not torch.equal(again.score(images), self.score(images).cpu()):
+        if not _difference(self.score(images), scores) <= _AGREEMENT:
             raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(stream.getbuffer())
 
 
+def probes(shape: tuple[int, int, int]) -> Tensor:
+    """Images whose scores a checkpoint keeps, shape (4, C, H, W), float64.
+
+    Multiples of the golden ratio modulo 1: two roundings a pixel, so that they are the same bits everywhere.
+
+    Example:
+        >>> probes((1, 1, 2)).flatten()[:3]
+        tensor([0.6180, 0.2361, 0.8541], dtype=torch.float64)
+    """
+    numbers = torch.arange(1, _PROBES * math.prod(shape) + 1, dtype=torch.float64)
+    return (numbers * ((math.sqrt(5) - 1) / 2) % 1).reshape(_PROBES, *shape)
+
+
+def _difference(scores: Tensor, others: Tensor) -> float:
+    """Largest difference of two lists of scores, relative to 1 + |S|."""
+    return float(((scores - others).abs() / (1 + others.abs())).max())
+
+
 def _single(tensor: Tensor) -> Tensor:
     single = tensor.float()
     return single if tensor.is_floating_point() and torch.equal(single.to(tensor), tensor) else tensor
-
-
-def _content(file: Path | io.BytesIO, path: Path) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER") from None
-    except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path}: not a grood-cert checkpoint, or a truncated one ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise InputError(f"{path}: not a grood-cert checkpoint; expected a model.pt written by grood-cert train")
-    if content.get("format_version") != _FORMAT_VERSION:
-        raise InputError(
-            f"{path}: checkpoint format {content.get('format_version')}; this version reads {_FORMAT_VERSION}"
-        )
-    return content
 
 
 def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
@@ -374,9 +379,19 @@ def load(path: Path | str, device: str = "cpu") -> Detector:
         device: Where the network shall live.
 
     Raises:
-        InputError: If the file is missing, is truncated, is no checkpoint of ours, or its weights do not fit.
+        InputError: If the file is missing, damaged or no checkpoint of ours, its weights do not fit, or its network
+            computes other scores of the probe images than when it was saved.
     """
     check_device(device)
-    detector = _detector_of(_content(Path(path), Path(path)), Path(path))
+    content = _FORMAT.unpacked(Path(path))
+    detector = _detector_of(content, Path(path))
+    stored = content.get("probe_scores")
+    if not isinstance(stored, Tensor) or stored.shape != (_PROBES,):
+        raise InputError(f"{path}: damaged checkpoint (no scores of {_PROBES} probe images)")
+    if not (difference := _difference(detector.score(probes(detector.shape)), stored)) <= _AGREEMENT:
+        raise InputError(
+            f"{path}: its network computes other scores now than when it was saved (probe images differ by "
+            f"{difference:.0e}, more than rounding explains); use the versions of grood-cert and torch that wrote it"
+        )
     detector.network.to(device)
     return detector

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import grood_cert
-from grood_cert.detector import Architecture, Detector, Provenance, check_device, load, logits, versions
+from grood_cert.detector import Architecture, Detector, Provenance, check_device, load, logits, probes, versions
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
+from grood_cert.system.torch_files import fingerprint
 
 
 def make(name: str = "conv-small", seed: int = 0) -> Detector:
@@ -47,9 +48,12 @@ def saved(tmp_path):
     return path
 
 
-def rewrite(path, **changes) -> None:
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, **changes}, path)
+def rewrite(path, *missing, **changes) -> None:
+    """Another content under a fingerprint of its own, as only a program that means it writes."""
+    content = {**torch.load(path, weights_only=True), **changes}
+    for name in ("sha256", *missing):
+        del content[name]
+    torch.save({**content, "sha256": fingerprint(content)}, path)
 
 
 def refusal(path, **options) -> str:
@@ -140,18 +144,71 @@ def test_truncated(saved, share):
 
 
 def test_damaged_bytes_never_pass_as_another_kind_of_error(saved):
-    """Whatever is overwritten, the answer is a checkpoint or one clear line."""
-    content = saved.read_bytes()
+    """Whatever is overwritten, the answer is the same checkpoint (bytes between its parts) or one clear line."""
+    content, detector = saved.read_bytes(), load(saved)
+    images = torch.rand(5, 1, 8, 8)
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    refused = 0
+    for trial in range(60):
         damaged = bytearray(content)
         for position in rng.integers(0, len(content), 4):
             damaged[position] = rng.integers(256)
         saved.write_bytes(damaged)
         try:
-            load(saved)
+            loaded = load(saved)
         except InputError as error:
-            assert str(saved) in str(error) and "\n" not in str(error)
+            refused += 1
+            assert str(saved) in str(error) and "\n" not in str(error), trial
+        else:
+            assert loaded.gamma == detector.gamma and torch.equal(loaded.score(images), detector.score(images))
+    assert refused > 30
+
+
+def test_inverted_weights_are_damage(saved):
+    """400 bytes inside the weights: torch opens the file without a word, and all scores would be wrong."""
+    content = saved.read_bytes()
+    weight = torch.load(saved, weights_only=True)["state_dict"]["6.weight"].numpy().tobytes()
+    begin = content.index(weight)
+    saved.write_bytes(content[:begin] + bytes(255 - byte for byte in weight[:400]) + content[begin + 400 :])
+    assert torch.load(saved, weights_only=True)["state_dict"]["6.weight"].numpy().tobytes() != weight
+    assert refusal(saved) == f"{saved}: damaged: its content is not what was written (SHA-256 differs)"
+
+
+def test_every_value_is_under_the_fingerprint(saved):
+    content = torch.load(saved, weights_only=True)
+    for changes in ({"gamma": -1.0}, {"class_names": ["one", "zero", "two"]}, {"more": 1}, {"sha256": "0"}):
+        torch.save({**content, **changes}, saved)
+        assert "damaged: its content is not what was written" in refusal(saved)
+    torch.save({name: value for name, value in content.items() if name != "sha256"}, saved)
+    assert "damaged: its content is not what was written" in refusal(saved)
+
+
+def test_a_network_that_computes_something_else_is_noticed(saved, monkeypatch):
+    """What no hash of the weights can see: another normalisation, or another version's code."""
+    content = torch.load(saved, weights_only=True)
+    detector = load(saved)
+    expected = -torch.logsumexp(detector.network(probes((1, 8, 8))), 1)
+    torch.testing.assert_close(content["probe_scores"], expected, rtol=1e-13, atol=0)
+    rewrite(saved, probe_scores=expected * (1 + 1e-12))
+    load(saved)  # summed in another order
+    for scores in (expected * (1 + 1e-7), expected * math.nan):
+        rewrite(saved, probe_scores=scores)
+        assert "its network computes other scores now than when it was saved" in refusal(saved)
+    for scores in (expected[:2], 3):
+        rewrite(saved, probe_scores=scores)
+        assert "no scores of 4 probe images" in refusal(saved)
+    rewrite(saved, probe_scores=expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda self, x: nn.functional.leaky_relu(x))
+        assert "its network computes other scores now" in refusal(saved)
+    load(saved)
+
+
+def test_the_probe_images_are_the_same_everywhere():
+    images = probes((3, 32, 32))
+    assert images.shape == (4, 3, 32, 32) and 0 <= images.min() < 0.01 and 0.99 < images.max() < 1
+    golden = (math.sqrt(5) - 1) / 2
+    assert images.flatten().tolist() == [(n * golden) % 1 for n in range(1, 4 * 3 * 32 * 32 + 1)]
 
 
 class Rude:
@@ -190,8 +247,8 @@ def test_another_zip(tmp_path):
 
 
 def test_another_format_version(saved):
-    rewrite(saved, format_version=2)
-    assert "checkpoint format 2; this version reads 1" in refusal(saved)
+    rewrite(saved, format_version=1)
+    assert "grood-cert checkpoint of format 1; this version reads 2" in refusal(saved)
 
 
 def test_nan_and_infinite_weights(saved):
@@ -232,9 +289,7 @@ def test_contents_that_do_not_fit(saved, section, changes, message):
 
 @pytest.mark.parametrize("key", ["architecture", "state_dict", "gamma", "class_names", "recipe", "calibration"])
 def test_missing_parts(saved, key):
-    content = torch.load(saved, weights_only=True)
-    del content[key]
-    torch.save(content, saved)
+    rewrite(saved, key)
     assert f"damaged checkpoint (KeyError: '{key}')" in refusal(saved)
 
 

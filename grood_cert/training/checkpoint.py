@@ -9,23 +9,31 @@ bytes as one that was never interrupted. Both files are replaced in one move, ne
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grood_cert.detector import Architecture
 from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import Recipe, first_difference, from_dict
 from grood_cert.system.files import replacing
+from grood_cert.system.torch_files import Format
 
-_STATE = "grood-cert unfinished run"
-_WEIGHTS = "grood-cert weights"
-_VERSION = 1
+_STATE = Format(
+    "state of a grood-cert run",
+    version=2,
+    expected="the last.pt of a run that was interrupted",
+    absent="no such file, so there is nothing to resume; start without --resume",
+)
+_WEIGHTS = Format(
+    "file of grood-cert weights",
+    version=2,
+    expected="the best.pt of a run that was interrupted",
+    absent="no such file, and it held the weights of the best epoch so far; begin again with --force",
+)
 
 
 @dataclass(frozen=True)
@@ -49,27 +57,13 @@ class TrainingState:
     seconds: float
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    stream = io.BytesIO()
-    torch.save(content, stream)
+def _write(path: Path, kind: Format, content: dict[str, Any]) -> None:
+    stream = kind.packed(content)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(stream.getbuffer())
     except InputError as error:
         raise RunError(f"{error}; the run stops, what it last saved is kept: make room, then add --resume") from error
-
-
-def _read(path: Path, kind: str, absent: str) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, {absent}") from None
-    except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path}: damaged or not written by grood-cert ({reason})") from error
-    if not isinstance(content, dict) or (content.get("format"), content.get("format_version")) != (kind, _VERSION):
-        raise InputError(f"{path}: not a file of this version of grood-cert ({kind}, format {_VERSION})")
-    return content
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:
@@ -93,9 +87,8 @@ def save(
     """
     _write(
         path,
+        _STATE,
         {
-            "format": _STATE,
-            "format_version": _VERSION,
             "recipe": recipe.to_dict(),
             "architecture": _described(architecture),
             "progress": {field.name: getattr(state, field.name) for field in dataclasses.fields(TrainingState)},
@@ -118,7 +111,7 @@ def load(path: Path, recipe: Recipe, architecture: Architecture) -> tuple[Traini
     Raises:
         InputError: If there is no such run, or it began with another recipe or other images.
     """
-    content = _read(path, _STATE, "so there is nothing to resume; start without --resume")
+    content = _STATE.unpacked(path)
     begun = from_dict(content["recipe"], f"{path}: recipe")
     difference = first_difference(begun, recipe)
     if difference:
@@ -134,7 +127,7 @@ def save_weights(path: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     Raises:
         RunError: If the file cannot be written; the older one is then still there.
     """
-    _write(path, {"format": _WEIGHTS, "format_version": _VERSION, "epoch": epoch, "state_dict": weights})
+    _write(path, _WEIGHTS, {"epoch": epoch, "state_dict": weights})
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -143,6 +136,5 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: If they are missing or damaged.
     """
-    content = _read(path, _WEIGHTS, "and it held the weights of the best epoch so far; begin again with --force")
-    weights: dict[str, Tensor] = content["state_dict"]
+    weights: dict[str, Tensor] = _WEIGHTS.unpacked(path)["state_dict"]
     return weights
