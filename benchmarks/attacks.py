@@ -22,7 +22,7 @@ from grood_cert import attacks, detector
 from grood_cert.ball import NORMS, Ball, Norm, dual_norm, largest_eps
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
-from grood_cert.scores import energy, energy_gradient
+from grood_cert.scores import energy, score_gradient
 from grood_cert.system.files import write_csv
 
 COLUMNS = ("set", "norm", "effort", "median_radius", "ratio", "ms_per_sample")
@@ -58,7 +58,7 @@ def pgd_bisection(network: nn.Module, images: Tensor, gamma: float, norm: Norm, 
         for start in (images, points, images + noise * ball.per_pixel(eps / dual_norm(noise, _dual(norm)))):
             current = ball.project(start)
             for step in range(STEPS):
-                gradient = ball.per_pixel(sign) * energy_gradient(network, current)[1]
+                gradient = ball.per_pixel(sign) * score_gradient(network, current)[1]
                 size = eps * 0.02 ** (step / (STEPS - 1))
                 current = ball.project(current + ball.per_pixel(size) * _steepest(gradient, norm, current))
             found, low, high = flipped(current), torch.zeros_like(best), torch.ones_like(best)
@@ -92,7 +92,7 @@ def measure(
     experiment = experiment_of(loaded.origin.recipe)
     records = []
     for images in (experiment.test, *experiment.ood):
-        accepted = loaded.score(images.images) <= loaded.gamma
+        accepted = loaded.scores(images.images) <= loaded.gamma
         right = images.images[accepted if images.kind == "id" else ~accepted][:samples].double()
         for norm in norms:
             reference, rows = torch.ones(0), []

@@ -40,7 +40,7 @@ def measure(
     """One record for each norm, eps and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
     images = experiment_of(loaded.origin.recipe).test.images[:samples].double()
-    score = loaded.score(images)
+    score = loaded.scores(images)
     networks = {method: LirpaNetwork(loaded.network, loaded.shape, method) for method in methods}
     records = []
     for norm, values in EPS.items():

@@ -218,7 +218,7 @@ def _right(loaded: Detector, sets: Sequence[ImageSet], samples: int) -> dict[str
         chosen = [images for images in sets if images.kind == kind]
         share = -(-samples // len(chosen))
         images = torch.cat([subset(whole, share, 0)[0].images for whole in chosen])[:samples].double()
-        accepted = loaded.score(images) <= loaded.gamma
+        accepted = loaded.scores(images) <= loaded.gamma
         found[kind] = images[accepted == (kind == "id")]
     return found
 

@@ -77,7 +77,7 @@ def measure(model: Path, samples: int = 20, nodes: tuple[int, ...] = NODES) -> l
     records = []
     for kind, (side, images) in kinds.items():
         images = images.double()
-        score = loaded.score(images)
+        score = loaded.scores(images)
         images = images[score <= loaded.gamma if side == "upper" else score > loaded.gamma]
         generator = torch.Generator().manual_seed(0)
         radius = attacks.minimum_norm(loaded.network, images, loaded.gamma, "linf", generator).radius

@@ -273,7 +273,9 @@ def attack(
     check_pixels(x, detector.shape)
     check_eps([0.0], norm, detector.shape)
     images, preset = x.to(next(detector.network.parameters())), attacks.AttackEffort.preset(effort)
-    return attacks.minimum_norm(detector.network, images, detector.gamma, norm, generator(seed, 0), preset)
+    return attacks.minimum_norm(
+        detector.network, images, detector.gamma, norm, generator(seed, 0), preset, detector.score
+    )
 
 
 @dataclass(frozen=True, eq=False)

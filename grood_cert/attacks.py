@@ -17,7 +17,8 @@ Both searches use the exact answer to a linear problem over the pixel box. With 
   recorded and pulled towards x. The best one is shortened along the segment to x by bisection, in float64.
 
 Where GReg has flattened S, the softmax-weighted gradient sum_k p_k grad f_k vanishes although no logit is flat; since
-LSE >= max_k f_k, both searches also start from points that climb a single logit.
+LSE >= max_k f_k, both searches also start from points that climb a single logit. What is climbed is the score's
+*order* (`grood_cert.scores`), which does not saturate as MSP does; what is reported is the score.
 
 References:
     Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020 (FAB);
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from grood_cert.ball import Ball, Norm, dual_norm, largest_eps
 from grood_cert.errors import InputError
 from grood_cert.networks.checks import check_eval
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score
 
 _BISECTIONS = 26  # 1 / 2^26 of the distance is left
 _CHECKPOINTS = (0.22, 0.06, 0.03)  # first interval, shortest one, decrease; shares of the steps
@@ -151,19 +152,19 @@ def _single(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).float()
 
 
-def _gradient(network: nn.Module, points: Tensor, logit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """S, or -f_k for one logit k a sample, and its gradient."""
+def _gradient(network: nn.Module, points: Tensor, score: Score, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The order of S, or that of one class k a sample, and its gradient."""
     with torch.enable_grad():
         points = points.detach().requires_grad_(True)
         logits = network(points)
-        value = energy(logits) if logit is None else -logits.gather(1, logit.unsqueeze(1)).squeeze(1)
+        value = score.order(logits) if classes is None else score.of_class(logits, classes)
         (gradient,) = torch.autograd.grad(value.sum(), points)
     return value.detach(), gradient
 
 
-def _score(network: nn.Module, points: Tensor) -> Tensor:
+def _score(network: nn.Module, points: Tensor, score: Score) -> Tensor:
     with torch.no_grad():
-        return energy(network(points))
+        return score.value(network(points))
 
 
 def _fill(slopes: Tensor, room: Tensor, budget: Tensor, norm: Norm, buys: Literal["length", "gain"]) -> Tensor:
@@ -246,12 +247,12 @@ def onto(gradient: Tensor, points: Tensor, gain: Tensor, norm: Norm) -> Tensor:
     return (_fill(flat.abs(), room, gain.abs(), norm, "gain") * flat.sign()).reshape(gradient.shape)
 
 
-def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int) -> Tensor:
+def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int, rule: Score) -> Tensor:
     """The best point of a climb of sign * S, one sign a sample."""
     first, shortest, decrease = (max(1, int(share * steps)) for share in _CHECKPOINTS)
     share = torch.ones_like(ball.eps)
     velocity = torch.zeros_like(points)
-    score, gradient = _gradient(network, points)
+    score, gradient = _gradient(network, points, rule)
     best, best_points, best_gradient = sign * score, points, ball.per_pixel(sign) * gradient
     last, gradient = best, best_gradient
     before, halved, rises = best, torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best)
@@ -260,7 +261,7 @@ def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps:
         length = dual_norm(gradient, ball.norm).clamp(min=torch.finfo(gradient.dtype).tiny)
         velocity = _MOMENTUM * velocity + gradient / ball.per_pixel(length)
         points = points + ball.per_pixel(share) * (towards(velocity, ball) - points)
-        score, gradient = _gradient(network, points)
+        score, gradient = _gradient(network, points, rule)
         score, gradient = sign * score, ball.per_pixel(sign) * gradient
         better = score > best
         best, best_points = torch.where(better, score, best), _where(better, points, best_points)
@@ -275,11 +276,11 @@ def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps:
     return best_points
 
 
-def _climb(network: nn.Module, ball: Ball, logit: Tensor) -> Tensor:
-    """Conditional-gradient ascent of one logit a sample, from the centre."""
+def _climb(network: nn.Module, ball: Ball, classes: Tensor, rule: Score) -> Tensor:
+    """Conditional-gradient descent of the order of one class a sample, from the centre."""
     points = ball.center
     for step in range(_CLIMB):
-        gradient = -_gradient(network, points, logit)[1]
+        gradient = -_gradient(network, points, rule, classes)[1]
         points = points + 2 / (step + 2) * (towards(gradient, ball) - points)
     return points
 
@@ -295,13 +296,13 @@ def _random_points(ball: Ball, generator: torch.Generator) -> Tensor:
 class _Watch:
     """Extremes seen so far; NaN gives way to any number."""
 
-    def __init__(self, network: nn.Module, ball: Ball) -> None:
-        self._network = network
-        self.minimum = self.maximum = _score(network, ball.center)
+    def __init__(self, network: nn.Module, ball: Ball, rule: Score) -> None:
+        self._network, self._rule = network, rule
+        self.minimum = self.maximum = _score(network, ball.center, rule)
         self.argmin = self.argmax = ball.center
 
     def see(self, points: Tensor) -> None:
-        score = _score(self._network, points)
+        score = _score(self._network, points, self._rule)
         lower = (score < self.minimum) | (self.minimum.isnan() & ~score.isnan())
         higher = (score > self.maximum) | (self.maximum.isnan() & ~score.isnan())
         self.argmin, self.minimum = _where(lower, points, self.argmin), torch.where(lower, score, self.minimum)
@@ -319,6 +320,7 @@ def extremes(
     high: Tensor,
     low: Tensor,
     effort: AttackEffort = DEFAULT,
+    score: Score = ENERGY,
 ) -> Extremes:
     """Search each ball for high and for low scores.
 
@@ -331,6 +333,7 @@ def extremes(
         high: Where to start the search for high scores, projected into the ball; the centre will do.
         low: Where to start the search for low scores.
         effort: How hard to search.
+        score: S.
 
     Returns:
         Extremes over the centre, the projected starts, the best point of each search, and the point towards which its
@@ -341,21 +344,21 @@ def extremes(
     coarse = Ball(ball.center.float(), ball.eps.float(), ball.norm)
     with torch.no_grad():
         ranking = network(ball.center).argsort(1, descending=True)
-    watch = _Watch(network, ball)
-    climbed = _Watch(network, ball)
+    watch = _Watch(network, ball, score)
+    climbed = _Watch(network, ball, score)
     for turn in range(min(effort.rounds - 1, ranking.shape[1])):
-        climbed.see(ball.project(_climb(search, coarse, ranking[:, turn]).to(ball.center)))
+        climbed.see(ball.project(_climb(search, coarse, ranking[:, turn], score).to(ball.center)))
     for direction, starts in ((1.0, [high]), (-1.0, [low, climbed.argmin])):
         starts = [ball.project(start) for start in starts]
         starts += [_random_points(ball, generator) for _ in range(effort.restarts)]
         count, sign = len(starts), torch.full_like(ball.eps, direction)
         together = Ball(_repeat(coarse.center, count), coarse.eps.repeat(count), ball.norm)
-        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), effort.steps)
+        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), effort.steps, score)
         for start, best in zip(starts, found.chunk(count), strict=True):
             watch.see(start)
             rounded = ball.project(best.to(start))
             watch.see(rounded)
-            watch.see(towards(ball.per_pixel(sign) * _gradient(network, rounded)[1], ball))
+            watch.see(towards(ball.per_pixel(sign) * _gradient(network, rounded, score)[1], ball))
     return watch.extremes
 
 
@@ -380,6 +383,7 @@ def _walk(
     norm: Norm,
     points: Tensor,
     steps: int,
+    rule: Score,
     closing: bool = False,
 ) -> MinimumNorm:
     """Walk along the level set towards x; a sample that gains nothing for a while is left alone and costs nothing.
@@ -389,21 +393,21 @@ def _walk(
     """
     best = torch.full_like(images.flatten(1)[:, 0], torch.inf)
     best_points, current, idle = images.clone(), points.clone(), torch.zeros_like(accepted, dtype=torch.long)
-    sign = torch.where(accepted, 1, -1).to(images)
+    sign, level = torch.where(accepted, 1, -1).to(images), rule.order_at(gamma)
     for _ in range(steps + 1):
         index = (idle < _PATIENCE).nonzero().squeeze(1)
         if not len(index):
             break
         x, y = images[index], current[index]
-        score, gradient = _gradient(network, y)
-        flipped = _flipped(score, accepted[index], gamma)
+        score, gradient = _gradient(network, y, rule)
+        flipped = _flipped(score, accepted[index], level)
         distance = _distance(x, y, norm)
         better = flipped & (distance < best[index])
         gained = (flipped & (distance < (1 - _GAIN) * best[index])) | torch.isinf(best[index])
         idle[index] = torch.where(gained, 0, idle[index] + 1)
         best[index[better]], best_points[index[better]] = distance[better], y[better]
         slope = gradient * _per_pixel(sign[index], x)
-        wanted = sign[index] * (gamma - score) + _dot(slope, y)  # the value of slope . y' on the hyperplane
+        wanted = sign[index] * (level - score) + _dot(slope, y)  # of slope . y' on the hyperplane
         y = _where(flipped, x + _PULL * (y - x), y)
         from_y, from_x = (onto(slope, start, wanted - _dot(slope, start), norm) for start in (y, x))
         near, far = (_distance(x, x + move, norm) for move in (from_y, from_x))
@@ -414,16 +418,16 @@ def _walk(
 
 
 def _shorten(
-    network: nn.Module, images: Tensor, accepted: Tensor, gamma: float, norm: Norm, points: Tensor
+    network: nn.Module, images: Tensor, accepted: Tensor, gamma: float, norm: Norm, points: Tensor, rule: Score
 ) -> MinimumNorm:
     """Bisect the segments from x to the points for the nearest flipped decision; infinite radius where none is."""
-    found = _flipped(_score(network, points), accepted, gamma)
+    found = _flipped(_score(network, points, rule), accepted, gamma)
     low, high = torch.zeros_like(found, dtype=images.dtype), torch.ones_like(found, dtype=images.dtype)
     best = _where(found, points, images)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         candidates = images + (points - images) * _per_pixel(middle, images)
-        flipped = _flipped(_score(network, candidates), accepted, gamma)
+        flipped = _flipped(_score(network, candidates, rule), accepted, gamma)
         best = _where(found & flipped, candidates, best)
         high, low = torch.where(flipped, middle, high), torch.where(flipped, low, middle)
     distance = _distance(images, best, norm)
@@ -437,6 +441,7 @@ def minimum_norm(
     norm: Norm,
     generator: torch.Generator,
     effort: AttackEffort = DEFAULT,
+    score: Score = ENERGY,
 ) -> MinimumNorm:
     r"""Upper bracket of the robust radius: the nearest point found whose decision S <= gamma differs from x's.
 
@@ -452,6 +457,7 @@ def minimum_norm(
         norm: Norm of the distance.
         generator: Random numbers of the starts.
         effort: How hard to search.
+        score: S.
 
     Returns:
         Radii and points.
@@ -468,13 +474,13 @@ def minimum_norm(
     check_eval(network)
     with torch.no_grad():
         logits = network(images)
-    accepted, ranking = energy(logits) <= gamma, logits.argsort(1, descending=True)
+    accepted, ranking = score.value(logits) <= gamma, logits.argsort(1, descending=True)
     search, coarse, limit = _single(network), images.float(), largest_eps(images.shape[1:], norm)
     best, points = torch.full_like(coarse.flatten(1)[:, 0], torch.inf), coarse
 
     def walk(starts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         count, begin = len(starts), torch.cat(list(starts))
-        found = _walk(search, _repeat(coarse, count), accepted.repeat(count), gamma, norm, begin, effort.steps)
+        found = _walk(search, _repeat(coarse, count), accepted.repeat(count), gamma, norm, begin, effort.steps, score)
         nearest, nearest_points = best, points
         for radius, candidates in zip(found.radius.chunk(count), found.points.chunk(count), strict=True):
             nearer = radius < nearest
@@ -483,13 +489,13 @@ def minimum_norm(
 
     for turn in range(effort.rounds):
         climbs = Ball(coarse, (_REACH * best).clamp(max=limit), norm)
-        starts = [_climb(search, climbs, ranking[:, (turn - 1) % ranking.shape[1]]) if turn else coarse]
+        starts = [_climb(search, climbs, ranking[:, (turn - 1) % ranking.shape[1]], score) if turn else coarse]
         around = Ball(coarse, best.clamp(max=limit), norm)
         starts += [_random_points(around, generator) for _ in range(effort.restarts)]
         best, points = walk(starts)
     smaller = Ball(coarse, (_SQUEEZE * best).clamp(max=limit), norm)
     sign = torch.where(accepted, 1, -1).to(coarse)
-    best, points = walk([_ascend(search, smaller, sign, smaller.project(points), effort.steps)])
-    refined = _walk(network, images, accepted, gamma, norm, points.to(images), _POLISH)
-    closed = _walk(network, images, accepted, gamma, norm, refined.points, _CLOSING, closing=True)
-    return _shorten(network, images, accepted, gamma, norm, closed.points)
+    best, points = walk([_ascend(search, smaller, sign, smaller.project(points), effort.steps, score)])
+    refined = _walk(network, images, accepted, gamma, norm, points.to(images), _POLISH, score)
+    closed = _walk(network, images, accepted, gamma, norm, refined.points, _CLOSING, score, closing=True)
+    return _shorten(network, images, accepted, gamma, norm, closed.points, score)

@@ -26,7 +26,7 @@ from grood_cert.metrics import calibrated_threshold
 from grood_cert.networks import architectures
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
 from grood_cert.recipe import Recipe
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score, parse
 from grood_cert.system.files import replacing
 from grood_cert.system.torch_files import Format
 
@@ -152,7 +152,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Detector:
-    """An energy detector: accept x as ID iff S(x) <= gamma.
+    """A network, a score and a threshold: accept x as ID iff S(x) <= gamma.
 
     Attributes:
         network: f, normalisation included, in eval mode and float64.
@@ -161,6 +161,7 @@ class Detector:
         class_names: One name a logit, or none at all.
         architecture: How the network is built again; None: a network that no checkpoint can hold.
         provenance: The training run; None: not one of ours.
+        score: S.
 
     Raises:
         InputError: If the network is in train mode or not float64, does not turn images of this shape into logits, or
@@ -173,11 +174,14 @@ class Detector:
     class_names: tuple[str, ...] = ()
     architecture: Architecture | None = None
     provenance: Provenance | None = None
+    score: Score = ENERGY
 
     def __post_init__(self) -> None:
         check_network(self.network)
         object.__setattr__(self, "gamma", float(self.gamma))
         object.__setattr__(self, "shape", tuple(self.shape))
+        if not isinstance(self.score, Score):
+            raise InputError(f"expected a score such as Energy() or MSP(), got {self.score!r}")
         if not math.isfinite(self.gamma):
             raise InputError(f"gamma is {self.gamma}; expected a finite number")
         if self.architecture and self.architecture.shape != self.shape:
@@ -191,6 +195,7 @@ class Detector:
         model: nn.Module,
         id_images: Tensor,
         *,
+        score: Score = ENERGY,
         tpr: int = 95,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -201,6 +206,7 @@ class Detector:
         Args:
             model: f: (B, C, H, W) -> (B, K), in eval mode. Copied to float64; the copy is frozen.
             id_images: ID images that the model was not trained on, pixels in [0, 1], shape (N, C, H, W).
+            score: S.
             tpr: Percent of ID to accept.
             mean: With `std`, for each channel: what the model wants subtracted from pixels, if it was trained so.
             std: And what it wants them divided by.
@@ -227,8 +233,9 @@ class Detector:
             normalize = architectures.Normalize(mean, std).to(next(network.parameters()))
             network = nn.Sequential(normalize, network).eval()
         _, channels, height, width = id_images.shape
-        detector = Detector(network.requires_grad_(False), 0.0, (channels, height, width), tuple(class_names))
-        return replace(detector, gamma=calibrated_threshold(detector.score(id_images).numpy(), tpr))
+        shape = channels, height, width
+        detector = Detector(network.requires_grad_(False), 0.0, shape, tuple(class_names), score=score)
+        return replace(detector, gamma=calibrated_threshold(detector.scores(id_images).numpy(), tpr))
 
     @property
     def name(self) -> str:
@@ -253,10 +260,10 @@ class Detector:
         """Number of logits K."""
         return count_classes(self.network, self.shape)
 
-    def score(self, images: Tensor) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
         """S(x) in float64, shape (N,)."""
         check_eval(self.network)
-        return energy(logits(self.network, images))
+        return self.score.value(logits(self.network, images))
 
     def predict(self, images: Tensor) -> Prediction:
         """Score, decision and label of images of shape (N, C, H, W), pixels in [0, 1].
@@ -267,7 +274,7 @@ class Detector:
         check_eval(self.network)
         check_pixels(images, self.shape)
         values = logits(self.network, images)
-        score = energy(values)
+        score = self.score.value(values)
         return Prediction(score, score <= self.gamma, values.argmax(1))
 
     def save(self, path: Path | str) -> None:
@@ -285,6 +292,7 @@ class Detector:
             "architecture": {**vars(self.architecture), "shape": list(self.shape)},
             "class_names": list(self.class_names),
             "state_dict": {name: _single(tensor.cpu()) for name, tensor in self.network.state_dict().items()},
+            "score": str(self.score),
             "gamma": self.gamma,
         }
         if self.provenance:
@@ -296,12 +304,12 @@ class Detector:
             }
         images = probes(self.shape)
         try:
-            scores = _detector_of(content, Path(path)).score(images)
-            stream = _FORMAT.packed({**content, "probe_scores": scores})
+            found = _detector_of(content, Path(path)).scores(images)
+            stream = _FORMAT.packed({**content, "probe_scores": found})
             _FORMAT.unpacked(Path(path), stream)
         except InputError as error:
             raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
-        if not _difference(self.score(images), scores) <= _AGREEMENT:
+        if not _difference(self.scores(images), found) <= _AGREEMENT:
             raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(stream.getbuffer())
@@ -365,6 +373,7 @@ def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
             class_names=tuple(content["class_names"]),
             architecture=architecture,
             provenance=provenance,
+            score=parse(content["score"]),
         )
     except Exception as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -388,7 +397,7 @@ def load(path: Path | str, device: str = "cpu") -> Detector:
     stored = content.get("probe_scores")
     if not isinstance(stored, Tensor) or stored.shape != (_PROBES,):
         raise InputError(f"{path}: damaged checkpoint (no scores of {_PROBES} probe images)")
-    if not (difference := _difference(detector.score(probes(detector.shape)), stored)) <= _AGREEMENT:
+    if not (difference := _difference(detector.scores(probes(detector.shape)), stored)) <= _AGREEMENT:
         raise InputError(
             f"{path}: its network computes other scores now than when it was saved (probe images differ by "
             f"{difference:.0e}, more than rounding explains); use the versions of grood-cert and torch that wrote it"

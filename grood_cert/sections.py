@@ -255,11 +255,13 @@ class ComputeSection(Section):
 class EvaluationSection(Section):
     """What is measured and kept.
 
-    `temperature` is that of the `scores` of the test sets; what is certified, S, has temperature 1. A run warns when
-    the ID accuracy falls below the share `accuracy_floor` of the way from chance, 1/K, to 1. `keep` says which epoch
+    `score` and its `temperature`, which max-logit does not have, are what is calibrated and certified; the other scores
+    of the test sets are reported at the same temperature. The objective trains the energy of temperature 1, whatever
+    the score. A run warns when the ID accuracy falls below the share `accuracy_floor` of the way from chance, 1/K, to 1. `keep` says which epoch
     becomes `model.pt`: "last", or "best", the lowest FPR95 on held-out outliers.
     """
 
+    score: str = setting("energy", one_of("energy", "max-logit", "msp"))
     temperature: float = setting(1.0, POSITIVE)
     accuracy_floor: float = setting(0.1, NOT_NEGATIVE, BELOW_ONE)
     keep: str = setting("last", one_of("last", "best"))

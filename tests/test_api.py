@@ -126,10 +126,10 @@ def test_a_smoothed_detector_is_calibrated_anew_and_keeps_its_word():
     """The smoothed score of a linear S is S: gamma and radii are known up to the noise of 400 draws."""
     detector, inside, images = linear(), images_of(60, seed=2), images_of(9)
     smoothed = gc.smooth(detector, 0.25, calibration=inside, n=400, dtype="float64")
-    wanted = dataclasses.replace(detector, gamma=float(detector.score(inside).sort().values[57]))
+    wanted = dataclasses.replace(detector, gamma=float(detector.scores(inside).sort().values[57]))
     assert smoothed.gamma == pytest.approx(wanted.gamma, abs=0.1)
     found = smoothed.certify(images, [0.05, 0.1])
-    score = detector.score(images).numpy()
+    score = detector.scores(images).numpy()
     exact = np.abs(score - smoothed.gamma) / float(WEIGHT.norm())
     sides = {"accepted": score < smoothed.gamma, "rejected": score > smoothed.gamma}
     for sample, decision in enumerate(found.decision):

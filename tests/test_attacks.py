@@ -16,7 +16,7 @@ from grood_cert.ball import Ball
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
-from grood_cert.scores import energy, energy_gradient
+from grood_cert.scores import energy, score_gradient
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
@@ -172,7 +172,7 @@ def test_only_a_climb_of_one_logit_leaves_a_flat_score():
     """x is a stationary point of S, exactly, in either precision."""
     network = Saddle(torch.tensor([2.0, -1.0, 0.5, 4.0]).double(), -2.75).eval()
     images = torch.full((1, 1, 2, 2), 0.5).double()
-    assert not energy_gradient(network, images)[1].any()
+    assert not score_gradient(network, images)[1].any()
     level = 0.6
     gamma = -math.log(2 * math.cosh(level))
     blind = attacks.minimum_norm(network, images, gamma, "linf", generator(), AttackEffort(30, 0, 1))
@@ -250,7 +250,7 @@ def textbook_pgd(network, ball, sign, steps):
     """Madry et al. 2018: equal steps of 2.5 eps / steps along the steepest direction, the best point counts."""
     points, best = ball.center, sign * energy(network(ball.center))
     for _ in range(steps):
-        gradient = sign * energy_gradient(network, points)[1]
+        gradient = sign * score_gradient(network, points)[1]
         if ball.norm == "l1":
             flat = gradient.flatten(1)
             top = flat.abs().argmax(1, keepdim=True)
@@ -268,7 +268,7 @@ def test_checkpoints_are_not_weaker_than_textbook_pgd(trained, norm):
     loaded, images = trained
     ball = Ball(images, torch.full((len(images),), {"linf": 0.1, "l2": 0.6, "l1": 1.5}[norm]).double(), norm)
     seen = attacks.extremes(loaded.network, ball, generator(), images, images, effort=AttackEffort(30, 0, 1))
-    clean = loaded.score(images)
+    clean = loaded.scores(images)
     for sign, value in ((1, seen.maximum), (-1, -seen.minimum)):
         moved, reference = value - sign * clean, textbook_pgd(loaded.network, ball, sign, 30) - sign * clean
         assert float(moved.mean()) >= 0.995 * float(reference.mean())

@@ -72,15 +72,15 @@ def test_round_trip_gives_the_same_scores_to_the_last_bit(name, tmp_path):
     images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     detector.save(tmp_path / "model.pt")
     loaded = load(tmp_path / "model.pt")
-    assert torch.equal(loaded.score(images), detector.score(images))
-    assert loaded.score(images).dtype == torch.float64
+    assert torch.equal(loaded.scores(images), detector.scores(images))
+    assert loaded.scores(images).dtype == torch.float64
     for item in dataclasses.fields(Detector):
         if item.name != "network":
             assert getattr(loaded, item.name) == getattr(detector, item.name), item.name
     assert not loaded.network.training
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
     loaded.save(tmp_path / "again.pt")
-    assert torch.equal(load(tmp_path / "again.pt").score(images), detector.score(images))
+    assert torch.equal(load(tmp_path / "again.pt").scores(images), detector.scores(images))
 
 
 def test_the_architecture_carries_the_normalisation():
@@ -94,7 +94,7 @@ def test_weights_that_need_float64_keep_it(tmp_path):
         detector.network[1].weight += 1e-12
     images = torch.rand(5, 1, 8, 8)
     detector.save(tmp_path / "model.pt")
-    assert torch.equal(load(tmp_path / "model.pt").score(images), detector.score(images))
+    assert torch.equal(load(tmp_path / "model.pt").scores(images), detector.scores(images))
 
 
 def test_the_file_is_plain_and_small(saved):
@@ -118,8 +118,8 @@ def test_score_in_batches(tmp_path):
     detector = make()
     images = torch.rand(600, 1, 8, 8, dtype=torch.float64)
     whole = -torch.logsumexp(detector.network(images), 1)
-    torch.testing.assert_close(detector.score(images), whole, rtol=1e-13, atol=0)
-    assert torch.equal(energy(logits(detector.network, images)), detector.score(images))
+    torch.testing.assert_close(detector.scores(images), whole, rtol=1e-13, atol=0)
+    assert torch.equal(energy(logits(detector.network, images)), detector.scores(images))
 
 
 def test_logits_follow_the_network_in_type():
@@ -160,7 +160,7 @@ def test_damaged_bytes_never_pass_as_another_kind_of_error(saved):
             refused += 1
             assert str(saved) in str(error) and "\n" not in str(error), trial
         else:
-            assert loaded.gamma == detector.gamma and torch.equal(loaded.score(images), detector.score(images))
+            assert loaded.gamma == detector.gamma and torch.equal(loaded.scores(images), detector.scores(images))
     assert refused > 30
 
 
@@ -341,7 +341,7 @@ def test_a_detector_without_provenance_is_saved_and_loaded(tmp_path):
     loaded = load(str(tmp_path / "model.pt"))
     assert (loaded.provenance, loaded.class_names, loaded.name) == (None, (), "Classifier")
     images = torch.rand(5, 1, 8, 8)
-    assert torch.equal(loaded.score(images), detector.score(images))
+    assert torch.equal(loaded.scores(images), detector.scores(images))
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
@@ -391,11 +391,11 @@ def test_parts_that_make_no_detector(network, shape, options, message):
 def test_calibration_takes_the_conformal_quantile():
     model, images = linear().float(), torch.rand(99, 1, 2, 2)
     detector = Detector.calibrate(model, images, class_names=("a", "b", "c"))
-    assert detector.gamma == float(detector.score(images).sort().values[94])  # ceil(0.95 * 100)-th smallest
+    assert detector.gamma == float(detector.scores(images).sort().values[94])  # ceil(0.95 * 100)-th smallest
     assert detector.shape == (1, 2, 2) and detector.class_names == ("a", "b", "c")
     assert model[1].weight.dtype == torch.float32 and model[1].weight.requires_grad  # a copy was changed
     assert not any(parameter.requires_grad for parameter in detector.network.parameters())
-    assert Detector.calibrate(model, images, tpr=50).gamma == float(detector.score(images).sort().values[49])
+    assert Detector.calibrate(model, images, tpr=50).gamma == float(detector.scores(images).sort().values[49])
 
 
 def test_calibration_puts_the_normalisation_in_front():

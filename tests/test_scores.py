@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from grood_cert.networks import architectures
-from grood_cert.scores import SCORES, energy, energy_gradient, gradient_norm_estimate, max_logit, max_softmax
+from grood_cert.scores import SCORES, energy, score_gradient, gradient_norm_estimate, max_logit, max_softmax
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor, shape: tuple[int, int, int]) -> nn.Sequential:
@@ -75,7 +75,7 @@ def test_gradient_of_a_linear_network_in_closed_form():
     images = torch.rand(7, 3, 2, 2, dtype=torch.float64, generator=generator)
     network = linear(weight, bias, (3, 2, 2))
     expected = -torch.softmax(images.flatten(1) @ weight.T + bias, 1) @ weight
-    score, gradient = energy_gradient(network, images)
+    score, gradient = score_gradient(network, images)
     torch.testing.assert_close(gradient.flatten(1), expected, rtol=1e-12, atol=0)
     assert torch.equal(score, energy(network(images)).detach())
     assert not score.requires_grad and not gradient.requires_grad
@@ -101,18 +101,18 @@ def test_sample_by_sample_by_finite_differences(name):
     torch.manual_seed(0)
     network = architectures.build(name, (1, 8, 8), 4, [0.5], [0.3], width=4).double().eval()
     images = torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    _, gradient = energy_gradient(network, images)
+    _, gradient = score_gradient(network, images)
     direction = torch.randn_like(images)
     with torch.no_grad():
         rise = (energy(network(images + 1e-6 * direction)) - energy(network(images - 1e-6 * direction))) / 2e-6
     torch.testing.assert_close((gradient * direction).flatten(1).sum(1), rise, rtol=1e-6, atol=1e-9)
-    alone = torch.cat([energy_gradient(network, image[None])[1] for image in images])
+    alone = torch.cat([score_gradient(network, image[None])[1] for image in images])
     torch.testing.assert_close(gradient, alone, rtol=1e-10, atol=1e-14)
 
 
 def test_works_where_gradients_are_switched_off():
     network = linear(torch.ones(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), (1, 2, 2))
     with torch.no_grad():
-        _, gradient = energy_gradient(network, torch.zeros(1, 1, 2, 2, dtype=torch.float64))
+        _, gradient = score_gradient(network, torch.zeros(1, 1, 2, 2, dtype=torch.float64))
     assert torch.equal(gradient, -torch.ones(1, 1, 2, 2, dtype=torch.float64))
     assert all(parameter.grad is None for parameter in network.parameters())

@@ -36,7 +36,7 @@ from grood_cert.errors import SoundnessError
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.operations import Addition
-from grood_cert.scores import energy, energy_gradient
+from grood_cert.scores import energy, score_gradient
 
 TOLERANCE = 1e-8
 _CLAMPED = 1e-7  # distance to 0 below which the library's clamps may matter
@@ -150,7 +150,7 @@ def _meet(first: Interval, second: Interval) -> Tensor:
 
 def _hold(native: NativeNetwork, ball: Ball, bounds: Interval) -> Tensor:
     """Whether bounds enclose S and the logits at some points of the ball, shape (B,)."""
-    _, gradient = energy_gradient(native.network, ball.center)
+    _, gradient = score_gradient(native.network, ball.center)
     inside = torch.ones_like(ball.eps, dtype=torch.bool)
     for points in (ball.center, attacks.towards(gradient, ball), attacks.towards(-gradient, ball)):
         with torch.no_grad():

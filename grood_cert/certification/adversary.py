@@ -19,7 +19,7 @@ class Adversary:
     """Attacks a batch: nearest points with the other decision, and extremes of S on the eps grid.
 
     Args:
-        detector: Network and gamma.
+        detector: Network, score and gamma.
         settings: Balls and effort.
         images: Shape (B, C, H, W).
         kind: "id", or anything else for OOD.
@@ -43,12 +43,18 @@ class Adversary:
     ) -> None:
         self.images, self.points, self.radius = images, images.clone(), images.new_zeros(len(images))
         self.seen: list[attacks.Extremes] = []
-        self._network, self._gamma, self._settings = detector.network, detector.gamma, settings
+        self._detector, self._gamma, self._settings = detector, detector.gamma, settings
         self._effort = EFFORTS[settings.effort].attack
         self._inside, self._right = kind == "id", right
         if bool(right.any()):
             found = attacks.minimum_norm(
-                self._network, images[right], self._gamma, settings.norm, generator, self._effort
+                detector.network,
+                images[right],
+                self._gamma,
+                settings.norm,
+                generator,
+                self._effort,
+                detector.score,
             )
             self.radius[right], self.points[right] = found.radius, found.points
 
@@ -57,7 +63,9 @@ class Adversary:
         high = low = self.points
         for value in self._settings.eps:
             ball = Ball(self.images, torch.full_like(self.radius, value), self._settings.norm)
-            found = attacks.extremes(self._network, ball, generator, high, low, effort=self._effort)
+            found = attacks.extremes(
+                self._detector.network, ball, generator, high, low, self._effort, self._detector.score
+            )
             high, low = found.argmax, found.argmin
             flipped = found.maximum > self._gamma if self._inside else found.minimum <= self._gamma
             self.add(self._right & flipped, high if self._inside else low)

@@ -40,7 +40,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.certification.stages import Means, stages_of
 from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
-from grood_cert.scores import energy, energy_gradient
+from grood_cert.scores import score_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ class Cascade:
         images = images.to(next(network.parameters()))
         with torch.no_grad():
             logits = network(images)
-        score = energy(logits)
+        score = self.detector.score.value(logits)
         accepted = score <= gamma
         right = accepted if kind == "id" else ~accepted
         adversary = Adversary(self.detector, settings, images, kind, right, generator)
@@ -168,7 +168,7 @@ class Cascade:
         for name, radius in {"radius_certified": envelope.radius, **state.radii}.items():
             adversary.check_radius(name, radius)
         unknown = torch.full_like(score, torch.nan)
-        slope = dual_norm(energy_gradient(network, images)[1], settings.norm)
+        slope = dual_norm(score_gradient(network, images, self.detector.score)[1], settings.norm)
         return Certificates(
             right=right,
             prediction=logits.argmax(1),

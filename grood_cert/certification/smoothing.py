@@ -34,7 +34,7 @@ What is certified is the smoothed detector, not the one it was made from:
   accepted: the share of ID that lands close to gamma and is abstained on comes on top. The noise of calibration images
   is independent of the noise of all others, so gamma is a constant for the statements above.
 * S is the network in `dtype`, from rounding its input to that type on; it is this function that is smoothed. Only the
-  noise, the sum x + xi and the logsumexp are computed in float64. That float64 and the pseudo-random generator stand
+  noise, the sum x + xi and the score of the logits are computed in float64. That float64 and the pseudo-random generator stand
   for real numbers and chance is assumed, as everywhere.
 * Noise is added to pixels, before the normalisation inside the network, and not clipped. The network therefore sees
   values outside [0, 1]; one that was not trained with noise of this size loses accuracy.
@@ -69,7 +69,7 @@ from torch import Tensor, nn
 from grood_cert.ball import check_eps
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -214,7 +214,13 @@ def median_estimate(draws: ArrayLike) -> NDArray[np.float64]:
 
 
 def smoothed_scores(
-    network: nn.Module, image: Tensor, sigma: float, n: int, generator: torch.Generator, batch: int
+    network: nn.Module,
+    image: Tensor,
+    sigma: float,
+    n: int,
+    generator: torch.Generator,
+    batch: int,
+    score: Score = ENERGY,
 ) -> Tensor:
     r"""Draws of S(x + xi), xi ~ N(0, sigma^2 I), in the network's floating-point type and on its device.
 
@@ -228,6 +234,7 @@ def smoothed_scores(
         n: Number of draws.
         generator: Source of the noise, on the network's device.
         batch: Noisy images that pass through the network together.
+        score: S.
 
     Returns:
         Shape (n,), float64, on the CPU.
@@ -241,7 +248,7 @@ def smoothed_scores(
             for single in noise:
                 single.normal_(generator=generator)
             logits = network((center + sigma * noise).to(weight.dtype))
-            scores.append(energy(logits.double()).cpu())
+            scores.append(score.value(logits.double()).cpu())
     return torch.cat(scores)
 
 
@@ -339,7 +346,7 @@ class Smoother:
         settings.check(shape)
         check_network(detector.network)
         self.settings = settings
-        self._base = detector.network
+        self._base, self._score = detector.network, detector.score
         self._network = copy.deepcopy(detector.network).to(getattr(torch, settings.dtype))
         blank = torch.zeros(shape).to(next(self._network.parameters()))
         self.batch = min(settings.n, max(1, settings.memory // layer_bytes(self._network, blank)))
@@ -347,7 +354,7 @@ class Smoother:
     def score(self, image: Tensor) -> float:
         """S(x) without noise, in float64."""
         with torch.no_grad():
-            return float(energy(self._base(image[None].to(next(self._base.parameters())))))
+            return float(self._score.value(self._base(image[None].to(next(self._base.parameters())))))
 
     def draws(self, image: Tensor, role: Literal["calibration", "test"], name: str, index: int) -> NDArray[np.float64]:
         """Scores of one image under noise, shape (n,).
@@ -362,7 +369,10 @@ class Smoother:
         key = hashlib.sha256(f"{settings.seed}/{role}/{index}/{name}".encode()).digest()
         generator = torch.Generator(next(self._network.parameters()).device)
         generator.manual_seed(int.from_bytes(key[:8], "little"))
-        return smoothed_scores(self._network, image, settings.sigma, settings.n, generator, self.batch).numpy()
+        draws = smoothed_scores(
+            self._network, image, settings.sigma, settings.n, generator, self.batch, self._score
+        )
+        return draws.numpy()
 
     def certify(self, draws: NDArray[np.float64], gamma: float, kind: str) -> dict[str, Any]:
         """What follows from the draws of one sample, by name; the bounds `s_lb_smoothed`, `s_ub_smoothed` one an eps.

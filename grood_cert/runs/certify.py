@@ -35,7 +35,6 @@ from grood_cert.runs.manifest import manifest
 from grood_cert.runs.plan import outline
 from grood_cert.runs.saving import execute, save_evidence
 from grood_cert.runs.shards import WHOLE, Shard
-from grood_cert.scores import energy
 from grood_cert.system.files import check_writable, replacing
 from grood_cert.system.memory import batch_for_memory, peak_memory
 from grood_cert.system.reporting import SILENT, Reporter
@@ -64,7 +63,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     for number, whole in enumerate(images for images in sets if images.kind != "noise"):
         images = subset(whole, _PROBED, seed)[0].images.to(next(detector.network.parameters()))
         with torch.no_grad():
-            accepted = energy(detector.network(images)) <= detector.gamma
+            accepted = detector.score.value(detector.network(images)) <= detector.gamma
         images = images[accepted == (whole.kind == "id")]
         if len(images):
             found = attacks.minimum_norm(
@@ -74,6 +73,7 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
                 norm,
                 generator(seed, number),
                 attacks.AttackEffort.preset("fast"),
+                detector.score,
             )
             distances += [value for value in found.radius.tolist() if np.isfinite(value)]
     if not distances:

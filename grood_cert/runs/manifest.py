@@ -32,6 +32,7 @@ def manifest(
             "name": detector.name,
         },
         "recipe": origin.recipe.to_dict() if origin else None,
+        "score": str(detector.score),
         "gamma": detector.gamma,
         "calibration": origin.calibration if origin else None,
         "data": [

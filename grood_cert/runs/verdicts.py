@@ -23,7 +23,6 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError
 from grood_cert.runs.vnnlib import INSTANCES
-from grood_cert.scores import energy
 from grood_cert.system.files import sha256, write_csv, write_json
 
 VERDICTS = ("unsat", "sat", "timeout", "unknown", "error")
@@ -158,7 +157,7 @@ def judge(
             ball = Ball(image, image.new_tensor([exported["eps"]]), "linf")
             point = ball.project(image.new_tensor(found.counterexample).reshape(image.shape))
             with torch.no_grad():
-                score = float(energy(detector.network(point)))
+                score = float(detector.score.value(detector.network(point)))
             crossed = score > detector.gamma if instance["kind"] == "id" else score <= detector.gamma
             record |= {"refuted": int(crossed), "score_counterexample": score}
         records.append(record)

@@ -382,7 +382,7 @@ def export(
     for position in positions:
         name, kind, index = str(rows["set"][position]), str(rows["kind"][position]), int(rows["index"][position])
         image = by_name[name].images[index].to(weight)
-        if abs(float(detector.score(image.unsqueeze(0))) - float(rows["score"][position])) > 1e-6:
+        if abs(float(detector.scores(image.unsqueeze(0))) - float(rows["score"][position])) > 1e-6:
             raise InputError(f"image {index} of {name} scores differently from its row; the data have changed")
         stem = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_")
         spec = specification(bounded, image, eps, detector.gamma, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,22 @@ from grood_cert import metrics
 from grood_cert.data import Experiment, ImageSet
 from grood_cert.detector import logits
 from grood_cert.recipe import Recipe
-from grood_cert.scores import SCORES, energy, gradient_norm_estimate
+from grood_cert.scores import ENERGY, SCORES, Score, gradient_norm_estimate, named
 
 _GRADIENT_BATCH = 256
 _WATCHED = 2000
 
 
-def mean_gradient_norm(network: nn.Module, images: Tensor) -> float:
+def mean_gradient_norm(network: nn.Module, images: Tensor, score: Score = ENERGY) -> float:
     """Mean over images of ||grad S||_2, per pixel unit; it speaks of the slope at the images, not around them.
 
     Args:
         network: f in eval mode.
         images: Shape (N, C, H, W).
+        score: S.
     """
     weight = next(network.parameters())
-    norms = [gradient_norm_estimate(network, batch.to(weight), "l2") for batch in images.split(_GRADIENT_BATCH)]
+    norms = [gradient_norm_estimate(network, batch.to(weight), "l2", score) for batch in images.split(_GRADIENT_BATCH)]
     return float(torch.cat(norms).mean())
 
 
@@ -46,16 +47,17 @@ def split_calibration(images: ImageSet, recipe: Recipe) -> tuple[ImageSet, Image
 def watch(network: nn.Module, experiment: Experiment, recipe: Recipe) -> dict[str, float] | None:
     """What a run looks at after each epoch; None if a logit is not finite."""
     calibration, _ = split_calibration(experiment.calibration, recipe)
+    score = named(recipe.evaluation.score, recipe.evaluation.temperature)
     heldout = experiment.auxiliary_heldout
     heldout = heldout.select(range(0, len(heldout), -(-len(heldout) // _WATCHED)))
     inside, outside = logits(network, calibration.images), logits(network, heldout.images)
     if not bool(torch.isfinite(inside).all() and torch.isfinite(outside).all()):
         return None
     return {
-        "gradient_norm_id": mean_gradient_norm(network, calibration.images),
-        "gradient_norm_aux": mean_gradient_norm(network, heldout.images),
+        "gradient_norm_id": mean_gradient_norm(network, calibration.images, score),
+        "gradient_norm_aux": mean_gradient_norm(network, heldout.images, score),
         "accuracy": _accuracy(inside, calibration),
-        "fpr95_id": metrics.fpr95_id(energy(inside).numpy(), energy(outside).numpy()),
+        "fpr95_id": metrics.fpr95_id(score.value(inside).numpy(), score.value(outside).numpy()),
     }
 
 
@@ -63,45 +65,46 @@ def _accuracy(values: Tensor, images: ImageSet) -> float:
     return float((values.argmax(1) == images.labels).double().mean())
 
 
-def _separation(
-    score: Callable[[Tensor, float], Tensor], inside: Tensor, outside: Tensor, temperature: float
-) -> dict[str, float]:
+def _separation(score: Score, inside: Tensor, outside: Tensor) -> dict[str, float]:
     """Detection metrics of one score, from the logits of the ID and the OOD test set."""
-    scores = score(inside, temperature).numpy(), score(outside, temperature).numpy()
+    scores = score.value(inside).numpy(), score.value(outside).numpy()
     return {"auroc": metrics.auroc(*scores), "fpr95_id": metrics.fpr95_id(*scores)}
 
 
-def evaluate(network: nn.Module, experiment: Experiment, temperature: float = 1.0) -> dict[str, Any]:
+def evaluate(
+    network: nn.Module, experiment: Experiment, score: Score = ENERGY, temperature: float = 1.0
+) -> dict[str, Any]:
     """Accuracy, detection metrics of every OOD set, and mean gradient norms, all on the test sets.
 
     Args:
         network: In eval mode; use float64 for exact metrics.
         experiment: Images.
-        temperature: That of the `scores`; S itself, the score that is certified, has temperature 1.
+        score: S, the score that is certified.
+        temperature: That of the other `scores`.
 
     Returns:
         `accuracy`, `gradient_norm_id`, `gradient_norm_ood`, and under `ood` one record a set with `kind`, `samples`,
         and `auroc`, `fpr95_id`, `fpr95_ood` of S; under its `scores`, `auroc` and `fpr95_id` of each
-        of `energy.SCORES` at the temperature.
+        of `grood_cert.scores.SCORES` at the temperature.
     """
     values = logits(network, experiment.test.images)
-    inside = energy(values).numpy()
+    inside = score.value(values).numpy()
     sets = {}
     for images in experiment.ood:
         others = logits(network, images.images)
-        outside = energy(others).numpy()
+        outside = score.value(others).numpy()
         sets[images.name] = {
             "kind": images.kind,
             "samples": len(images),
             "auroc": metrics.auroc(inside, outside),
             "fpr95_id": metrics.fpr95_id(inside, outside),
             "fpr95_ood": metrics.fpr95_ood(inside, outside),
-            "scores": {name: _separation(score, values, others, temperature) for name, score in SCORES.items()},
+            "scores": {name: _separation(named(name, temperature), values, others) for name in SCORES},
         }
-    real = [mean_gradient_norm(network, images.images) for images in experiment.ood if images.kind == "ood"]
+    real = [mean_gradient_norm(network, images.images, score) for images in experiment.ood if images.kind == "ood"]
     return {
         "accuracy": _accuracy(values, experiment.test),
-        "gradient_norm_id": mean_gradient_norm(network, experiment.test.images),
+        "gradient_norm_id": mean_gradient_norm(network, experiment.test.images, score),
         "gradient_norm_ood": metrics.mean_over_sets(real) if real else None,
         "ood": sets,
     }

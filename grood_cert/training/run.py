@@ -22,7 +22,7 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.weights import load_pretrained
 from grood_cert.recipe import Recipe
-from grood_cert.scores import energy
+from grood_cert.scores import named
 from grood_cert.sections import ObjectiveSection
 from grood_cert.system import processes
 from grood_cert.system.files import check_writable, locked, write_csv
@@ -173,19 +173,21 @@ def _detector(network: nn.Module, recipe: Recipe, architecture: Architecture, ex
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     network.double().eval().requires_grad_(False)
     _, calibration = split_calibration(experiment.calibration, recipe)
-    scores = energy(logits(network, calibration.images)).numpy()
+    score = named(recipe.evaluation.score, recipe.evaluation.temperature)
+    values = score.value(logits(network, calibration.images)).numpy()
     return Detector(
         network=network,
-        gamma=metrics.calibrated_threshold(scores, metrics.TPR_PERCENT),
+        gamma=metrics.calibrated_threshold(values, metrics.TPR_PERCENT),
         shape=architecture.shape,
         class_names=experiment.train.class_names,
         architecture=architecture,
         provenance=Provenance(
             recipe=recipe,
-            calibration={"samples": len(scores), "percent": metrics.TPR_PERCENT},
-            metrics=evaluate(network, experiment, recipe.evaluation.temperature),
+            calibration={"samples": len(values), "percent": metrics.TPR_PERCENT},
+            metrics=evaluate(network, experiment, score, recipe.evaluation.temperature),
             versions=versions(),
         ),
+        score=score,
     )
 
 

@@ -43,7 +43,7 @@ def test_the_plain_way_bounds_the_score(loaded, sets):
         assert plain_lower <= low and high <= plain_upper
         assert plain_lower <= lower + 1e-9 and upper <= plain_upper + 1e-9  # ours are never looser
     exact = benchmark.PlainScore(loaded.network, images[:1]).bounds(images[:1], 0.0)
-    assert exact == pytest.approx([float(loaded.score(images[:1]))] * 2, abs=1e-9)
+    assert exact == pytest.approx([float(loaded.scores(images[:1]))] * 2, abs=1e-9)
 
 
 @pytest.mark.parametrize(("kind", "sign"), [("id", 1), ("ood", -1)])

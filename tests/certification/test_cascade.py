@@ -207,7 +207,7 @@ def test_a_radius_beyond_the_attack_is_caught(loaded, images, monkeypatch):
         bounds = score_bounds(bounded, ball, method)
         if float(ball.eps[0]) == 0.01:
             return bounds
-        everywhere = (loaded.score(ball.center) + loaded.gamma) / 2  # true on the grid, false near the attack radius
+        everywhere = (loaded.scores(ball.center) + loaded.gamma) / 2  # true on the grid, false near the attack radius
         return ScoreBounds(bounds.lower, everywhere, bounds.lower_per_logit, everywhere)
 
     monkeypatch.setattr(stages, "score_bounds", boastful)

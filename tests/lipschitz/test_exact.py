@@ -16,7 +16,7 @@ from grood_cert.lipschitz.jacobian_crown import chords, jacobian_crown
 from grood_cert.lipschitz.product import operator_norm, product_bound, torus_norm, unrolled
 from grood_cert.networks.architectures import build
 from grood_cert.networks.graph import trace
-from grood_cert.scores import energy_gradient
+from grood_cert.scores import score_gradient
 
 NORMS = ("linf", "l2", "l1")
 EXACT_AT_ZERO = ("interval", "jacobian-crown", "jacobian-crown-corners")
@@ -41,7 +41,7 @@ def test_at_eps_zero_the_bounds_equal_autograd(activation, norm):
     network = network_of(activation, 3)
     images = torch.rand(8, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     bounds = local_lipschitz(trace(network, (1, 6, 6)), ball_of(images, 0.0, norm), fixed_head=True)
-    exact = dual_norm(energy_gradient(network, images)[1], norm)
+    exact = dual_norm(score_gradient(network, images)[1], norm)
     for name in EXACT_AT_ZERO:
         torch.testing.assert_close(bounds.methods[name], exact, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(bounds.fixed_head, exact, rtol=1e-9, atol=0.0)
@@ -54,7 +54,7 @@ def test_at_eps_zero_the_packages_networks_are_exact(name):
     network = build(name, (1, 8, 8), 6, [0.3], [0.4], **options).double().eval().requires_grad_(False)
     images = torch.rand(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     bounds = local_lipschitz(trace(network, (1, 8, 8)), ball_of(images, 0.0, "linf"), methods=["jacobian-crown"])
-    exact = dual_norm(energy_gradient(network, images)[1], "linf")
+    exact = dual_norm(score_gradient(network, images)[1], "linf")
     torch.testing.assert_close(bounds.auto, exact, rtol=1e-9, atol=0.0)
 
 

@@ -9,7 +9,7 @@ from grood_cert.lipschitz.estimates import ascended_gradient_norm_estimate
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.graph import trace
-from grood_cert.scores import energy_gradient
+from grood_cert.scores import score_gradient
 
 
 def network_of(dtype=torch.float64):
@@ -27,7 +27,7 @@ def test_it_bounds_what_ascent_finds_and_is_the_gradient_norm_at_eps_zero(norm):
     network = network_of()
     images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
     network(images)  # moves the running statistics
-    exact = dual_norm(energy_gradient(network.eval(), images)[1], norm)
+    exact = dual_norm(score_gradient(network.eval(), images)[1], norm)
     network.train()
     torch.testing.assert_close(
         interval_lipschitz(network, ball_of(images, 0.0, norm)).detach(), exact, rtol=1e-8, atol=0.0

@@ -50,7 +50,7 @@ def images_of(loaded, result, mask):
 def test_rows_tell_the_truth_about_their_samples(loaded, result):
     everything = np.ones(len(result), bool)
     images = images_of(loaded, result, everything)
-    np.testing.assert_allclose(loaded.score(images).numpy(), result["score"], rtol=1e-12)
+    np.testing.assert_allclose(loaded.scores(images).numpy(), result["score"], rtol=1e-12)
     assert (result["prediction"] == loaded.network(images).argmax(1).numpy()).all()
     assert (result["accepted"] == (result["score"] <= loaded.gamma)).all()
     right = (result["accepted"] == 1) == result.of_kind("id")
@@ -76,7 +76,7 @@ def test_rows_of_a_folder_name_the_files(loaded, model, tmp_path):
     for index, file, score in zip(result["index"][:4], files, result["score"], strict=False):
         pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "pets" / file)) / np.float32(255))
         assert torch.equal(sets[0].images[int(index)], pixels[None])
-        assert float(loaded.score(pixels[None, None].double())) == pytest.approx(score, rel=1e-12)
+        assert float(loaded.scores(pixels[None, None].double())) == pytest.approx(score, rel=1e-12)
 
 
 def test_each_radius_is_proved_again_by_a_fresh_engine(loaded, result):
@@ -148,7 +148,7 @@ def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path,
     points = torch.from_numpy(evidence["counterexample"])
     assert ((attacked > bounds) | (evidence["s_attack_minimum"] < evidence["s_lower"])).all()
     assert np.abs(evidence["counterexample"] - evidence["image"]).max() <= 0.1 + 1e-12
-    assert len(loaded.score(points)) == len(bounds)
+    assert len(loaded.scores(points)) == len(bounds)
     assert not (tmp_path / "rows.csv").exists()
 
 

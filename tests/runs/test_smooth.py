@@ -21,7 +21,7 @@ from grood_cert.results.table import Table
 from grood_cert.runs import smooth
 from grood_cert.runs.merge import merge
 from grood_cert.runs.shards import Shard
-from grood_cert.scores import energy_gradient
+from grood_cert.scores import score_gradient
 from tests.recorder import Recorder
 
 
@@ -89,7 +89,7 @@ def test_files_of_a_run(smoothed):
         medians = [float(record["median_estimate"]) for record in csv.DictReader(stream)]
     assert len(medians) == 60
     assert manifest["gamma"] == sorted(medians)[-(-95 * 61 // 100) - 1] == result.gamma  # split-conformal
-    exact = smoothed.detector.score(smoothed.experiment.test.images[result["index"][result["kind"] == "id"]])
+    exact = smoothed.detector.scores(smoothed.experiment.test.images[result["index"][result["kind"] == "id"]])
     np.testing.assert_allclose(result["score"][result["kind"] == "id"], exact, rtol=1e-12)
 
 
@@ -124,7 +124,7 @@ def test_no_attack_inside_a_certified_radius_succeeds(smoothed):
         image = sets[result["set"][row]].images[result["index"][row]].double()
         inside = result["kind"][row] == "id"
         noise = 0.3 * torch.randn(64, *image.shape, generator=generator(1), dtype=torch.float64)
-        direction = energy_gradient(network, image + noise)[1].mean(0) * (1 if inside else -1)
+        direction = score_gradient(network, image + noise)[1].mean(0) * (1 if inside else -1)
         moved = image + 0.95 * result["radius_smoothed"][row] * direction / direction.norm()
         draws = smoothed_scores(network, moved, 0.3, 1000, generator(2), 1000).numpy()
         share = np.mean(draws < result.gamma if inside else draws > result.gamma)

@@ -75,7 +75,7 @@ def test_counterexamples_are_believed_only_if_the_score_crosses_gamma(undecided,
     far = Verdict("sat", tuple([1.0] * 64))
     image = by_name[exported["instances"][0]["set"]].images[exported["instances"][0]["index"]].double()
     (record, *_) = judge(loaded, {**exported, "eps": 1e-6}, sets, {exported["instances"][0]["name"]: far}, "t")
-    assert record["score_counterexample"] == pytest.approx(float(loaded.score(image[None])), abs=1e-3)
+    assert record["score_counterexample"] == pytest.approx(float(loaded.scores(image[None])), abs=1e-3)
 
 
 def test_verdicts_of_the_competition(tmp_path):

@@ -285,7 +285,7 @@ def test_the_best_epoch_is_calibrated_on_images_that_did_not_choose_it(tmp_path)
     logits = replica(data.calibration.images[::2])
     accuracy = float((logits.argmax(1) == data.calibration.labels[::2]).double().mean())
     assert epochs[chosen - 1].accuracy == accuracy, "the choice looks at every second calibration image"
-    scores = detector.score(data.calibration.images[1::2]).numpy()
+    scores = detector.scores(data.calibration.images[1::2]).numpy()
     rank = -(-95 * (len(scores) + 1) // 100)
     assert detector.gamma == np.sort(scores)[rank - 1], "and gamma at the others"
     assert detector.origin.calibration["samples"] == len(data.calibration) // 2
