@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from grood_cert.errors import InputError
 from grood_cert.networks import architectures
-from grood_cert.scores import SCORES, energy, score_gradient, gradient_norm_estimate, max_logit, max_softmax
+from grood_cert.scores import (
+    MSP,
+    SCORES,
+    Energy,
+    MaxLogit,
+    energy,
+    gradient_norm_estimate,
+    named,
+    parse,
+    score_gradient,
+)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor, shape: tuple[int, int, int]) -> nn.Sequential:
@@ -45,9 +56,8 @@ def test_large_logits_do_not_overflow():
 def test_other_scores_by_their_definition(temperature):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(40, 5, dtype=torch.float64, generator=generator)
-    for row, maximum, softmax in zip(
-        logits.tolist(), max_logit(logits).tolist(), max_softmax(logits, temperature).tolist(), strict=True
-    ):
+    maxima, msp = MaxLogit().value(logits).tolist(), MSP(temperature).value(logits).tolist()
+    for row, maximum, softmax in zip(logits.tolist(), maxima, msp, strict=True):
         parts = [math.exp(value / temperature) for value in row]
         assert maximum == -max(row)
         assert softmax == pytest.approx(-max(parts) / sum(parts), rel=1e-14)
@@ -57,14 +67,63 @@ def test_energy_becomes_max_logit_as_the_temperature_falls():
     """max f <= T LSE(f / T) <= max f + T log K."""
     logits = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 0.1, 1e-3):
-        gap = max_logit(logits, temperature) - energy(logits, temperature)
+        gap = MaxLogit().value(logits) - Energy(temperature).value(logits)
         assert bool((gap >= -1e-12).all()) and bool((gap <= temperature * math.log(6) + 1e-12).all())
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_is_low_for_a_confident_prediction(name):
     confident, unsure = torch.tensor([9.0, 0.0, 0.0]), torch.tensor([0.1, 0.0, 0.0])
-    assert SCORES[name](confident, 1.0) < SCORES[name](unsure, 1.0)
+    assert named(name).value(confident) < named(name).value(unsure)
+
+
+@pytest.mark.parametrize("score", [Energy(), Energy(3.0), MaxLogit(), MSP(), MSP(0.5)])
+def test_orders_increase_with_the_score_and_lie_below_those_of_single_classes(score):
+    logits = 4 * torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value, order = score.value(logits), score.order(logits)
+    torch.testing.assert_close(torch.tensor([score.order_at(gamma) for gamma in value.tolist()]).double(), order)
+    assert bool((order[value.argsort()].diff() >= 0).all())
+    for k in range(5):
+        classes = torch.full((200,), k)
+        assert bool((score.of_class(logits, classes) >= order - 1e-12).all())
+    torch.testing.assert_close(MSP(2.0).of_class(logits, logits.argmax(1)), MSP(2.0).order(logits))
+
+
+def test_the_order_of_msp_does_not_saturate():
+    logits = torch.tensor([[0.0, 900.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    assert MSP().value(logits.detach()).item() == -1
+    (gradient,) = torch.autograd.grad(MSP().order(logits).sum(), logits)
+    assert MSP().order(logits.detach()).item() == pytest.approx(3 - 900 + math.log1p(math.exp(-3)))
+    assert float(gradient[0, 1]) == pytest.approx(-1) and float(gradient.sum()) == pytest.approx(0)
+    assert float(MSP().order_at(-1.0)) < -700 and float(MSP().order_at(0.5)) > 700
+
+
+def test_msp_of_one_class_is_minus_one():
+    logits = torch.randn(7, 1, dtype=torch.float64, requires_grad=True)
+    assert bool((MSP().value(logits) == -1).all())
+    (gradient,) = torch.autograd.grad(MSP().order(logits).sum(), logits)
+    assert bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("score", [Energy(), Energy(2.0), Energy(0.1 + 0.2), MaxLogit(), MSP(), MSP(1e-3), MSP(1e20)])
+def test_scores_are_read_from_their_text(score):
+    assert parse(str(score)) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("margin", "unknown score 'margin'; use one of energy, max-logit, msp"),
+        ("energy:T=zero", "expected energy, energy:T=2, max-logit, msp or msp:T=2"),
+        ("energy:temperature=2", "expected energy, energy:T=2"),
+        ("max-logit:T=2", "score 'max-logit:T=2': expected"),
+        ("msp:T=0", "a temperature must be a number above 0, got 0.0"),
+        ("msp:T=inf", "a temperature must be a number above 0, got inf"),
+    ],
+)
+def test_texts_that_name_no_score(text, message):
+    with pytest.raises(InputError, match=message):
+        parse(text)
 
 
 def test_gradient_of_a_linear_network_in_closed_form():

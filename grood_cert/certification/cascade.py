@@ -40,7 +40,8 @@ from grood_cert.certification.settings import Settings
 from grood_cert.certification.stages import Means, stages_of
 from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
-from grood_cert.scores import score_gradient
+from grood_cert.errors import InputError
+from grood_cert.scores import ENERGY, score_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,8 @@ class Cascade:
     def __init__(self, detector: Detector, settings: Settings, together: int | None = None) -> None:
         settings.check(detector.shape)
         check_network(detector.network)
+        if detector.score != ENERGY:
+            raise InputError(f"the score {detector.score} cannot be certified yet; use energy")
         self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1])
         self.note = self.choice.note
         if self.note and not settings.stages:

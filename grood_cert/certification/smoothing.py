@@ -369,9 +369,7 @@ class Smoother:
         key = hashlib.sha256(f"{settings.seed}/{role}/{index}/{name}".encode()).digest()
         generator = torch.Generator(next(self._network.parameters()).device)
         generator.manual_seed(int.from_bytes(key[:8], "little"))
-        draws = smoothed_scores(
-            self._network, image, settings.sigma, settings.n, generator, self.batch, self._score
-        )
+        draws = smoothed_scores(self._network, image, settings.sigma, settings.n, generator, self.batch, self._score)
         return draws.numpy()
 
     def certify(self, draws: NDArray[np.float64], gamma: float, kind: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
 )
 from grood_cert.networks.graph import trace
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, energy
 
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
@@ -102,6 +102,8 @@ class Analyser:
         shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
+        if detector.score != ENERGY:
+            raise InputError(f"the score {detector.score} cannot be analysed yet; use energy")
         self.settings = settings
         self.graph = trace(detector.network, shape)
         self.choice = build(settings.engine, detector.network, shape, settings.method)
