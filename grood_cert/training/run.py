@@ -20,7 +20,7 @@ from grood_cert.data import Experiment, experiment_of
 from grood_cert.detector import Architecture, Detector, Provenance, check_device, logits, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.interval import interval_lipschitz
-from grood_cert.networks.weights import load_pretrained
+from grood_cert.networks.weights import load_into
 from grood_cert.recipe import Recipe
 from grood_cert.scores import named
 from grood_cert.sections import ObjectiveSection
@@ -93,7 +93,7 @@ def _network(recipe: Recipe, architecture: Architecture, reporter: Reporter) -> 
         network = architecture.build()
     section = recipe.network
     if section.pretrained:
-        loaded = load_pretrained(network, Path(section.pretrained), section.pretrained_allow)
+        loaded = load_into(network, Path(section.pretrained), section.pretrained_allow)
         reporter.say(f"{section.pretrained}: {loaded}")
     return network
 

@@ -187,7 +187,7 @@ def test_what_cannot_be_resumed(tmp_path, begun, whole):
     content = (begun / "last.pt").read_bytes()
     for damaged in (content[:1000], b""):
         (begun / "last.pt").write_bytes(damaged)
-        with pytest.raises(InputError, match="not a state of a grood-cert run, or a truncated one"):
+        with pytest.raises(InputError, match=r"not a state of a grood-cert run, but (empty|a truncated)"):
             training.run(recipe_of(), begun, resume=True)
     torch.save({"format": "another"}, begun / "last.pt")
     with pytest.raises(InputError, match=r"not a state of a grood-cert run; expected the last\.pt of a run that was"):
