@@ -100,9 +100,15 @@ class Section:
 
 @dataclass(frozen=True)
 class DataSection(Section):
-    """Which images; set specifications are explained in `grood_cert.data`."""
+    """Which images; set specifications are explained in `grood_cert.data`.
+
+    `test` and `calibration` name ID images for these parts; without them, the parts are splits of `id` if it has
+    such, and cuts of it by their shares if not.
+    """
 
     id: str = "digits:0-5"
+    test: str = ""
+    calibration: str = ""
     auxiliary: str = "digits:6,7"
     ood: tuple[str, ...] = ("digits:8,9", "photo-patches", "uniform-noise", "smooth-noise")
     calibration_share: float = 0.2

@@ -135,4 +135,7 @@ def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, d
     recipe = loaded.origin.recipe
     if ood:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
-    return experiment_of(recipe, data_dir, download)
+    found = experiment_of(recipe, data_dir, download)
+    for note in found.notes if shard_of("").leads else ():
+        typer.echo(note, err=True)
+    return found

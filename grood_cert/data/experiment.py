@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
+import torch
 
 from grood_cert.data.images import ImageSet
-from grood_cert.data.sources import check_seed, load_set
-from grood_cert.data.spec import SOURCES, has_official_split, name_of, parse_spec
+from grood_cert.data.sources import check_seed, load_set, splits_of
+from grood_cert.data.spec import SOURCES, name_of, parse_spec
+from grood_cert.data.splits import Part, chosen
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe
 
@@ -30,6 +32,8 @@ class Experiment:
         ood: OOD test sets, those of noise (kind ``noise``) included.
         auxiliary_removed: How many images the auxiliary source shared with an OOD test set, by the name of that set;
             they were removed from the auxiliary set. Sets that share none are not listed.
+        notes: Lines on what the parts of the ID set come from, where it has splits or sets of its own for them, and on
+            images that were left out, converted or resized.
     """
 
     train: ImageSet
@@ -39,6 +43,7 @@ class Experiment:
     auxiliary_heldout: ImageSet
     ood: tuple[ImageSet, ...]
     auxiliary_removed: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_experiment(
@@ -46,6 +51,8 @@ def load_experiment(
     id: str,
     auxiliary: str,
     ood: Sequence[str],
+    test: str = "",
+    calibration: str = "",
     data_dir: Path | None = None,
     download: bool = False,
     calibration_share: float = 0.2,
@@ -56,9 +63,10 @@ def load_experiment(
 ) -> Experiment:
     """Load the ID set, the auxiliary outliers and the OOD test sets, cut into disjoint parts.
 
-    Cuts are seeded and stratified by class. A source with an official split (the torchvision ones, ``imagenet``) is cut
-    within its train split, and its test split is the test part. An image that a source repeats is used once when the
-    source is cut, and never for training when the official test split holds it too.
+    A part of the ID set is, in this order, the set that `test` or `calibration` names, the split of the ID set that
+    plays it (`grood_cert.data.splits`), or a cut of its train images. Cuts are seeded and stratified by class. An image
+    that a source repeats is used once when the source is cut; one that the test part holds too is neither calibrated
+    nor trained on, one of a calibration part of its own is not trained on.
 
     Images are compared pixel by pixel, by hash. One that the ID set shares with another set is an error. One that the
     auxiliary set shares with an OOD test set is removed from the auxiliary set, where a detector would learn the
@@ -68,17 +76,19 @@ def load_experiment(
         id: Spec of the ID set; its images set the shape of all others.
         auxiliary: Spec of the outliers to train with.
         ood: Specs of the OOD test sets.
+        test: Spec of ID images for the test.
+        calibration: Spec of ID images for calibration.
         data_dir: Root of the torchvision sets and of the named folders, ``data`` by default.
         download: Let torchvision download what is missing.
-        calibration_share: Share, in (0, 1), of the ID images (of the official train split) kept for calibration.
-        test_share: Share of the ID images kept for the test where there is no official test split.
+        calibration_share: Share, in (0, 1), of the ID images kept for calibration where that part is cut.
+        test_share: Share of the ID images kept for the test where that part is cut.
         heldout_share: Share of the auxiliary images kept out of training.
         train_limit: If positive, most images to train on, of the ID and the auxiliary set each.
         seed: Seed of the cuts, the noise sets and the photo patches.
 
     Raises:
         InputError: As for `load_set`; or two specs name the same images, the ID set shares images with another set, a
-            share lies outside (0, 1), or a part would be empty.
+            part has a class that the ID set has not, a share lies outside (0, 1), or a part would be empty.
 
     >>> sets = load_experiment(id="digits:0-5", auxiliary="digits:6,7", ood=["digits:8,9", "uniform-noise"])
     >>> len(sets.train), len(sets.calibration), len(sets.test), [o.kind for o in sets.ood]
@@ -94,35 +104,37 @@ def load_experiment(
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two OOD sets would be called '{name}'; give each OOD set once, under its own name")
-    _check_sources("auxiliary set", auxiliary, "ID set", id)
+    roles = [("ID set", id), ("test set", test), ("calibration set", calibration), ("auxiliary set", auxiliary)]
+    roles = [(role, spec) for role, spec in roles if spec]
+    for number, (role, spec) in enumerate(roles):
+        for other_role, other in roles[:number]:
+            _check_sources(role, spec, other_role, other)
     for spec in ood:
-        _check_sources("OOD set", spec, "ID set", id)
-        _check_sources("OOD set", spec, "auxiliary set", auxiliary)
+        for role, other in roles:
+            _check_sources("OOD set", spec, role, other)
 
-    def load(spec: str, split: Literal["train", "test"], shape: tuple[int, int, int] | None) -> ImageSet:
+    def load(spec: str, split: Part, shape: tuple[int, int, int] | None) -> ImageSet:
         return load_set(spec, split=split, shape=shape, data_dir=data_dir, download=download, seed=seed)
 
-    pool = replace(load(id, "train", None), kind="id")
+    shares: dict[Part, float] = {"calibration": calibration_share, "test": test_share}
     rng = np.random.default_rng([seed, 1])
-    if has_official_split(id):
-        test = replace(load(id, "test", pool.shape), kind="id")
-        test_keys = set(test.image_keys())
-        pool, keys = _without_repeats(pool, test_keys)
-        train, calibration = _cut(pool, {"calibration": calibration_share}, train_limit, rng)
-        id_keys = {*keys, *test_keys}
-    else:
-        pool, keys = _without_repeats(pool, set())
-        shares = {"calibration": calibration_share, "test": test_share}
-        train, calibration, test = _cut(pool, shares, train_limit, rng)
-        id_keys = set(keys)
-
-    outliers, keys = _without_repeats(load(auxiliary, "train", pool.shape), set())
+    own, id_keys, notes = _id_parts(
+        load, id, splits_of(id, data_dir), {"test": test, "calibration": calibration}, shares, train_limit, rng
+    )
+    pool = own["train"]
+    outliers, keys, _ = _without_repeats(load(auxiliary, "train", pool.shape), set())
+    notes += _said(outliers, "train", chosen(splits_of(auxiliary, data_dir), "train"))
     _refuse_shared("auxiliary set", outliers, keys, pool.name, id_keys)
     ood_sets, seen, removed = [], set[bytes](), {}
+    found_keys: dict[frozenset[bytes], str] = {}
     for spec in ood:
         ood_set = load(spec, "test", pool.shape)
-        ood_keys = set(found := ood_set.image_keys())
+        notes += _said(ood_set, "test", chosen(splits_of(spec, data_dir), "test"))
+        ood_keys = frozenset(found := ood_set.image_keys())
         _refuse_shared("OOD set", ood_set, found, pool.name, id_keys)
+        other = found_keys.setdefault(ood_keys, ood_set.name)
+        if other != ood_set.name:
+            raise InputError(f"OOD sets '{other}' and '{ood_set.name}' hold the same images; give each set once")
         shared = ood_keys.intersection(keys)
         if shared and ood_set.kind != "noise":
             removed[ood_set.name] = len(shared)
@@ -134,9 +146,19 @@ def load_experiment(
         )
     if seen:
         outliers = outliers.select([index for index, key in enumerate(keys) if key not in seen])
+        notes += [f"'{outliers.name}': {count} images left out, which '{n}' holds too" for n, count in removed.items()]
     rng = np.random.default_rng([seed, 2])
     outliers_train, outliers_heldout = _cut(outliers, {"held-out": heldout_share}, train_limit, rng)
-    return Experiment(train, calibration, test, outliers_train, outliers_heldout, tuple(ood_sets), removed)
+    return Experiment(
+        train=own["train"],
+        calibration=own["calibration"],
+        test=own["test"],
+        auxiliary=outliers_train,
+        auxiliary_heldout=outliers_heldout,
+        ood=tuple(ood_sets),
+        auxiliary_removed=removed,
+        notes=tuple(notes),
+    )
 
 
 def experiment_of(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -> Experiment:
@@ -144,7 +166,92 @@ def experiment_of(recipe: Recipe, data_dir: Path | None = None, download: bool =
     return load_experiment(**asdict(recipe.data), data_dir=data_dir, download=download)
 
 
-def _cut(pool: ImageSet, shares: dict[str, float], limit: int, rng: np.random.Generator) -> list[ImageSet]:
+def _id_parts(
+    load: Callable[[str, Part, tuple[int, int, int] | None], ImageSet],
+    id: str,
+    splits: Mapping[Part, str],
+    given: Mapping[Part, str],
+    shares: Mapping[Part, float],
+    limit: int,
+    rng: np.random.Generator,
+) -> tuple[dict[Part, ImageSet], set[bytes], list[str]]:
+    """The three parts of the ID set, the keys of all its images, and what there is to say.
+
+    Args:
+        load: Loads a part of a spec in a shape.
+        id: Spec of the ID set.
+        splits: The splits that it comes with.
+        given: Specs of sets of their own, by the part they play; "" for none. In this order, an image is of the first
+            part that holds it.
+        shares: Shares of the parts that are cut.
+        limit: Most images to train on, if positive.
+        rng: Draws the cuts.
+    """
+    if splits and "train" not in splits:
+        raise InputError(f"ID set '{id}' has splits {' and '.join(splits.values())}, and none to train on")
+    pool = replace(load(id, "train", None), kind="id")
+    notes = _said(pool)
+    parts: dict[Part, ImageSet] = {}
+    origin: dict[Part, str] = dict.fromkeys(shares, "a cut of it")
+    seen: set[bytes] = set()
+    for part, spec in given.items():
+        if not spec and part not in splits:
+            continue
+        whole = _numbered(part, replace(load(spec or id, part, pool.shape), kind="id"), pool)
+        notes += _said(whole) if spec or whole.note != pool.note else []
+        origin[part] = f"'{whole.name}'" if spec else f"its split '{splits[part]}'"
+        found, keys, shared = _without_repeats(whole, seen)
+        if not keys:
+            raise InputError(f"the {part} set '{whole.name}' holds nothing but images of the test set")
+        if shared:
+            notes.append(
+                f"{shared} images of {origin[part]} are not calibrated on, because the test set holds them too"
+            )
+        parts[part] = whole if part == "test" else found
+        seen |= set(keys)
+    pool, keys, shared = _without_repeats(pool, seen)
+    if not keys:
+        raise InputError(f"the ID set '{pool.name}' holds nothing but images of its {' and '.join(parts)} set")
+    if shared:
+        notes.append(
+            f"{shared} images of '{pool.name}' are not trained on, because its {' or '.join(parts)} set holds them"
+        )
+    shares = {part: share for part, share in shares.items() if part not in parts}
+    train, *cuts = _cut(pool, shares, limit, rng)
+    told = bool(parts)
+    parts |= {"train": train, **dict(zip(shares, cuts, strict=True))}
+    if told:
+        source = f"'{pool.name}'" + (f", split '{splits['train']}'" if "train" in splits else "")
+        others = [f"{len(parts[part])} for {part} from {whence}" for part, whence in origin.items()]
+        notes.insert(0, f"ID images: {len(train)} to train on from {source}; {'; '.join(others)}")
+    return parts, seen | set(keys), notes
+
+
+def _said(images: ImageSet, part: str = "", split: str = "") -> list[str]:
+    """A line on the split that a set is, unless it is called like its part, and on what was done to its images."""
+    words = [f"its split '{split}'"] * (split != part) * bool(split) + [images.note] * bool(images.note)
+    return [f"'{images.name}': {'; '.join(words)}"] if words else []
+
+
+def _numbered(part: str, images: ImageSet, pool: ImageSet) -> ImageSet:
+    """The images with the classes of the ID set: by name, or by number where one of the two only counts its classes."""
+    own, names = images.class_names, pool.class_names
+    if own == names or len(own) == len(names) == 1:
+        return replace(images, class_names=names)
+    if any(counted == tuple(map(str, range(len(counted)))) for counted in (own, names)) and len(own) <= len(names):
+        return replace(images, class_names=names)
+    numbers = torch.tensor([names.index(name) if name in names else -1 for name in own])
+    labels = numbers[images.labels]
+    if bool((labels < 0).any()):
+        unknown = own[int(images.labels[labels < 0][0])]
+        raise InputError(
+            f"the {part} set '{images.name}' has images of class '{unknown}', which the ID set '{pool.name}' has not; "
+            f"its classes are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+    return replace(images, labels=labels, class_names=names)
+
+
+def _cut(pool: ImageSet, shares: Mapping[Any, float], limit: int, rng: np.random.Generator) -> list[ImageSet]:
     """Cut off a part for each share; the rest, of at most ``limit`` images if positive, comes first."""
     labels = pool.labels.numpy()
     position = np.empty(len(pool))
@@ -168,20 +275,28 @@ def _cut(pool: ImageSet, shares: dict[str, float], limit: int, rng: np.random.Ge
     return [pool.select(np.sort(order[:limit] if limit else order)), *parts]
 
 
-def _without_repeats(pool: ImageSet, seen: set[bytes]) -> tuple[ImageSet, list[bytes]]:
-    """Drop images whose key is in ``seen``, and all copies but the first; return the rest with their keys."""
+def _without_repeats(pool: ImageSet, seen: set[bytes]) -> tuple[ImageSet, list[bytes], int]:
+    """Drop images whose key is in ``seen``, and all copies but the first.
+
+    Returns:
+        The rest, their keys, and how many images had a key in ``seen``.
+    """
     first: dict[bytes, int] = {}
+    shared = 0
     for index, key in enumerate(pool.image_keys()):
-        if key not in seen:
+        if key in seen:
+            shared += 1
+        else:
             first.setdefault(key, index)
     keep = list(first.values())
-    return pool if len(keep) == len(pool) else pool.select(keep), list(first)
+    return pool if len(keep) == len(pool) else pool.select(keep), list(first), shared
 
 
 def _check_sources(role: str, spec: str, other_role: str, other: str) -> None:
     (source, classes), (other_source, other_classes) = parse_spec(spec), parse_spec(other)
     built_in = source in SOURCES or other_source in SOURCES
-    if source != other_source and (built_in or os.path.realpath(source) != os.path.realpath(other_source)):
+    paths = {os.path.realpath(name.removeprefix("hf:")) for name in (source, other_source)}
+    if source != other_source and (built_in or len(paths) > 1):
         return
     if classes is None or other_classes is None:
         raise InputError(

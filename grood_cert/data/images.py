@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_T = TypeVar("_T")
 Array = NDArray[Any]
 Indices = Sequence[int] | Array | Tensor
 IN_MEMORY = 2**30  # bytes of float32 up to which a set is held as a tensor
@@ -80,13 +81,15 @@ def as_index(indices: Indices) -> Tensor:
     return chosen if chosen.dtype == torch.bool else chosen.long()
 
 
-def taken(names: tuple[str, ...], indices: Indices) -> tuple[str, ...]:
-    """Those of the names; none of none.
+def taken(values: tuple[_T, ...], indices: Indices) -> tuple[_T, ...]:
+    """Those of the values; none of none.
 
     >>> taken(("a", "b", "c"), [2, 0]), taken((), [2, 0])
     (('c', 'a'), ())
     """
-    return tuple(np.array(names, dtype=object)[as_index(indices).numpy()]) if names else ()
+    if not values:
+        return ()
+    return tuple(values[index] for index in np.arange(len(values))[as_index(indices).numpy()])
 
 
 def chunk(shape: Sequence[int]) -> int:
@@ -110,23 +113,35 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
 
 class Request(NamedTuple):
-    """What a loader is asked for; see `grood_cert.data.load_set`."""
+    """What a loader is asked for; see `grood_cert.data.load_set`. `split` is a name of the source's own, or ""."""
 
     source: str
-    split: Literal["train", "test"]
+    split: str
     shape: tuple[int, int, int] | None
     root: Path
     download: bool
     seed: int
+    resize: bool | None
 
 
 class Contents(NamedTuple):
-    """All images of a source; the fields are those of `ImageSet`."""
+    """All images of a source.
+
+    Attributes:
+        images: The images.
+        labels: As in `ImageSet`.
+        class_names: As in `ImageSet`.
+        files: As in `ImageSet`.
+        changes: What is done to each image as it is read, such as ("made grey from RGB",); empty: nothing to any.
+        note: What else there is to say, such as what was left out.
+    """
 
     images: StoredImages
     labels: Array
     class_names: tuple[str, ...]
     files: tuple[str, ...] = ()
+    changes: tuple[tuple[str, ...], ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +155,7 @@ class ImageSet:
         labels: int64 (N,), index into ``class_names``; 0 where the source has no labels.
         class_names: One name per class.
         files: Where the set is a folder of pictures, the path of each within it, such as ``cat/7.png``; empty otherwise.
+        note: What was left out, converted or resized, in words; empty: nothing.
     """
 
     name: str
@@ -148,6 +164,7 @@ class ImageSet:
     labels: Tensor
     class_names: tuple[str, ...]
     files: tuple[str, ...] = ()
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,166 +1,152 @@
-"""Folders of pictures.
+"""Encoded pictures (PNG, JPEG, ...): looked over when a set is loaded, decoded when they are indexed.
 
 Pictures are fitted to the shape asked for as the OOD literature does: resized, keeping their aspect, until they cover it
 (for 224x224 and more until they cover 8/7 of it: "resize 256, crop 224"), then cropped in the centre. A picture of the
-right size is left alone. ``lsun-c`` is only cropped.
+right size is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grood_cert.data import images as storage
-from grood_cert.data.images import Array, Contents, Request, StoredImages
-from grood_cert.data.spec import FOLDERS, read_class_list, split_class_list
+from grood_cert.data.images import Array, StoredImages, to_channels
 from grood_cert.errors import InputError, said
 
-_IMAGENET = (3, 224, 224)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_LARGE = 224
 _MARGIN = 256 / 224
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+_MODES = {
+    "1": "black and white",
+    "LA": "grey with transparency",
+    "P": "a palette",
+    "PA": "a palette",
+    "I": "32-bit grey",
+    "I;16": "16-bit grey",
+    "I;16B": "16-bit grey",
+    "I;16L": "16-bit grey",
+    "F": "float grey",
+    "L": "grey",
+}
+_BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises on damaged pictures
 
 _Shape = tuple[int, int, int]
-_Fit = Callable[[Any, int, int], Any]
+Fit = Callable[[Any, int, int], Any]
 
 
-def named_folder(request: Request) -> Contents:
-    """The pictures of a folder of the OOD literature, below the data folder."""
-    source, class_list = split_class_list(request.source)
-    folder = request.root / FOLDERS[source]
-    if source == "imagenet":
-        folder /= "train" if request.split == "train" else "val"
-    if not folder.is_dir():
-        raise InputError(
-            f"data set '{source}' is not in '{request.root}': there is no folder '{folder}' of pictures; put or link it "
-            "there, or point --data-dir at the folder that holds it (--download cannot fetch this one)"
-        )
-    return _folder(folder, request.shape, class_list, _crop if source == "lsun-c" else cover)
+class Pictures(NamedTuple):
+    """Pictures of one source.
+
+    Attributes:
+        open: The file of a picture, by its number: a path, or a binary file.
+        names: What messages call each.
+        source: What messages call them together.
+    """
+
+    open: Callable[[int], Any]
+    names: Sequence[str]
+    source: str
 
 
-def folder(request: Request) -> Contents:
-    """The pictures of any folder."""
-    path, class_list = split_class_list(request.source)
-    return _folder(Path(path), request.shape, class_list, cover)
+def survey(pictures: Pictures, shape: _Shape | None, resize: bool | None) -> tuple[_Shape, tuple[tuple[str, ...], ...]]:
+    """Look every picture over.
 
+    Args:
+        pictures: One or more.
+        shape: The shape they shall have; None: that which all have, grey if all are.
+        resize: False: pictures of another size are refused.
 
-def _folder(path: Path, shape: _Shape | None, class_list: str, fit: _Fit) -> Contents:
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+    Returns:
+        The shape, and what is done to each picture.
 
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    class_names = tuple(entry.name for entry in entries if entry.is_dir())
-    loose = [entry for entry in entries if entry.is_file() and has_file_allowed_extension(entry.name, IMG_EXTENSIONS)]
-    if class_list:
-        class_names = _listed(path, class_names, class_list)
-        shape = shape or _IMAGENET
-    elif class_names and loose:
-        raise InputError(
-            f"folder '{path}' holds both sub-folders and loose images such as '{loose[0].name}'; "
-            "give one folder per class, or images alone"
-        )
-    if class_names:
-        numbers = {name: index for index, name in enumerate(class_names)}
-        samples = ImageFolder.make_dataset(str(path), numbers, IMG_EXTENSIONS, allow_empty=True)
-    else:
-        samples, class_names = [(str(file), 0) for file in loose], (path.name,)
-    if not samples:
-        raise InputError(_empty(path))
-    files = [file for file, _ in samples]
-    if shape is None or 4 * len(files) * np.prod(shape) <= storage.IN_MEMORY:
-        shape = _check_pictures(path, files, shape)
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    names = tuple(Path(file).relative_to(path).as_posix() for file in files)
-    return Contents(pictures(files, shape, fit), labels, class_names, names)
-
-
-def _empty(path: Path) -> str:
-    return f"folder '{path}' is empty: it holds no readable image, nor class sub-folders with some"
-
-
-def _listed(path: Path, present: Sequence[str], class_list: str) -> tuple[str, ...]:
-    names = read_class_list(class_list.removeprefix("!"))
-    absent = [name for name in names if name not in present]
-    if absent:
-        raise InputError(
-            f"folder '{path}' has no class folder {absent[0]}, which the list '{class_list.removeprefix('!')}' names"
-            + (f", nor {len(absent) - 1} others" if len(absent) > 1 else "")
-        )
-    if not class_list.startswith("!"):
-        return tuple(names)
-    others = tuple(name for name in present if name not in set(names))
-    if not others:
-        raise InputError(f"'{path}@{class_list}' is empty: the list names every class folder")
-    return others
-
-
-def _check_pictures(path: Path, files: Sequence[str], shape: _Shape | None) -> _Shape:
-    """Open every picture; return their shape, which is `shape` if given."""
+    Raises:
+        InputError: If pictures are unreadable, or their sizes differ where none is asked for or kept.
+    """
     from PIL import Image
 
-    mode = "L"
-    sizes: dict[str, tuple[int, int]] = {}
+    small = shape is None or 4 * len(pictures.names) * np.prod(shape) <= storage.IN_MEMORY
+    found: list[tuple[str, int, int]] = []
     broken = []
-    for file in files:
+    for number, name in enumerate(pictures.names):
         try:
-            with Image.open(file) as opened:
-                opened.load()
-                if opened.mode not in ("1", "L", "LA") and not opened.mode.startswith("I"):
-                    mode = "RGB"
-                sizes[file] = (opened.height, opened.width)
-        except (OSError, SyntaxError, ValueError) as error:
-            broken.append(f"'{file}': {said(error)}")
-    if not sizes:
-        raise InputError(_empty(path))
+            with Image.open(pictures.open(number)) as opened:
+                if small:
+                    opened.load()
+                found.append((opened.mode, opened.height, opened.width))
+        except _BROKEN as error:
+            broken.append(f"'{name}': {said(error)}")
+    if not found:
+        raise InputError(f"{pictures.source} is empty: it holds no readable image")
     if broken:
-        raise InputError(f"folder '{path}' has {len(broken)} unreadable images, the first {broken[0]}; remove them")
-    if shape is not None:
-        return shape
-    first = sizes[files[0]]
-    other = next((file for file in files if sizes[file] != first), None)
-    if other is not None:
-        height, width = sizes[other]
-        raise InputError(
-            f"folder '{path}' holds images of different sizes: '{other}' is {height}x{width}, "
-            f"'{files[0]}' {first[0]}x{first[1]}; resize them first"
+        raise InputError(f"{pictures.source} has {len(broken)} unreadable images, the first {broken[0]}; remove them")
+    if shape is None:
+        grey = all(mode in _GREY for mode, _, _ in found)
+        _, height, width = found[0]
+        other = next((number for number, seen in enumerate(found) if seen[1:] != (height, width)), None)
+        if other is not None:
+            raise InputError(
+                f"{pictures.source} holds images of different sizes: '{pictures.names[other]}' is "
+                f"{found[other][1]}x{found[other][2]}, '{pictures.names[0]}' {height}x{width}; resize them first"
+            )
+        shape = (1 if grey else 3, height, width)
+    channels, height, width = shape
+    target = "grey" if channels == 1 else "RGB"
+    changes = []
+    for (mode, *size), name in zip(found, pictures.names, strict=True):
+        words: tuple[str, ...] = (
+            () if mode == ("L" if channels == 1 else "RGB") else (f"made {target} from {_MODES.get(mode, mode)}",)
         )
-    return (1 if mode == "L" else 3, *first)
+        if size != [height, width]:
+            if resize is False:
+                raise InputError(f"image '{name}' is {size[0]}x{size[1]}, the model expects {height}x{width}")
+            words += (f"fitted to {height}x{width}",)
+        changes.append(words)
+    return shape, tuple(changes)
 
 
-def pictures(files: Sequence[str | Path], shape: _Shape, fit: _Fit) -> StoredImages:
+def stored_pictures(pictures: Pictures, shape: _Shape, fit: Fit) -> StoredImages:
     """Pictures decoded when they are indexed, some at a time."""
     channels, height, width = shape
 
-    def read_one(position: int) -> Array:
+    def read_one(number: int) -> Array:
+        from PIL import Image
+
         try:
-            picture = _read_picture(files[position], "L" if channels == 1 else "RGB")
-            return np.asarray(fit(picture, height, width)).reshape(height, width, channels)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"picture '{files[position]}' cannot be used: {said(error)}") from error
+            with Image.open(pictures.open(number)) as opened:
+                picture = fit(converted(opened, "L" if channels == 1 else "RGB"), height, width)
+            return np.asarray(picture).reshape(height, width, channels)
+        except _BROKEN as error:
+            raise InputError(f"picture '{pictures.names[number]}' cannot be used: {said(error)}") from error
 
     def read(positions: Array) -> Tensor:
         pixels = np.empty((len(positions), height, width, channels), dtype=np.uint8)
         with ThreadPoolExecutor() as threads:
-            for index, picture in enumerate(threads.map(read_one, positions)):
+            for index, picture in enumerate(threads.map(read_one, positions.tolist())):
                 pixels[index] = picture
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255))
 
-    return StoredImages(read, shape, np.arange(len(files)))
+    return StoredImages(read, shape, np.arange(len(pictures.names)))
 
 
-def _read_picture(file: str | Path, mode: str) -> Any:
-    """Return one PIL picture in the mode; 16-bit grey is reduced to 8 bits, which PIL alone would clip."""
+def converted(picture: Any, mode: str | None = None) -> Any:
+    """A PIL picture in a mode, "L" or "RGB" (None: which of them it is); 16-bit grey is reduced to 8 bits.
+
+    PIL alone would clip 16 bits.
+    """
     from PIL import Image
 
-    with Image.open(file) as opened:
-        if opened.mode.startswith("I"):
-            grey = np.clip(np.asarray(opened, dtype=np.float64) / 257, 0, 255)
-            return Image.fromarray(np.round(grey).astype(np.uint8)).convert(mode)
-        return opened.convert(mode)
+    mode = mode or ("L" if picture.mode in _GREY else "RGB")
+    if picture.mode.startswith("I"):
+        grey = np.clip(np.asarray(picture, dtype=np.float64) / 257, 0, 255)
+        return Image.fromarray(np.round(grey).astype(np.uint8)).convert(mode)
+    return picture.convert(mode)
 
 
 def cover(image: Any, height: int, width: int) -> Any:
@@ -170,17 +156,14 @@ def cover(image: Any, height: int, width: int) -> Any:
     _, rows, columns = functional.get_dimensions(image)
     if (rows, columns) == (height, width):
         return image
-    margin = _MARGIN if min(height, width) >= _IMAGENET[1] else 1.0
+    margin = _MARGIN if min(height, width) >= _LARGE else 1.0
     scale = max(height / rows, width / columns) * margin
     size = [max(height, round(rows * scale)), max(width, round(columns * scale))]
     return functional.center_crop(functional.resize(image, size, antialias=True), [height, width])
 
 
-def _crop(image: Any, height: int, width: int) -> Any:
-    """Crop the centre of a picture."""
-    from torchvision.transforms import functional
-
-    _, rows, columns = functional.get_dimensions(image)
-    if rows < height or columns < width:
-        raise ValueError(f"it is {rows}x{columns}, too small to crop {height}x{width} from it")
-    return functional.center_crop(image, [height, width])
+def fitted(images: Tensor, shape: _Shape) -> Tensor:
+    """Images (N, C, H, W) with pixels in [0, 1] that cover a shape, cropped in the centre."""
+    channels, height, width = shape
+    resized: Tensor = cover(to_channels(images, channels), height, width)
+    return resized.clamp(0, 1)

@@ -3,68 +3,116 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from grood_cert.data.arrays import numpy_file
+from grood_cert.data.arrays import array_splits, numpy_file
 from grood_cert.data.built_in import digits, noise, photo_patches
+from grood_cert.data.folders import (
+    folder,
+    folder_splits,
+    imagenet_splits,
+    is_folder,
+    is_picture,
+    named_folder,
+    picture,
+)
+from grood_cert.data.hugging_face import hugging_face, hugging_face_splits, is_hugging_face
+from grood_cert.data.idx import idx_file, idx_splits, is_idx
 from grood_cert.data.images import Contents, ImageSet, Request, StoredImages, held, taken, to_channels
-from grood_cert.data.pictures import folder, named_folder
+from grood_cert.data.pictures import fitted
 from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, is_array, name_of, parse_spec, split_class_list
-from grood_cert.data.torchvision_sets import torchvision_set
+from grood_cert.data.splits import Part, chosen
+from grood_cert.data.torchvision_sets import torchvision_set, torchvision_splits
+from grood_cert.data.webdataset import is_tar, webdataset
 from grood_cert.errors import InputError
 
-LOADERS: dict[str, Callable[[Request], Contents]] = {
-    "digits": digits,
-    "photo-patches": photo_patches,
-    **dict.fromkeys(NOISE, noise),
-    **dict.fromkeys(TORCHVISION, torchvision_set),
-    **dict.fromkeys(FOLDERS, named_folder),
-}
+
+class Loader(NamedTuple):
+    """A kind of source.
+
+    Attributes:
+        reads: Whether a source is of this kind.
+        load: Reads it.
+        splits: The splits it comes with, by the part each plays.
+    """
+
+    reads: Callable[[str], bool]
+    load: Callable[[Request], Contents]
+    splits: Callable[[Request], Mapping[Part, str]] = lambda request: {}
+
+
+def _named(*names: str) -> Callable[[str], bool]:
+    return lambda source: source in names
+
+
+LOADERS = (
+    Loader(_named("digits"), digits),
+    Loader(_named("photo-patches"), photo_patches),
+    Loader(_named(*NOISE), noise),
+    Loader(_named(*TORCHVISION), torchvision_set, torchvision_splits),
+    Loader(lambda source: split_class_list(source)[0] == "imagenet", named_folder, imagenet_splits),
+    Loader(lambda source: split_class_list(source)[0] in FOLDERS, named_folder),
+    Loader(is_hugging_face, hugging_face, hugging_face_splits),
+    Loader(is_array, numpy_file, array_splits),
+    Loader(is_tar, webdataset),
+    Loader(is_idx, idx_file, idx_splits),
+    Loader(is_picture, picture),
+    Loader(is_folder, folder, folder_splits),
+)
 
 _Shape = tuple[int, int, int]
 
 
-def _loader(source: str) -> Callable[[Request], Contents]:
-    place, _ = split_class_list(source)
-    if source in LOADERS or place in FOLDERS:
-        return LOADERS[place]
-    if is_array(source):
-        return numpy_file
-    if place and Path(place).is_dir():
-        return folder
+def _loader(source: str) -> Loader:
+    found = next((loader for loader in LOADERS if loader.reads(source)), None)
+    if found:
+        return found
     near = difflib.get_close_matches(source.lower(), SOURCES, n=1, cutoff=0.4)
     hint = f", did you mean '{near[0]}'?" if near else ";"
     raise InputError(
-        f"there is no image set '{source}'{hint} sets are {', '.join(SOURCES)}, a .npy or .npz file "
-        "and a folder of images"
+        f"there is no image set '{source}'{hint} sets are {', '.join(SOURCES)}, a .npy or .npz file, a .tar of "
+        "webdataset, MNIST's idx files, hf:FOLDER and a folder of images"
     )
+
+
+def splits_of(spec: str, data_dir: Path | None = None) -> Mapping[Part, str]:
+    """The splits that a source comes with, by the part that each plays; empty where it has none.
+
+    >>> splits_of("mnist"), splits_of("digits")
+    ({'train': 'train', 'test': 'test'}, {})
+    """
+    source, _ = parse_spec(spec)
+    return _loader(source).splits(Request(source, "", None, data_dir or Path("data"), False, 0, None))
 
 
 def load_set(
     spec: str,
     *,
-    split: Literal["train", "test"] = "test",
+    split: Part = "test",
     shape: _Shape | None = None,
     data_dir: Path | None = None,
     download: bool = False,
     seed: int = 0,
+    resize: bool | None = None,
 ) -> ImageSet:
     """Load the images that ``spec`` names.
 
     Args:
         spec: ``SOURCE[:CLASSES]``, see `grood_cert.data`; the chosen classes are numbered 0, 1, ... in the order listed.
-        split: Official split, where the source has one (the torchvision sets and ``imagenet``).
-        shape: Channels (1 or 3), height and width the images must have. Grey and RGB are converted into each other;
-            torchvision sets and folders are also fitted to height and width. 3x224x224 by default for folders with
-            a class list, that of the source otherwise.
+        split: The part that the images play, where the source comes with splits: "train", "calibration" or "test".
+        shape: Channels (1 or 3), height and width the images must have. Grey and RGB are converted into each other.
+            3x224x224 by default for folders with a class list, that of the source otherwise.
         data_dir: Root of the torchvision sets and of the named folders, ``data`` by default.
         download: Let torchvision download what is missing.
         seed: Seed of the noise sets and the photo patches.
+        resize: Whether images are fitted to the height and width of the shape; None: torchvision sets and encoded
+            pictures are, arrays of another size are refused.
 
     Returns:
         The set, of kind ``noise`` for noise sources and ``ood`` otherwise.
@@ -80,8 +128,10 @@ def load_set(
     check_seed(seed)
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
         raise InputError(f"images of shape {tuple(shape)} cannot be made; it must be (1 or 3, height, width)")
-    request = Request(source, split, shape, data_dir or Path("data"), download, seed)
-    images, labels, class_names, files = _loader(source)(request)
+    loader = _loader(source)
+    request = Request(source, "", shape, data_dir or Path("data"), download, seed, resize)
+    request = request._replace(split=chosen(loader.splits(request), split))
+    images, labels, class_names, files, changes, said_of = loader.load(request)
     if classes is not None:
         missing = next((index for index in classes if index >= len(class_names)), None)
         if missing is not None:
@@ -90,13 +140,16 @@ def load_set(
         new = np.full(len(class_names), -1)
         new[list(classes)] = np.arange(len(classes))
         labels = new[labels]
-        chosen = labels >= 0
-        images, labels, files = images.take(chosen), labels[chosen], taken(files, chosen)
+        kept = labels >= 0
+        images, labels, files, changes = images.take(kept), labels[kept], taken(files, kept), taken(changes, kept)
         class_names = tuple(class_names[index] for index in classes)
     if len(images) == 0:
         raise InputError(f"'{spec}' is empty: it names a set without images")
+    counts = Counter(word for words in changes for word in words)
     if shape is not None:
-        images = _to_shape(images, shape, name_of(spec))
+        images, words = _to_shape(images, shape, name_of(spec), resize is True)
+        counts.update(dict.fromkeys(words, len(images)))
+    noted = [f"{count} of {len(images)} images {word}" for word, count in counts.items()]
     return ImageSet(
         name=name_of(spec),
         kind="noise" if source in NOISE else "ood",
@@ -104,6 +157,7 @@ def load_set(
         labels=torch.from_numpy(labels.astype(np.int64)),
         class_names=class_names,
         files=files,
+        note="; ".join([*noted, said_of] if said_of else noted),
     )
 
 
@@ -113,10 +167,18 @@ def check_seed(seed: int) -> None:
         raise InputError(f"the seed must be 0 or positive, not {seed}")
 
 
-def _to_shape(images: StoredImages, shape: _Shape, name: str) -> StoredImages:
+def _to_shape(images: StoredImages, shape: _Shape, name: str, resize: bool) -> tuple[StoredImages, list[str]]:
+    """The images in a shape, and what is done to each."""
     _, channels, height, width = images.shape
+    words = []
+    if channels != shape[0]:
+        images = images.map(lambda batch: to_channels(batch, shape[0]), (shape[0], height, width))
+        words.append("made RGB from grey" if shape[0] == 3 else "made grey from RGB")
     if (height, width) != tuple(shape[1:]):
-        raise InputError(
-            f"'{name}' has images of {height}x{width}, the model expects {shape[1]}x{shape[2]}; resize them first"
-        )
-    return images if channels == shape[0] else images.map(lambda batch: to_channels(batch, shape[0]), shape)
+        if not resize:
+            raise InputError(
+                f"'{name}' has images of {height}x{width}, the model expects {shape[1]}x{shape[2]}; resize them first"
+            )
+        images = images.map(lambda batch: fitted(batch, shape), shape)
+        words.append(f"fitted to {shape[1]}x{shape[2]}")
+    return images, words

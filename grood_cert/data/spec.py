@@ -39,10 +39,10 @@ def parse_spec(spec: str) -> tuple[str, tuple[int, ...] | None]:
 
     >>> parse_spec("digits:0-2,7")
     ('digits', (0, 1, 2, 7))
-    >>> parse_spec("mnist")
-    ('mnist', None)
+    >>> parse_spec("mnist"), parse_spec("hf:10"), parse_spec("hf:10:0,1")
+    (('mnist', None), ('hf:10', None), ('hf:10', (0, 1)))
     """
-    match = re.fullmatch(r"(.+):([0-9][0-9,\-]*)", spec, re.DOTALL)
+    match = re.fullmatch(r"(?!hf:[^:]*$)(.+):([0-9][0-9,\-]*)", spec, re.DOTALL)
     if match is None:
         head, colon, tail = spec.rpartition(":")
         if colon and (head in SOURCES or is_array(head)):
@@ -106,12 +106,6 @@ def read_class_list(name: str) -> list[str]:
     if not names:
         raise InputError(f"class list '{name}' is empty; give one class folder a line")
     return names
-
-
-def has_official_split(spec: str) -> bool:
-    """Whether a set comes with a train and a test part of its own."""
-    source, _ = split_class_list(parse_spec(spec)[0])
-    return source in TORCHVISION or source == "imagenet"
 
 
 def is_array(source: str) -> bool:

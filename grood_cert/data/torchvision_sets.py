@@ -6,20 +6,26 @@ import warnings
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from grood_cert.data.arrays import stored, to_nchw
-from grood_cert.data.images import Contents, Request, to_channels
-from grood_cert.data.pictures import cover, pictures
+from grood_cert.data.images import Contents, Request
+from grood_cert.data.pictures import Pictures, cover, fitted, stored_pictures, survey
 from grood_cert.data.spec import TORCHVISION
+from grood_cert.data.splits import Part
 from grood_cert.errors import InputError, said
+
+
+def torchvision_splits(request: Request) -> dict[Part, str]:
+    """Train and test."""
+    del request
+    return {"train": "train", "test": "test"}
 
 
 def torchvision_set(request: Request) -> Contents:
     """The images of a split, fitted to height and width."""
     from torchvision import datasets
 
-    source, split, shape, root, download, _ = request
+    source, split, shape, root, download = request[:5]
     class_name, marker = TORCHVISION[source]
     build = getattr(datasets, class_name)
     which: dict[str, Any] = {"split": split} if source in ("svhn", "dtd") else {"train": split == "train"}
@@ -44,9 +50,12 @@ def torchvision_set(request: Request) -> Contents:
             data = read(download=True)
         except Exception as cause:
             raise InputError(f"data set '{source}' could not be downloaded to '{root}': {said(cause)}") from cause
+    changes: tuple[tuple[str, ...], ...] = ()
     if source == "dtd":
-        labels = data._labels
-        images = pictures(data._image_files, (3, *(shape[1:] if shape else (32, 32))), cover)
+        labels, files = data._labels, data._image_files
+        textures = Pictures(files.__getitem__, list(map(str, files)), f"data set '{source}' in '{root}'")
+        shape, changes = survey(textures, shape or (3, 32, 32), request.resize)
+        images = stored_pictures(textures, shape, cover)
     else:
         labels = data.labels if source == "svhn" else data.targets
         pixels = to_nchw(np.asarray(data.data), source)
@@ -59,12 +68,8 @@ def torchvision_set(request: Request) -> Contents:
         raise InputError(
             f"data set '{source}' in '{root}' has labels from {labels.min()} to {labels.max()} for {len(names)} classes"
         )
-    if shape is not None and images.shape[2:] != tuple(shape[1:]):
-        height, width = shape[1:]
-
-        def fitted(batch: Tensor) -> Tensor:
-            resized: Tensor = cover(to_channels(batch, shape[0]), height, width)
-            return resized.clamp(0, 1)
-
-        images = images.map(fitted, shape)
-    return Contents(images, labels, names)
+    if shape is not None and request.resize is not False and images.shape[2:] != tuple(shape[1:]):
+        made = (f"made {'grey from RGB' if shape[0] == 1 else 'RGB from grey'}",) * (images.shape[1] != shape[0])
+        changes = ((*made, f"fitted to {shape[1]}x{shape[2]}"),) * len(labels)
+        images = images.map(lambda batch: fitted(batch, shape), shape)
+    return Contents(images, labels, names, changes=changes)

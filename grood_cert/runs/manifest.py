@@ -37,6 +37,7 @@ def manifest(
         "calibration": origin.calibration if origin else None,
         "data": [
             {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
+            | ({"note": images.note} if images.note else {})
             for images in sets
         ],
         "limit": limit,

@@ -75,10 +75,12 @@ def _check_bounds(network: nn.Module, experiment: Experiment, section: Objective
             interval_lipschitz(network, Ball(image, image.new_full((1,), section.slope_eps), "l2"))
 
 
-def _images(recipe: Recipe, data_dir: Path | None, download: bool) -> Experiment:
+def _images(recipe: Recipe, data_dir: Path | None, download: bool, reporter: Reporter) -> Experiment:
     """The images of a run, which can be trained on, cut into batches and calibrated on."""
     with processes.first_goes_ahead():
         experiment = experiment_of(recipe, data_dir, download)
+    for note in experiment.notes:
+        reporter.say(note)
     check_images(experiment)
     _, calibration = split_calibration(experiment.calibration, recipe)
     metrics.calibrated_threshold(range(len(calibration)), metrics.TPR_PERCENT)  # refuses too small a split
@@ -237,7 +239,7 @@ def run(
         _check_folder(out, force, resume)
     check_device(device)
     check_layout(recipe, torch.device(device))
-    experiment = _images(recipe, data_dir, download and first)
+    experiment = _images(recipe, data_dir, download and first, reporter)
     architecture = architecture_of(recipe, experiment)
     network = _network(recipe, architecture, reporter)
     _check_bounds(network, experiment, recipe.objective)

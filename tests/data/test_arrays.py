@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import pickle
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,7 @@ def test_wrong_arrays(tmp_path, pixels, message):
     ("labels", "message"),
     [
         (np.zeros(5, int), "they must be integers of shape \\(6,\\)"),
-        (np.zeros((6, 1), int), "they must be integers of shape \\(6,\\)"),
+        (np.zeros((6, 2), int), "they must be integers of shape \\(6,\\)"),
         (np.zeros(6), "labels of .* are float64"),
         (np.array([0, 1, 2, 3, 4, -1]), "labels of .* run from -1 to 4"),
         (np.full(6, 2**63, np.uint64), "they must be class indices counted from 0"),
@@ -153,3 +155,15 @@ def test_rows_of_tiny_images(tmp_path):
     images = load_set(path)
     assert torch.equal(images.images, torch.from_numpy(pixels.astype(np.float32) / 255))
     assert images.labels.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_an_archive_that_claims_more_than_it_holds_takes_no_memory(tmp_path):
+    """A header of 64 TB in a file of some hundred bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (2**26, 2**10, 2**10)}
+    )
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(100))
+    with refused("cannot be read .*: ValueError: 'images' claims 70368744177664 bytes|'images' claims 70368744177664"):
+        load_set(str(tmp_path / "x.npz"))

@@ -184,3 +184,34 @@ def test_a_damaged_picture_of_a_stored_folder_is_named_when_it_is_read(tmp_path,
     assert len(images.images[:3]) == 3
     with refused("picture '.*a/3.png' cannot be used: cannot identify image file"):
         images.content_hash()
+
+
+def test_what_was_left_out_converted_and_fitted_is_counted(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    grey = Image.fromarray(GREY[0])
+    for name, mode in (("l", "L"), ("rgb", "RGB"), ("rgba", "RGBA"), ("p", "P"), ("la", "LA")):
+        grey.convert(mode).save(folder / f"{name}.png")
+    grey.resize((9, 9)).save(folder / "large.png")
+    grey.save(folder / "moving.gif")
+    (folder / "notes.txt").write_text("none")
+    (folder / "._l.png").write_bytes(b"what other systems leave behind")
+    found = load_set(str(tmp_path), shape=(1, 4, 5))
+    assert len(found) == 6 and found.note == (
+        "1 of 6 images made grey from grey with transparency; 1 of 6 images fitted to 4x5; 1 of 6 images made grey from "
+        "a palette; 1 of 6 images made grey from RGB; 1 of 6 images made grey from RGBA; files left out: 1 .gif, 1 .txt"
+    )
+    assert load_set("digits", shape=(3, 8, 8)).note == "1797 of 1797 images made RGB from grey"
+    assert load_set("digits").note == ""
+    with refused("image '.*large.png' is 9x9, the model expects 4x5"):
+        load_set(str(tmp_path), shape=(1, 4, 5), resize=False)
+    fitted = load_set("digits:0", shape=(1, 4, 4), resize=True)
+    assert (fitted.shape, fitted.note) == ((1, 4, 4), "178 of 178 images fitted to 4x4")
+
+
+def test_a_picture_is_a_set_of_one(tmp_path):
+    Image.fromarray(GREY[0]).save(tmp_path / "x.png")
+    found = load_set(str(tmp_path / "x.png"))
+    assert (len(found), found.name, found.files, found.shape) == (1, "x.png", ("x.png",), (1, 4, 5))
+    with refused("picture 'none.png' does not exist"):
+        load_set("none.png")

@@ -104,7 +104,7 @@ def test_dtd_files(tmp_path):
     assert images.images.mean((1, 2, 3)).tolist() == [0, 1]
     assert load_set("dtd:1", data_dir=tmp_path, shape=(1, 28, 28)).images.min() > 0.999
     (tmp_path / "dtd/dtd/images/dotted/test.jpg").write_bytes(b"nonsense")
-    with refused("picture '.*dotted/test.jpg' cannot be used: cannot identify image file"):
+    with refused("data set 'dtd' in .* has 1 unreadable images, the first '.*dotted/test.jpg': cannot identify"):
         load_set("dtd", data_dir=tmp_path)
     (tmp_path / "dtd/dtd/labels/test1.txt").unlink()
     with refused("'dtd' in '.*' cannot be read: .*No such file"):
