@@ -439,8 +439,12 @@ def certify_sets(
         if name != "id" and name.casefold() == "id":
             raise InputError(f"image set {name!r}: the set to be accepted is called 'id'")
     chosen = [image_set(data, name, "id" if name == "id" else "ood") for name, data in sets.items()]
+    first: dict[str, str] = {}
     for images in chosen:
         check_pixels(images.images[:1], detector.shape, images.name)
+        other = first.setdefault(images.content_hash(), images.name)
+        if other != images.name:
+            raise InputError(f"image sets {other!r} and {images.name!r} hold the same images; give each set once")
     settings = Settings(
         _grid(eps),
         norm,

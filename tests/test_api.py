@@ -197,6 +197,10 @@ def test_other_code_with_the_same_weights_does_not_continue_a_run(tmp_path):
         (lambda d, x: gc.lipschitz_bound(d, x, None), "eps None: expected a number"),
         (lambda d, x: gc.Detector.calibrate("model", x), "expected a torch.nn.Module, got str"),
         (lambda d, x: gc.certify_sets(d, {"ID": x}, 0.1, out="unused"), "the set to be accepted is called 'id'"),
+        (
+            lambda d, x: gc.certify_sets(d, {"id": x, "b": x.clone()}, 0.1, out="unused"),
+            "'id' and 'b' hold the same images",
+        ),
         (lambda d, x: gc.certify(d, x, -0.1), "eps -0.1: expected a number from 0 to 1"),
         (lambda d, x: gc.certify(d, x, [0.2, 0.1]), "ascending"),
         (lambda d, x: gc.certify(d, x, []), "no eps given"),
