@@ -17,7 +17,7 @@ from grood_cert.cli import options
 from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
-from grood_cert.cli.export import export, verdicts
+from grood_cert.cli.export import export
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.recipe import recipe
@@ -25,6 +25,7 @@ from grood_cert.cli.smooth import smooth
 from grood_cert.cli.status import status
 from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
+from grood_cert.cli.vnnlib import verdicts, vnnlib
 
 app = typer.Typer(
     name="grood-cert",
@@ -54,7 +55,7 @@ def _root(
     options.help_without_command(context)
 
 
-for _command in (train, certify, smooth, lipschitz, status, threshold, curve, merge, export, verdicts, demo):
+for _command in (train, certify, smooth, lipschitz, status, threshold, curve, merge, export, vnnlib, verdicts, demo):
     app.command()(_command)
 app.add_typer(recipe, name="recipe")
 

@@ -1,4 +1,6 @@
-"""Weights from a file into a network, strictly: what does not fit is refused by name, never skipped.
+"""Weights from a file into a network, and their published names on the way out.
+
+Loading is strict: what does not fit is refused by name, never skipped.
 
 The file is a state dict that ``torch.save`` or safetensors wrote; so are this package's own checkpoints. Nothing in it
 is run. It may lie in dictionaries, under one of `WRAPPERS`, and in a list of one. All its names may begin with the same
@@ -268,8 +270,7 @@ def _translations(own: Iterable[str], head: str) -> list[tuple[str, str]]:
         (r"^(?:fc|linear|classifier)\.", f"{head}."),
         (r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
     ]
-    blocks = [found[1] for name in own if (found := re.fullmatch(r"(\d+)\.norm1\.weight", name))]
-    if len(blocks) == 8:  # ResNet-18: four layers of two
+    if blocks := _residual_blocks(own):  # four layers of two
         rules += [(rf"^layer{index // 2 + 1}\.{index % 2}\.", f"{block}.") for index, block in enumerate(blocks)]
         rules += [
             (r"^conv1\.", "1."),
@@ -278,6 +279,40 @@ def _translations(own: Iterable[str], head: str) -> list[tuple[str, str]]:
             (r"\.downsample\.", ".shortcut."),
         ]
     return rules
+
+
+def published_state(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters under the names of the literature, without normalisation; `load_into` reads them back.
+
+    Published code normalises before the network, so that what is below a `Normalize` is left out, and with it the
+    position behind one that stands in front of a whole network. Where there is nothing published, names are our own.
+
+    Args:
+        network: One of our architectures, or any other, perhaps behind a `Normalize`.
+
+    Example:
+        >>> list(published_state(nn.Sequential(Normalize([0.5], [0.3]), nn.Linear(1, 2))))
+        ['weight', 'bias']
+    """
+    if not isinstance(network, Classifier):
+        parts = list(network.children()) if isinstance(network, nn.Sequential) else []
+        inner = parts[1] if len(parts) == 2 and isinstance(parts[0], Normalize) else network
+        return dict(inner.state_dict())
+    normalisation = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Normalize))
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(normalisation)}
+    rules = []
+    if blocks := _residual_blocks(state):
+        rules = [(rf"^{block}\.", f"layer{index // 2 + 1}.{index % 2}.") for index, block in enumerate(blocks)]
+        rules += [(r"^1\.", "conv1."), (r"^2\.", "bn1."), (r"\.norm([12])\.", r".bn\1."), (r"^\d+\.", "fc.")]
+    elif "linear" in dict(network.named_children()):
+        rules = [(r"^linear\.", "fc.")]
+    return {_translated(name, rules): tensor for name, tensor in state.items()}
+
+
+def _residual_blocks(own: Iterable[str]) -> list[str]:
+    """The positions of the eight blocks of our ResNet-18; none in another network."""
+    blocks = [found[1] for name in own if (found := re.fullmatch(r"(\d+)\.norm1\.weight", name))]
+    return blocks if len(blocks) == 8 else []
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:

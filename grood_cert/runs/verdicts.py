@@ -177,7 +177,7 @@ def write_verdicts(
         exported = json.loads(source.read_text(encoding="utf-8"))
         known = exported["model"]["sha256"] == sha256(model) and exported["gamma"] == detector.gamma
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source}: not written by grood-cert export ({type(error).__name__})") from None
+        raise InputError(f"{source}: not written by grood-cert vnnlib ({type(error).__name__})") from None
     if not known:
         raise InputError(f"{folder} was not exported from {model}")
     if not verifier.strip():

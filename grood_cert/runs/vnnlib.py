@@ -28,14 +28,11 @@ References:
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +46,8 @@ from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.interval import ROUNDING
 from grood_cert.results.table import Table
+from grood_cert.runs.onnx_file import write_onnx
 from grood_cert.system.files import check_writable, replacing, sha256, write_json
-
-INSTALL_COMMAND = "pip install onnx"
 
 _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
 _LARGEST_EXPONENT = 80.0  # e^80 is still a float32 value
@@ -264,13 +260,6 @@ def undecided(rows: Table, eps: float, limit: int = 0) -> list[int]:
     return positions[:limit] if limit else positions
 
 
-def _onnx() -> Any:
-    try:
-        return importlib.import_module("onnx")
-    except ImportError:
-        raise RunError(f"writing ONNX needs the package onnx; install it with: {INSTALL_COMMAND}") from None
-
-
 def _with_rows(network: nn.Module, rows: Sequence[Sequence[float]]) -> nn.Module:
     """The network followed by the rows, in float32."""
     for name, tensor in network.state_dict().items():
@@ -281,53 +270,6 @@ def _with_rows(network: nn.Module, rows: Sequence[Sequence[float]]) -> nn.Module
         head.bias.zero_()
         head.weight.copy_(torch.tensor(rows, dtype=torch.float64))
     return nn.Sequential(copy.deepcopy(network).cpu().float(), head).eval()
-
-
-def write_onnx(network: nn.Module, rows: Sequence[Sequence[float]], images: Tensor, path: Path) -> None:
-    """Write the network followed by the rows as ONNX, and check the file against it.
-
-    The older of torch's exporters is used: it needs no package but onnx, and told to preserve the mode it leaves
-    BatchNorm as it is, where folding it would round the weights.
-
-    Args:
-        network: f in eval mode.
-        rows: One row c of K float32 values for each output.
-        images: Inputs on which the file, run by onnx itself, must agree with the network, shape (B, C, H, W).
-        path: Where to write.
-
-    Raises:
-        InputError: If a parameter of the network is no float32 value.
-        RunError: If onnx is missing, torch cannot export the network, or the file disagrees with it.
-    """
-    onnx = _onnx()
-    evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
-    module = _with_rows(network, rows)
-    inputs = images.cpu().float()
-    with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this exporter is the older one
-        try:
-            torch.onnx.export(
-                module,
-                (inputs[:1],),
-                str(temporary),
-                dynamo=False,
-                opset_version=13,
-                input_names=["X"],
-                output_names=["Y"],
-                training=torch.onnx.TrainingMode.PRESERVE,
-                do_constant_folding=False,
-            )
-            onnx.checker.check_model(str(temporary))
-            session = evaluator(str(temporary))
-            got = np.concatenate([session.run(None, {"X": image[None]})[0] for image in inputs.numpy()])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise RunError(f"the network could not be exported ({type(error).__name__}: {reason})") from error
-        with torch.no_grad():
-            wanted = module.double()(inputs.double()).numpy()
-        scale = 1 + np.abs(wanted).max()
-        if not np.abs(got - wanted).max() <= 1e-4 * scale:
-            raise RunError("the exported network disagrees with the model; nothing was written")
 
 
 def export(
@@ -390,7 +332,8 @@ def export(
         images.append(image)
     if len({instance.name for instance in instances}) < len(instances):
         raise InputError("two image sets would share the same file names; export them to different folders")
-    write_onnx(detector.network, [i.specification.row for i in instances], torch.stack(images[:2]), out / "model.onnx")
+    network = _with_rows(detector.network, [i.specification.row for i in instances])
+    write_onnx(network, torch.stack(images[:2]), out / "model.onnx", any_batch=False)
     for output, (instance, image) in enumerate(zip(instances, images, strict=True)):
         text = property_text(instance, output, len(instances), image, eps, detector.gamma, bounded.method)
         with replacing(out / f"{instance.name}.vnnlib") as temporary:

@@ -446,3 +446,17 @@ def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
         "",
         "grood-cert: error: interrupted; the same command goes on (train: with --resume)\n",
     )
+
+
+def test_export(call, model, tmp_path):
+    code, out, _ = call("export", model, "--format", "state-dict", "--out", tmp_path / "w.pt")
+    assert code == 0 and f"wrote {tmp_path / 'w.pt'}: " in out and "they want (x - mean) / std" in out
+    assert f"wrote {tmp_path / 'w.pt.json'}: normalisation, score, gamma and class names" in out
+    code, _, err = call("export", model, "--format", "state-dict", "--out", tmp_path / "w.pt")
+    assert code == 2 and "w.pt exists already; choose another --out, or add --force" in err
+    assert call("export", model, "--format", "safetensors", "--out", tmp_path / "w.pt", "--force")[0] == 0
+    code, _, err = call("export", model, "--format", "keras", "--out", tmp_path / "v")
+    assert code == 2 and "unknown format 'keras'; use one of onnx, safetensors" in err
+    before = model.read_bytes()
+    code, _, err = call("export", model, "--format", "onnx", "--out", model, "--force")
+    assert code == 2 and "is the model itself" in err and model.read_bytes() == before

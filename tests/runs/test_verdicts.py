@@ -122,7 +122,7 @@ def test_results_that_cannot_be_used(undecided, model, tmp_path):
     both.write_text("m.onnx,a.vnnlib,sat\nm.onnx,a.vnnlib,unsat\n")
     with pytest.raises(InputError, match="both sat and unsat"):
         read_verdicts(both)
-    with pytest.raises(InputError, match="not written by grood-cert export"):
+    with pytest.raises(InputError, match="not written by grood-cert vnnlib"):
         write_verdicts(loaded, model, tmp_path, sets, both, "test")
     exported = manifest(loaded, read, sets, read.manifest["model"]["sha256"], 0.2)
     with pytest.raises(InputError, match="were not exported"):

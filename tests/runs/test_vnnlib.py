@@ -185,14 +185,6 @@ def test_export_refuses_what_a_verifier_would_see_otherwise(network, undecided, 
         vnnlib.export(loaded, model, other, sets, None, eps, tmp_path)
 
 
-def test_without_onnx_the_message_names_it(monkeypatch, undecided, tmp_path):
-    loaded, *_ = undecided
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(RunError, match="pip install"):
-        vnnlib.write_onnx(loaded.network, [[0.0] * 6], torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_exported_network_is_the_network_followed_by_the_rows(undecided, model, tmp_path):
     """onnx's own reference evaluator runs the file; the properties of the folder refer to its outputs."""
     reference = pytest.importorskip("onnx.reference", reason="needs the optional package onnx")
