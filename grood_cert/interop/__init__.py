@@ -1,0 +1,1 @@
+"""Detectors in the libraries of others: pytorch-ood, OpenOOD, foolbox."""
