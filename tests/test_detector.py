@@ -16,6 +16,7 @@ import grood_cert
 from grood_cert.detector import Architecture, Detector, Provenance, check_device, load, logits, probes, versions
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
+from grood_cert.networks.weights import read_state
 from grood_cert.recipe import Recipe
 from grood_cert.scores import energy
 from grood_cert.system.torch_files import fingerprint
@@ -51,9 +52,9 @@ def saved(tmp_path):
 def rewrite(path, *missing, **changes) -> None:
     """Another content under a fingerprint of its own, as only a program that means it writes."""
     content = {**torch.load(path, weights_only=True), **changes}
-    for name in ("sha256", *missing):
+    for name in ("content_sha256", *missing):
         del content[name]
-    torch.save({**content, "sha256": fingerprint(content)}, path)
+    torch.save({**content, "content_sha256": fingerprint(content)}, path)
 
 
 def refusal(path, **options) -> str:
@@ -171,16 +172,20 @@ def test_inverted_weights_are_damage(saved):
     begin = content.index(weight)
     saved.write_bytes(content[:begin] + bytes(255 - byte for byte in weight[:400]) + content[begin + 400 :])
     assert torch.load(saved, weights_only=True)["state_dict"]["6.weight"].numpy().tobytes() != weight
-    assert refusal(saved) == f"{saved}: damaged: its content is not what was written (SHA-256 differs)"
+    assert refusal(saved) == (
+        f"{saved}: not a grood-cert checkpoint, but damaged: its content is not what was written (SHA-256 differs)"
+    )
+    with pytest.raises(InputError, match=r"is not a file of weights, but damaged: .* \(SHA-256 differs\)"):
+        read_state(saved)
 
 
 def test_every_value_is_under_the_fingerprint(saved):
     content = torch.load(saved, weights_only=True)
-    for changes in ({"gamma": -1.0}, {"class_names": ["one", "zero", "two"]}, {"more": 1}, {"sha256": "0"}):
+    for changes in ({"gamma": -1.0}, {"class_names": ["one", "zero", "two"]}, {"more": 1}, {"content_sha256": "0"}):
         torch.save({**content, **changes}, saved)
         assert "damaged: its content is not what was written" in refusal(saved)
-    torch.save({name: value for name, value in content.items() if name != "sha256"}, saved)
-    assert "damaged: its content is not what was written" in refusal(saved)
+    torch.save({name: value for name, value in content.items() if name != "content_sha256"}, saved)
+    assert "a grood-cert checkpoint without a SHA-256 of its content" in refusal(saved)
 
 
 def test_a_network_that_computes_something_else_is_noticed(saved, monkeypatch):

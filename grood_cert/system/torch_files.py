@@ -28,8 +28,9 @@ from torch import Tensor
 
 from grood_cert.errors import InputError, RunError, said
 
-_FINGERPRINT = "sha256"
+_FINGERPRINT = "content_sha256"
 _READ = 4096  # bytes that tell what a file is
+_SCANNED = 2**24  # bytes of a pickle in which the object is looked for that would run code
 _ALONE = "save the weights alone, where its code is: torch.save(model.state_dict(), FILE)"
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
@@ -89,7 +90,8 @@ def opened(file: Path | BinaryIO) -> Any:
 
     Raises:
         FileNotFoundError: If there is none.
-        InputError: Saying what it is instead, or why it cannot be opened, in words that continue "FILE is ...".
+        InputError: Saying what it is instead, or why it cannot be opened, in words that continue "FILE is ..."; also if
+            it is one of ours, and its fingerprint is not that of its content.
         RunError: If it is of safetensors, and that package is not installed.
     """
     if isinstance(file, Path) and file.is_dir():
@@ -101,14 +103,22 @@ def opened(file: Path | BinaryIO) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what is refused below by name
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
         foreign = _foreign(file, beginning) if isinstance(file, Path) else None
         raise InputError(_unsafe(str(error)) or foreign or f"damaged: {_plain(error)}") from error
+    if isinstance(content, dict) and _FINGERPRINT in content:
+        rest = {name: value for name, value in content.items() if name != _FINGERPRINT}
+        if content[_FINGERPRINT] != fingerprint(rest):
+            raise InputError("damaged: its content is not what was written (SHA-256 differs)")
+    return content
 
 
 def _plain(error: Exception) -> str:
-    return textwrap.shorten(re.sub(r"\x1b\[[0-9;]*m", "", said(error)), 120, placeholder=" ...")
+    """What an exception says, in one line, without colours and without torch's advice to run the file."""
+    text = re.sub(r"^Weights only load failed.*?(?:WeightsUnpickler error:|$)", "", said(error))
+    text = "".join(letter for letter in re.sub(r"\x1b\[[0-9;]*m", "", text) if letter.isprintable())
+    return textwrap.shorten(f"{type(error).__name__}: {text}", 120, placeholder=" ...")
 
 
 def _unsafe(message: str) -> str | None:
@@ -118,6 +128,7 @@ def _unsafe(message: str) -> str | None:
 
 
 def _would_run(name: str) -> str:
+    name = "".join(letter for letter in name if letter.isprintable())
     if name.startswith("torch.nn.modules."):
         return f"a whole pickled module ({name}), which runs code when it is opened; {_ALONE}"
     return f"a pickle that runs {name} when it is opened; {_ALONE}"
@@ -191,15 +202,15 @@ def _foreign_pickle(path: Path) -> str | None:
     texts: list[str] = []
     try:
         with path.open("rb") as stream:
-            for operation, argument, _ in pickletools.genops(stream):
+            for operation, argument, _ in pickletools.genops(stream.read(_SCANNED)):
                 if operation.name == "GLOBAL" or (operation.name == "STACK_GLOBAL" and len(texts) > 1):
                     name = ".".join(texts[-2:]) if operation.name == "STACK_GLOBAL" else str(argument).replace(" ", ".")
                     if not name.startswith(("collections.OrderedDict", "torch._utils.", "torch.FloatStorage")):
                         return _would_run(name)
                 if isinstance(argument, str):
                     texts.append(argument)
-    except (ValueError, pickle.UnpicklingError, OSError):
-        return None
+    except (ValueError, UnicodeError, pickle.UnpicklingError, OSError):
+        return "a damaged or very large pickle; write it with torch.save instead"
     return "a plain pickle; write it with torch.save instead"
 
 
@@ -253,7 +264,6 @@ class Format:
             raise InputError(
                 f"{path}: {self.name} of format {content.get('format_version')}; this version reads {self.version}"
             )
-        stored = content.pop(_FINGERPRINT, None)
-        if stored != fingerprint(content):
-            raise InputError(f"{path}: damaged: its content is not what was written (SHA-256 differs)")
+        if content.pop(_FINGERPRINT, None) is None:
+            raise InputError(f"{path}: a {self.name} without a SHA-256 of its content; it was not written whole")
         return content
