@@ -20,6 +20,7 @@ from grood_cert.cli.demo import demo
 from grood_cert.cli.export import export
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
+from grood_cert.cli.predict import predict
 from grood_cert.cli.recipe import recipe
 from grood_cert.cli.smooth import smooth
 from grood_cert.cli.status import status
@@ -55,7 +56,21 @@ def _root(
     options.help_without_command(context)
 
 
-for _command in (train, certify, smooth, lipschitz, status, threshold, curve, merge, export, vnnlib, verdicts, demo):
+for _command in (
+    train,
+    predict,
+    certify,
+    smooth,
+    lipschitz,
+    status,
+    threshold,
+    curve,
+    merge,
+    export,
+    vnnlib,
+    verdicts,
+    demo,
+):
     app.command()(_command)
 app.add_typer(recipe, name="recipe")
 

@@ -61,7 +61,6 @@ def certify(
     dry_run: options.DryRun = False,
 ) -> None:
     """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
-    import math
     from dataclasses import replace
     from typing import cast
 
@@ -72,9 +71,7 @@ def certify(
     from grood_cert.errors import InputError
     from grood_cert.runs import certify as certification
 
-    if gamma is not None and not math.isfinite(gamma):
-        raise InputError(f"gamma must be a finite number, got {gamma!r}")
-    loaded = detector.load(model, options.device_name(device))
+    loaded = options.at_gamma(detector.load(model, options.device_name(device)), gamma)
     folder = out or model.parent
     part, most = options.shard_of(shard), options.byte_count(memory) if memory else 0
     ball = options.norm_named(norm)
@@ -95,8 +92,6 @@ def certify(
         per_logit=per_logit,
     )
     settings.check(loaded.shape)
-    if gamma is not None:
-        loaded = replace(loaded, gamma=gamma)
     experiment = options.experiment(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if not grid:

@@ -93,6 +93,22 @@ def warn_unfinished(table: Table, path: Path) -> None:
         )
 
 
+def at_gamma(loaded: Detector, gamma: float | None) -> Detector:
+    """The detector with the threshold that --gamma gives, or with its own.
+
+    Raises:
+        InputError: If it is not a finite number.
+    """
+    import dataclasses
+    import math
+
+    from grood_cert.errors import InputError
+
+    if gamma is not None and not math.isfinite(gamma):
+        raise InputError(f"gamma must be a finite number, got {gamma!r}")
+    return loaded if gamma is None else dataclasses.replace(loaded, gamma=gamma)
+
+
 def device_name(name: str) -> str:
     """The device's name, with auto resolved to this process's GPU; whether it works is checked where it is used."""
     import os

@@ -164,3 +164,17 @@ def print_across(records: Sequence[Mapping[str, Any]], name: str, quantities: Ma
         if any(record[key] is not None for record in records):
             table.add_row(words, *(_cell(record[key]) for record in records))
     console().print(table)
+
+
+def print_down(records: Sequence[Mapping[str, Any]], quantities: Mapping[str, str], title: str) -> None:
+    """One line a record, and one column a quantity (key: words)."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name, words in quantities.items():
+        numbers = all(isinstance(record[name], float) for record in records)
+        table.add_column(words, justify="right" if numbers else "left", overflow="fold")
+    for record in records:
+        table.add_row(*(_cell(record[name]) for name in quantities))
+    console().print(table)

@@ -25,7 +25,7 @@ are read as they are indexed, from the mapped file or the pictures (`StoredImage
 
 from grood_cert.data.experiment import Experiment, experiment_of, load_experiment
 from grood_cert.data.images import ImageSet, StoredImages
-from grood_cert.data.sources import load_set, splits_of
+from grood_cert.data.sources import load_pictures, load_set, splits_of
 from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, parse_spec
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "StoredImages",
     "experiment_of",
     "load_experiment",
+    "load_pictures",
     "load_set",
     "parse_spec",
     "splits_of",

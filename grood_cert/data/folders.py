@@ -37,10 +37,15 @@ def is_folder(source: str) -> bool:
 
 def picture(request: Request) -> Contents:
     """A picture file, as a set of one image."""
-    path = Path(request.source)
-    if not path.is_file():
-        raise InputError(f"picture '{path}' does not exist")
-    return _contents([path], path.parent, [0], (path.name,), request, cover)
+    return picture_files([request.source], request)
+
+
+def picture_files(files: Sequence[str], request: Request) -> Contents:
+    """Some picture files, under the names they are given by."""
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"picture '{file}' does not exist")
+    return _pictures(files, files, "the pictures" if len(files) > 1 else f"picture '{files[0]}'", request, cover)
 
 
 def imagenet_splits(request: Request) -> dict[Part, str]:
@@ -79,6 +84,7 @@ def folder(request: Request) -> Contents:
     first = _folders(Path(place) / folder_splits(request)["train"]) if "train" in folder_splits(request) else []
     names = [*first, *(name for name in names if name not in first)] if names else []
     found = _classes(path, names, class_list, request, cover)
+    found = found._replace(files=tuple(f"{request.split}/{file}" for file in found.files))
     others = [name for name in _folders(Path(place)) if not is_split(name)]
     if not others:
         return found
@@ -155,17 +161,20 @@ def _contents(
             f"folder '{path}' is empty: it holds no readable image, nor class sub-folders with some"
             + (f" ({note})" if left_out else "")
         )
-    pictures = Pictures(kept.__getitem__, kept, f"folder '{path}'")
-    shape, changes = survey(pictures, request.shape, request.resize)
-    names = tuple(Path(file).relative_to(path).as_posix() for file in kept)
-    return Contents(
-        stored_pictures(pictures, shape, fit),
-        np.array(labels, dtype=np.int64)[np.array(chosen)],
-        class_names,
-        names,
-        changes,
-        note if left_out else "",
+    names = [Path(file).relative_to(path).as_posix() for file in kept]
+    return _pictures(kept, names, f"folder '{path}'", request, fit)._replace(
+        labels=np.array(labels, dtype=np.int64)[np.array(chosen)],
+        class_names=class_names,
+        note=note if left_out else "",
     )
+
+
+def _pictures(files: Sequence[str], names: Sequence[str], source: str, request: Request, fit: Fit) -> Contents:
+    """Picture files of one class."""
+    pictures = Pictures(files.__getitem__, files, source)
+    shape, changes = survey(pictures, request.shape, request.resize)
+    labels = np.zeros(len(files), dtype=np.int64)
+    return Contents(stored_pictures(pictures, shape, fit), labels, ("pictures",), tuple(names), changes)
 
 
 def _crop(image: Any, height: int, width: int) -> Any:

@@ -20,6 +20,7 @@ from grood_cert.data.images import Array, StoredImages, to_channels
 from grood_cert.errors import InputError, said
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ASK = ", or ask for it (--resize, or resize=True)"
 _LARGE = 224
 _MARGIN = 256 / 224
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -83,7 +84,8 @@ def survey(pictures: Pictures, shape: _Shape | None, resize: bool | None) -> tup
         except _BROKEN as error:
             broken.append(f"'{name}': {said(error)}")
     if not found:
-        raise InputError(f"{pictures.source} is empty: it holds no readable image")
+        first = f" ({broken[0]})" if broken else ""
+        raise InputError(f"{pictures.source} is empty: it holds no readable image{first}")
     if broken:
         raise InputError(f"{pictures.source} has {len(broken)} unreadable images, the first {broken[0]}; remove them")
     if shape is None:
@@ -105,7 +107,9 @@ def survey(pictures: Pictures, shape: _Shape | None, resize: bool | None) -> tup
         )
         if size != [height, width]:
             if resize is False:
-                raise InputError(f"image '{name}' is {size[0]}x{size[1]}, the model expects {height}x{width}")
+                raise InputError(
+                    f"image '{name}' is {size[0]}x{size[1]}, the model expects {height}x{width}; resize it first{ASK}"
+                )
             words += (f"fitted to {height}x{width}",)
         changes.append(words)
     return shape, tuple(changes)

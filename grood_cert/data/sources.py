@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,12 @@ from grood_cert.data.folders import (
     is_picture,
     named_folder,
     picture,
+    picture_files,
 )
 from grood_cert.data.hugging_face import hugging_face, hugging_face_splits, is_hugging_face
 from grood_cert.data.idx import idx_file, idx_splits, is_idx
 from grood_cert.data.images import Contents, ImageSet, Request, StoredImages, held, taken, to_channels
-from grood_cert.data.pictures import fitted
+from grood_cert.data.pictures import ASK, SUFFIXES, fitted
 from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, is_array, name_of, parse_spec, split_class_list
 from grood_cert.data.splits import Part, chosen
 from grood_cert.data.torchvision_sets import torchvision_set, torchvision_splits
@@ -73,6 +74,11 @@ def _loader(source: str) -> Loader:
     found = next((loader for loader in LOADERS if loader.reads(source)), None)
     if found:
         return found
+    if Path(source).is_file():
+        raise InputError(
+            f"file '{source}' is of a kind that is not read; pictures end in {', '.join(SUFFIXES)}, arrays in .npy and "
+            ".npz, webdataset in .tar"
+        )
     near = difflib.get_close_matches(source.lower(), SOURCES, n=1, cutoff=0.4)
     hint = f", did you mean '{near[0]}'?" if near else ";"
     raise InputError(
@@ -145,19 +151,36 @@ def load_set(
         class_names = tuple(class_names[index] for index in classes)
     if len(images) == 0:
         raise InputError(f"'{spec}' is empty: it names a set without images")
-    counts = Counter(word for words in changes for word in words)
+    contents = Contents(images, labels, class_names, files, changes, said_of)
+    return _image_set(contents, name_of(spec), "noise" if source in NOISE else "ood", shape, resize)
+
+
+def load_pictures(files: Sequence[str], *, shape: _Shape | None = None, resize: bool | None = None) -> ImageSet:
+    """Load some picture files as one set, called "pictures"; see `load_set`.
+
+    Raises:
+        InputError: A file is missing or unreadable, or has another size than it must.
+    """
+    contents = picture_files(files, Request("", "", shape, Path(), False, 0, resize))
+    return _image_set(contents, "pictures", "ood", shape, resize)
+
+
+def _image_set(contents: Contents, name: str, kind: str, shape: _Shape | None, resize: bool | None) -> ImageSet:
+    """The contents in a shape, with a note on what is done to them."""
+    images = contents.images
+    counts = Counter(word for words in contents.changes for word in words)
     if shape is not None:
-        images, words = _to_shape(images, shape, name_of(spec), resize is True)
+        images, words = _to_shape(images, shape, name, resize)
         counts.update(dict.fromkeys(words, len(images)))
     noted = [f"{count} of {len(images)} images {word}" for word, count in counts.items()]
     return ImageSet(
-        name=name_of(spec),
-        kind="noise" if source in NOISE else "ood",
+        name=name,
+        kind=kind,
         images=held(images),
-        labels=torch.from_numpy(labels.astype(np.int64)),
-        class_names=class_names,
-        files=files,
-        note="; ".join([*noted, said_of] if said_of else noted),
+        labels=torch.from_numpy(contents.labels.astype(np.int64)),
+        class_names=contents.class_names,
+        files=contents.files,
+        note="; ".join([*noted, contents.note] if contents.note else noted),
     )
 
 
@@ -167,7 +190,7 @@ def check_seed(seed: int) -> None:
         raise InputError(f"the seed must be 0 or positive, not {seed}")
 
 
-def _to_shape(images: StoredImages, shape: _Shape, name: str, resize: bool) -> tuple[StoredImages, list[str]]:
+def _to_shape(images: StoredImages, shape: _Shape, name: str, resize: bool | None) -> tuple[StoredImages, list[str]]:
     """The images in a shape, and what is done to each."""
     _, channels, height, width = images.shape
     words = []
@@ -178,6 +201,7 @@ def _to_shape(images: StoredImages, shape: _Shape, name: str, resize: bool) -> t
         if not resize:
             raise InputError(
                 f"'{name}' has images of {height}x{width}, the model expects {shape[1]}x{shape[2]}; resize them first"
+                + (ASK if resize is False else "")
             )
         images = images.map(lambda batch: fitted(batch, shape), shape)
         words.append(f"fitted to {shape[1]}x{shape[2]}")

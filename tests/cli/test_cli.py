@@ -12,40 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from grood_cert import cli, demo
+from grood_cert import demo
 from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import stages
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from tests.recorder import Recorder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["grood-cert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def refused(call):
-    """A call that must end with exit code 2 and one clear line."""
-
-    def run(*arguments):
-        code, out, err = call(*arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith("grood-cert: error: ") and err.count("\n") == 1 and "Traceback" not in err
-        return err
-
-    return run
-
 
 # Help
 

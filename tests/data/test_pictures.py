@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grood_cert.data import FOLDERS, load_experiment, load_set
+from grood_cert.data import FOLDERS, load_experiment, load_pictures, load_set
 from tests.data.examples import COLOUR, GREY, RNG, classes_on_disk, hashes, refused
 
 
@@ -211,7 +211,9 @@ def test_what_was_left_out_converted_and_fitted_is_counted(tmp_path):
 
 def test_a_picture_is_a_set_of_one(tmp_path):
     Image.fromarray(GREY[0]).save(tmp_path / "x.png")
-    found = load_set(str(tmp_path / "x.png"))
-    assert (len(found), found.name, found.files, found.shape) == (1, "x.png", ("x.png",), (1, 4, 5))
+    path = str(tmp_path / "x.png")
+    found = load_set(path)
+    assert (len(found), found.name, found.files, found.shape) == (1, "x.png", (path,), (1, 4, 5))
+    assert load_pictures([path, path]).files == (path, path)
     with refused("picture 'none.png' does not exist"):
         load_set("none.png")
