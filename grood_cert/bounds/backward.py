@@ -27,7 +27,7 @@ from grood_cert.bounds.windows import Window, WindowRows, windows
 from grood_cert.interval import Interval
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
-from grood_cert.networks.operations import Addition, Convolution, Dense, LinearMap, MaxPool
+from grood_cert.networks.operations import Addition, Convolution, Dense, LinearMap, MaxPool, Transposed
 
 _SIZE = 8  # bytes of a float64
 _COPIES = 4  # a row, its parts, and what it becomes
@@ -122,11 +122,16 @@ class Pullback:
     def _bytes(self, node: int) -> int:
         """What one row takes at most on its way back over whole layers, columns of a convolution included."""
         nodes = self._graph.nodes[: node + 1]
-        columns = (
+        columns = [
             current.size // current.shape[0] * current.operation.weight[0].numel()
             for current in nodes
             if isinstance(current.operation, Convolution)
-        )
+        ]
+        columns += [
+            math.prod(self._graph.nodes[current.inputs[0]].shape[1:]) * current.operation.operation.weight[0].numel()
+            for current in nodes
+            if isinstance(current.operation, Transposed)
+        ]
         return _SIZE * (_COPIES * max(current.size for current in nodes) + max(columns, default=0))
 
     def _through_layers(self, node: int, needed: Tensor, memory: int) -> Interval:

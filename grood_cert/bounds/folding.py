@@ -29,6 +29,12 @@ def _times(factor: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else factor * bias
 
 
+def _per_channel(scale: Scale, shape: tuple[int, ...]) -> bool:
+    """Whether a diagonal map on values of this shape has one factor, or one for each channel."""
+    factor = scale.factor
+    return factor.numel() == 1 or (factor.dim() == len(shape) and factor.numel() == len(factor) == shape[0])
+
+
 def _behind(operation: Convolution | Dense | Scale, scale: Scale) -> Convolution | Dense | Scale:
     """The layer followed by the diagonal map."""
     bias = _plus(_times(scale.factor, operation.bias), scale.bias)
@@ -79,11 +85,19 @@ def folded(graph: Graph) -> Graph:
         if (
             isinstance(operation, Scale)
             and source is not None
-            and isinstance(source.operation, Convolution | Dense | Scale)
+            and (
+                isinstance(source.operation, Scale)
+                or (isinstance(source.operation, Convolution | Dense) and _per_channel(operation, source.shape))
+            )
         ):
             merged = _behind(source.operation, operation)
             nodes.append(replace(source, operation=merged))
-        elif source is not None and isinstance(source.operation, Scale) and isinstance(operation, Reshape):
+        elif (
+            source is not None
+            and isinstance(source.operation, Scale)
+            and isinstance(operation, Reshape)
+            and operation.bias is None
+        ):
             scale = source.operation
             factor = scale.factor.expand(source.shape).reshape(node.shape)
             bias = None if scale.bias is None else scale.bias.expand(source.shape).reshape(node.shape)
@@ -92,6 +106,7 @@ def folded(graph: Graph) -> Graph:
         elif (
             source is not None
             and isinstance(source.operation, Scale)
+            and _per_channel(source.operation, source.shape)
             and (isinstance(operation, Dense) or (isinstance(operation, Convolution) and operation.groups == 1))
         ):
             nodes.append(

@@ -72,6 +72,8 @@ def slopes_of(operation: object, lower: Tensor, upper: Tensor) -> Interval:
 
 def _is_exact(operation: object) -> bool:
     """Whether ends are mapped without rounding; lower bounds of 0 that tie in a maximum pool then go on to do so."""
+    if isinstance(operation, LinearMap):
+        return operation.moves and operation.bias is None
     return isinstance(operation, MaxPool) or operation == LeakyReLU()
 
 

@@ -21,6 +21,8 @@ from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 def through(operation: Operation | None, inputs: Sequence[Interval]) -> Interval:
     """Bounds of a layer's value from those of what it reads."""
     lower, upper = inputs[0]
+    if isinstance(operation, LinearMap) and operation.moves:
+        return operation(lower), operation(upper)
     if isinstance(operation, LinearMap):
         center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)
         return center - radius, center + radius

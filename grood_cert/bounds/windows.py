@@ -5,7 +5,8 @@ A unit at place i of an axis reads, through any number of convolutions and pooli
     step i - before,  ...,  step i - before + size - 1
 
 of an earlier layer. Behind a layer with kernel k, stride s, padding p and dilation d the numbers become
-size' = (size - 1) s + (k - 1) d + 1, step' = step s, before' = before s + p. Within the window the pull-back is the
+size' = (size - 1) s + (k - 1) d + 1, step' = step s, before' = before s + p. Zeros put in front of the layer, or rows cut
+off there, only shift the window: before' = before + zeros. Within the window the pull-back is the
 same at every place: a transposed convolution without padding, or one matrix for all places. Entries outside the layer
 (in its padding) are 0 wherever they could matter. Where two paths meet the smaller window is embedded in the larger.
 
@@ -26,7 +27,7 @@ from grood_cert.ball import Ball, support
 from grood_cert.bounds.linear_rows import RowBatch, Transposes
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
-from grood_cert.networks.operations import Addition, AveragePool, Convolution, LinearMap, Scale
+from grood_cert.networks.operations import Addition, AveragePool, Convolution, LinearMap, Pad, Scale
 
 Pair = tuple[int, int]
 
@@ -47,7 +48,7 @@ class Window:
     step: Pair = (1, 1)
     before: Pair = (0, 0)
 
-    def through(self, operation: Convolution | AveragePool) -> Window:
+    def through(self, operation: Convolution | AveragePool | Pad) -> Window:
         """What the units see of the layer that the operation reads.
 
         Example:
@@ -56,6 +57,9 @@ class Window:
             >>> Window((4, 4), (3, 3), before=(1, 1)).through(convolution)
             Window(places=(4, 4), size=(7, 7), step=(2, 2), before=(3, 3))
         """
+        if isinstance(operation, Pad):
+            (_, (top, _), (left, _)) = operation.margins
+            return replace(self, before=(self.before[0] + top, self.before[1] + left))
         axes = [
             ((size - 1) * stride + (kernel - 1) * dilation + 1, step * stride, before * stride + padding)
             for size, step, before, kernel, stride, padding, dilation in zip(
@@ -144,11 +148,17 @@ class WindowRows(RowBatch):
         return self.with_values(self.values * self.view(self.values.new_ones(1, *self.shape)), inside=True)
 
     def through(self, number: int, operation: LinearMap, shape: tuple[int, ...], transposes: Transposes) -> WindowRows:
-        """Through a convolution, an average pool or a diagonal map."""
+        """Through a convolution, an average pool, zeros around a layer or a diagonal map."""
         if isinstance(operation, Scale):
-            return self.with_values(self.values * self.view(operation.factor.unsqueeze(0)), inside=True)
-        assert isinstance(operation, Convolution | AveragePool)
+            return self.with_values(
+                self.values * self.view(operation.factor.expand(self.shape).unsqueeze(0)), inside=True
+            )
+        assert isinstance(operation, Convolution | AveragePool | Pad)
         window = self.window.through(operation)
+        if isinstance(operation, Pad):
+            before, after = operation.margins[0]
+            entries = functional.pad(self._cleared()._entries(), (0, 0, 0, 0, -before, -after))
+            return WindowRows(entries.flatten(-3), shape, window, inside=False)
         local = replace(operation, padding=(0, 0), input_size=window.size)
         rows = self._cleared()._entries()
         values = transposes(number, local, rows.flatten(0, 2)).reshape(*rows.shape[:3], -1)
@@ -178,7 +188,7 @@ def windows(graph: Graph, node: int) -> dict[int, Window] | None:
         if number not in found:
             continue
         operation, window = graph.nodes[number].operation, found[number]
-        if isinstance(operation, Convolution | AveragePool):
+        if isinstance(operation, Convolution | AveragePool | Pad):
             window = window.through(operation)
         elif not isinstance(operation, Scale | Activation | Addition):
             return None

@@ -9,7 +9,7 @@ by pushing ones through |W|; ||W||_2 is an SVD of the unrolled map where that is
 sqrt(||W||_1 ||W||_inf) and, for a convolution, the norm over the torus: zero padding embeds the image in a larger torus
 of size H + 2 pad, on which the stride-1 convolution is circulant, and stride and cropping drop rows of it; dropping
 rows and embedding do not lengthen vectors, so ||W||_2 <= max over frequencies of the largest singular value of the
-transformed kernel. Power iteration is a lower bound and is not used.
+transformed kernel; a transposed convolution has the same norm, and ||A x B^T||_2 <= ||A||_2 ||B||_2 ||x||_2. Power iteration is a lower bound and is not used.
 
 *Active sub-network.* On the ball a derivative lies in [s_l, s_u]; D = E diag(d) with d = max(|s_l|, |s_u|), |E| <= 1.
 Units with d = 0 are deleted from both matrices around them, and a layer whose derivatives are all known exactly is not
@@ -29,7 +29,7 @@ from grood_cert.bounds.hidden import Preactivations
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
-from grood_cert.networks.operations import Addition, Convolution, LinearMap, MaxPool
+from grood_cert.networks.operations import Addition, Convolution, LinearMap, MaxPool, Separable, Transposed
 
 _UNROLLED_ENTRIES = 2**22
 
@@ -92,6 +92,10 @@ def operator_norm(
     if ones.numel() * rows.numel() <= _UNROLLED_ENTRIES:
         return matrix_norm(unrolled(operation, shape, device), norm)
     bound = math.sqrt(largest_row * largest_column)
+    if isinstance(operation, Transposed):
+        return min(bound, torus_norm(operation.operation))
+    if isinstance(operation, Separable):
+        return min(bound, matrix_norm(operation.rows, norm) * matrix_norm(operation.columns, norm))
     return min(bound, torus_norm(operation)) if isinstance(operation, Convolution) else bound
 
 

@@ -20,9 +20,15 @@ from torch.nn import functional
 
 
 class LinearMap(ABC):
-    """x -> W x + bias."""
+    """x -> W x + bias.
+
+    Attributes:
+        bias: Of the shape of the result, or broadcast to it.
+        moves: Whether every entry of W x is one of x or 0, without any arithmetic.
+    """
 
     bias: Tensor | None
+    moves = False
 
     @abstractmethod
     def linear(self, values: Tensor) -> Tensor:
@@ -171,6 +177,7 @@ class Reshape(LinearMap):
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     bias: Tensor | None = None
+    moves = True
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -203,6 +210,7 @@ class Pad(LinearMap):
 
     margins: tuple[tuple[int, int], ...]
     bias: Tensor | None = None
+    moves = True
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -223,6 +231,7 @@ class Permute(LinearMap):
 
     order: tuple[int, ...]
     bias: Tensor | None = None
+    moves = True
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -251,6 +260,7 @@ class Selection(LinearMap):
     index: Tensor
     length: int
     bias: Tensor | None = None
+    moves = True
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
