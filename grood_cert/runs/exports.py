@@ -91,6 +91,8 @@ def export(detector: Detector, path: Path, form: Format, *, force: bool = False)
     """
     if form not in FORMATS:
         raise InputError(f"unknown format {form!r}; use one of {', '.join(FORMATS)}")
+    if not path.name or path.is_dir():
+        raise InputError(f"{path} is a folder; expected the name of a file")
     beside = path.with_name(f"{path.name}.json")
     for place in (path, beside):
         if place.exists() and not force:
@@ -101,7 +103,7 @@ def export(detector: Detector, path: Path, form: Format, *, force: bool = False)
         difference = write_onnx(detector.network, probes(detector.shape), path, any_batch=True)
         said = (
             "the logits of pixels in [0, 1], normalisation inside, float32, any number of images; they differ from "
-            f"float64 by {difference:.0e} at most on {len(probes(detector.shape))} images"
+            f"float64 by {difference:.0e} of the largest"
         )
     else:
         exact = published_state(detector.network)

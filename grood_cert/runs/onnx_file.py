@@ -37,7 +37,7 @@ def write_onnx(network: nn.Module, images: Tensor, path: Path, *, any_batch: boo
         any_batch: Leave the number of images open; without it, the file takes one at a time.
 
     Returns:
-        The largest difference of an output from the network's in float64, on these images.
+        The largest difference of an output from the network's in float64 on these images, relative to 1 + the largest.
 
     Raises:
         RunError: If onnx is missing, torch cannot export the network, or the file disagrees with it; nothing is then
@@ -73,8 +73,9 @@ def write_onnx(network: nn.Module, images: Tensor, path: Path, *, any_batch: boo
             raise RunError(f"the network could not be exported ({type(error).__name__}: {reason})") from error
         with torch.no_grad():
             wanted = torch.cat([module.double()(batch.double()) for batch in batches]).numpy()
-        difference = float(np.abs(got - wanted).max()) if got.shape == wanted.shape else np.inf
-        if not difference <= _AGREEMENT * (1 + np.abs(wanted).max()):
+        scale = 1 + np.abs(wanted).max()
+        difference = float(np.abs(got - wanted).max() / scale) if got.shape == wanted.shape else np.inf
+        if not difference <= _AGREEMENT:
             raise RunError("the exported network disagrees with the model; nothing was written")
     return difference
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +231,9 @@ def test_refusals(tmp_path, detector, form, message):
 
 def test_nothing_is_overwritten_unasked(tmp_path, monkeypatch):
     detector = make("conv-small", (1, 8, 8))
+    for folder in (Path("."), tmp_path):
+        with pytest.raises(InputError, match="is a folder; expected the name of a file"):
+            export(detector, folder, "state-dict", force=True)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x\.json exists already; choose another --out, or add --force"):
         export(detector, tmp_path / "x", "state-dict")
