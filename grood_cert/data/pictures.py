@@ -7,6 +7,7 @@ right size is left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ _MODES = {
     "F": "float grey",
     "L": "grey",
 }
-_BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises on damaged pictures
 
 _Shape = tuple[int, int, int]
 Fit = Callable[[Any, int, int], Any]
@@ -70,19 +70,14 @@ def survey(pictures: Pictures, shape: _Shape | None, resize: bool | None) -> tup
     Raises:
         InputError: If pictures are unreadable, or their sizes differ where none is asked for or kept.
     """
-    from PIL import Image
-
-    small = shape is None or 4 * len(pictures.names) * np.prod(shape) <= storage.IN_MEMORY
+    small = shape is None or 4 * len(pictures.names) * math.prod(shape) <= storage.IN_MEMORY
     found: list[tuple[str, int, int]] = []
     broken = []
-    for number, name in enumerate(pictures.names):
+    for number in range(len(pictures.names)):
         try:
-            with Image.open(pictures.open(number)) as opened:
-                if small:
-                    opened.load()
-                found.append((opened.mode, opened.height, opened.width))
-        except _BROKEN as error:
-            broken.append(f"'{name}': {said(error)}")
+            found.append(_looked_at(pictures, number, small))
+        except InputError as error:
+            broken.append(str(error))
     if not found:
         first = f" ({broken[0]})" if broken else ""
         raise InputError(f"{pictures.source} is empty: it holds no readable image{first}")
@@ -115,6 +110,19 @@ def survey(pictures: Pictures, shape: _Shape | None, resize: bool | None) -> tup
     return shape, tuple(changes)
 
 
+def _looked_at(pictures: Pictures, number: int, decode: bool) -> tuple[str, int, int]:
+    """Mode, height and width of a picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(pictures.open(number)) as opened:
+            if decode:
+                opened.load()
+            return opened.mode, opened.height, opened.width
+    except Exception as error:  # PIL raises a dozen kinds on damaged and on huge pictures
+        raise InputError(f"'{pictures.names[number]}': {said(error)}") from error
+
+
 def stored_pictures(pictures: Pictures, shape: _Shape, fit: Fit) -> StoredImages:
     """Pictures decoded when they are indexed, some at a time."""
     channels, height, width = shape
@@ -126,7 +134,7 @@ def stored_pictures(pictures: Pictures, shape: _Shape, fit: Fit) -> StoredImages
             with Image.open(pictures.open(number)) as opened:
                 picture = fit(converted(opened, "L" if channels == 1 else "RGB"), height, width)
             return np.asarray(picture).reshape(height, width, channels)
-        except _BROKEN as error:
+        except Exception as error:  # PIL raises a dozen kinds on damaged and on huge pictures
             raise InputError(f"picture '{pictures.names[number]}' cannot be used: {said(error)}") from error
 
     def read(positions: Array) -> Tensor:

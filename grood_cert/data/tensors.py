@@ -42,7 +42,7 @@ def image_set(data: Any, name: str, kind: str) -> ImageSet:
         batches = [_pair(batch) for batch in _batches(data, name)]
         images = torch.cat([images for images, _ in batches])
         labels = torch.cat([labels for _, labels in batches])
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"'{name}': expected tensors of images of one shape ({reason})") from error
     if images.dtype == torch.uint8:

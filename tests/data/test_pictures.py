@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +108,19 @@ def test_missing_named_folders_say_what_is_expected(tmp_path, source):
     folder.mkdir(parents=True)
     with refused(f"folder '{folder}' is empty"):
         load_set(source, data_dir=tmp_path, shape=(3, 32, 32))
+
+
+def test_a_picture_that_claims_to_be_huge_is_not_decoded(tmp_path):
+    """A PNG of 100 bytes whose header speaks of 3.6 GB."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    )
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    for shape in (None, (1, 8, 8)):
+        with refused("huge.png': .*exceeds limit"):
+            load_set(str(tmp_path), shape=shape)
 
 
 def test_named_folders_are_fitted_as_in_the_paper(tmp_path):

@@ -125,6 +125,7 @@ def test_images_alone(data):
         (DataLoader([{"pixels": IMAGES[0]}]), "images of one shape .no image, .* among pixels"),
         (Items([{"image": IMAGES[0].numpy()}]), "an image must be a tensor or a PIL picture, got ndarray"),
         (Items([(IMAGES[0], 0.5)]), "what follows the images must be labels"),
+        (Items([(IMAGES[0], "cat")]), "'x': expected tensors of images"),
         (Items([(IMAGES[0], 1), (IMAGES[0], None)]), "what follows the images must be labels"),
     ],
 )
