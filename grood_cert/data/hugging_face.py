@@ -53,6 +53,7 @@ def hugging_face(request: Request) -> Contents:
         ) from None
     try:
         table = datasets.load_from_disk(str(path))
+        table.data.validate(full=True)  # damaged offsets would end the process
     except Exception as error:  # datasets and pyarrow raise a dozen kinds on a damaged folder
         raise InputError(f"'{path}' cannot be read as a data set that save_to_disk wrote: {said(error)}") from error
     kinds = table.features

@@ -63,6 +63,11 @@ def test_what_cannot_be_used(tmp_path, monkeypatch):
     ):
         with refused(message):
             load_set(f"hf:{tmp_path / name}")
+    table(COLOUR).save_to_disk(tmp_path / "cut")
+    (file,) = (tmp_path / "cut").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-200])
+    with refused("cut' cannot be read as a data set that save_to_disk wrote"):
+        load_set(f"hf:{tmp_path / 'cut'}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with refused("needs the package datasets; pip install 'grood-cert\\[huggingface\\]'"):
         load_set(f"hf:{tmp_path / 'two'}")
