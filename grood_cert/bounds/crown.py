@@ -8,8 +8,8 @@ linear, convolution, BatchNorm, pooling and addition layers with ReLU or leaky R
 * "crown": linear bounds of the rows and of the hidden layers, hidden ones intersected with their intervals.
 
 For l_2 and l_1 balls whatever depends on the image linearly is bounded over the ball itself, not over its box, by every
-method. Bounds are never looser than auto_LiRPA's by more than rounding, but for sigmoid and tanh, whose lines are plainer
-here. They are computed in float64 and moved outward by 1e-12 of the magnitudes summed; other precisions are not offered.
+method. Bounds are never looser than auto_LiRPA's by more than rounding, but for smooth activations, whose lines here lie
+within a few per cent of the best ones and are tighter as a rule. They are computed in float64 and moved outward by 1e-12 of the magnitudes summed; other precisions are not offered.
 
 Speed comes from four things: hidden units of convolutional layers are bounded on the window of each layer that they can
 see (`windows`), other layers only where a bound can matter, diagonal layers are folded away (`folding`), and rows are

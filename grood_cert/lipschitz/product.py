@@ -2,7 +2,7 @@ r"""Product of operator norms: L <= max_k ||w_k||_q  prod_i ||W_i||_{p->p} sup |
 
 The Jacobian of the logits at x' is a product of matrices W and diagonal matrices D of derivatives, and p^T W_last,
 with p in the simplex, is longest at a vertex: the last factor is the largest row norm, not the norm of the matrix.
-Where branches are added, ||A + B|| <= ||A|| + ||B||.
+Where branches are added, ||A + B|| <= ||A|| + ||B||; where they are concatenated, the p-norm of (||A||, ||B||).
 
 Norms come from above only: ||W||_inf (largest absolute row sum) and ||W||_1 (column sum) are exact for any linear map
 by pushing ones through |W|; ||W||_2 is an SVD of the unrolled map where that is small, else the smaller of
@@ -29,7 +29,7 @@ from grood_cert.bounds.hidden import Preactivations
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
-from grood_cert.networks.operations import Addition, Convolution, LinearMap, MaxPool, Separable, Transposed
+from grood_cert.networks.operations import Addition, Convolution, LinearMap, MaxPool, Pad, Separable, Transposed
 
 _UNROLLED_ENTRIES = 2**22
 
@@ -160,6 +160,22 @@ class _Product:
             return _State(factor * float(size.max()), number, None)
         return _State(factor, number, torch.diag(size)[:, kept])
 
+    def _support(self, number: int) -> list[tuple[int, int]]:
+        """Where the value of a node can differ from a constant: a range of each axis."""
+        node = self._graph.nodes[number]
+        if isinstance(node.operation, Pad):
+            margins = zip(node.operation.margins, node.shape, strict=True)
+            return [(max(before, 0), size - max(after, 0)) for (before, after), size in margins]
+        if isinstance(node.operation, Addition):
+            both = zip(*(self._support(origin) for origin in node.inputs), strict=True)
+            return [(min(one[0], two[0]), max(one[1], two[1])) for one, two in both]
+        return [(0, size) for size in node.shape]
+
+    def _apart(self, first: int, second: int) -> bool:
+        """Whether two nodes are padded to parts of one value that do not meet, as in a concatenation."""
+        both = zip(self._support(first), self._support(second), strict=True)
+        return any(one[1] <= two[0] or two[1] <= one[0] for one, two in both)
+
     def bound(self) -> float:
         """The product."""
         nodes, norm = self._graph.nodes, self._norm
@@ -175,7 +191,10 @@ class _Product:
                 if state.base == other.base and state.matrix is not None and other.matrix is not None:
                     states.append(_State(state.factor, state.base, state.matrix + other.matrix))
                 else:
-                    states.append(_State(state.norm(norm) + other.norm(norm), number, None))
+                    norms = torch.tensor([state.norm(norm), other.norm(norm)], dtype=torch.float64)
+                    order = ORDER[norm] if self._apart(*node.inputs) else 1.0
+                    factor = float(torch.linalg.vector_norm(norms, ord=order)) * (1 + ROUNDING)
+                    states.append(_State(factor, number, None))
             else:
                 assert isinstance(node.operation, MaxPool)
                 states.append(_State(state.norm(norm) * _pool_norm(node.operation, norm), number, None))

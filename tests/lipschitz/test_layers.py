@@ -10,10 +10,11 @@ import torch
 from grood_cert.ball import ORDER, Ball, dual_norm
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz
-from grood_cert.lipschitz.product import operator_norm, unrolled
-from grood_cert.networks.operations import LinearMap
+from grood_cert.lipschitz.product import operator_norm, product_bound, unrolled
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.operations import Addition, LinearMap, Pad, Reshape
 from grood_cert.scores import energy
-from tests.networks.layered import NAMES, OPERATIONS, SHAPE, Builder, build
+from tests.networks.layered import NAMES, OPERATIONS, SHAPE, Builder, Evaluated, build
 
 EPS = {"linf": 0.05, "l2": 0.3, "l1": 0.8}
 
@@ -52,3 +53,17 @@ def test_operator_norms_are_those_of_the_matrix_and_upper_bounds_where_it_is_lar
         found = operator_norm(operation, (4, 5, 4), norm)
         assert exact <= found * (1 + 1e-12) and found <= math.sqrt(4) * exact
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("shift", "norms"), [(2, (1.0, 2**0.5, 2.0)), (1, (2.0, 2.0, 2.0))])
+def test_concatenated_branches_have_the_norm_of_their_norms(shift, norms, monkeypatch):
+    """The image twice; with a channel in common the sum of norms is all that is known."""
+    builder = Builder()
+    rest = ((0, 0), (0, 0))
+    first = builder.add(Pad(((0, shift), *rest)), 0)
+    builder.add(Addition(), first, builder.add(Pad(((shift, 0), *rest)), 0))
+    builder.add(Reshape(builder.shape, (math.prod(builder.shape),)))
+    graph = Graph(tuple(builder.nodes), Evaluated(tuple(builder.nodes)))
+    monkeypatch.setattr("grood_cert.lipschitz.product._UNROLLED_ENTRIES", 0)
+    for norm, expected in zip(EPS, norms, strict=True):
+        assert product_bound(graph, norm) == pytest.approx(expected, rel=1e-9)
