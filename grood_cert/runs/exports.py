@@ -142,7 +142,7 @@ def _taker(detector: Detector, form: Format, state: dict[str, Tensor]) -> str | 
     """The network of another package that takes these weights; None for a file that is for no one in particular."""
     if form not in PUBLISHED:
         return None
-    name = detector.architecture.name if detector.architecture else detector.name
+    name = detector.architecture.name if detector.architecture else f"of your own ({type(detector.network).__name__})"
     known = PUBLISHED[form]
     if name not in known:
         raise InputError(f"{form} has no network {name!r}; it has {', '.join(known)} of ours; use --format state-dict")

@@ -181,6 +181,8 @@ def test_a_network_behind_a_normalisation_keeps_its_own_names(tmp_path):
     written = export(detector, tmp_path / "x", "state-dict")
     own.load_state_dict(torch.load(tmp_path / "x", weights_only=True), strict=True)
     assert "normalisation is not among them" in written.said
+    with pytest.raises(InputError, match=r"openood has no network 'of your own \(Sequential\)'"):
+        export(detector, tmp_path / "o", "openood")
     plain = Detector.calibrate(own, torch.rand(99, 3, 2, 2))
     written = export(plain, tmp_path / "y", "state-dict")
     assert written.said == "2 tensors"
