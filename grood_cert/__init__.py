@@ -71,11 +71,15 @@ if TYPE_CHECKING:
     from grood_cert.errors import InputError, RunError, SoundnessError
     from grood_cert.results import figures
     from grood_cert.results.table import Table
+    from grood_cert.scores import MSP, Energy, MaxLogit
 
 __all__ = [
+    "MSP",
     "Ball",
     "Detector",
+    "Energy",
     "InputError",
+    "MaxLogit",
     "Outcome",
     "RunError",
     "SoundnessError",
@@ -92,9 +96,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "MSP": "scores",
     "Ball": "ball",
     "Detector": "detector",
+    "Energy": "scores",
     "InputError": "errors",
+    "MaxLogit": "scores",
     "Outcome": "certification.outcomes",
     "RunError": "errors",
     "SoundnessError": "errors",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grood_cert import attacks, metrics
 from grood_cert.ball import Ball, Norm, check_eps
-from grood_cert.bounds import score
+from grood_cert.bounds import score as bounds
 from grood_cert.bounds.engine import Method
 from grood_cert.bounds.engines import Engine, build
 from grood_cert.bounds.score import ScoreBounds
@@ -36,7 +36,7 @@ from grood_cert.networks.graph import trace
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score
 from grood_cert.system.reporting import SILENT, Reporter
 
 Eps = float | Sequence[float]
@@ -184,12 +184,22 @@ def _network(model: nn.Module | Detector, x: Tensor, eps: float, norm: Norm) -> 
     return network
 
 
+def _score(model: nn.Module | Detector, score: Score | None) -> Score:
+    """The score that a call is about."""
+    if score is None:
+        return model.score if isinstance(model, Detector) else ENERGY
+    if not isinstance(score, Score):
+        raise InputError(f"expected a score such as Energy() or MSP(), got {score!r}")
+    return score
+
+
 def score_bounds(
     model: nn.Module | Detector,
     x: Tensor,
     eps: float,
     norm: Norm = "linf",
     *,
+    score: Score | None = None,
     method: Method = "crown",
     engine: Engine = "auto",
 ) -> ScoreBounds:
@@ -200,6 +210,7 @@ def score_bounds(
         x: Images.
         eps: Radius of the balls.
         norm: "linf", "l2" or "l1".
+        score: S; None: the detector's, or the energy.
         method: "ibp", "crown-ibp" or "crown".
         engine: "auto", "native" or "auto_lirpa".
 
@@ -216,9 +227,10 @@ def score_bounds(
     bounded = build(engine, _network(model, x, eps, norm), tuple(x.shape[1:]), method).bounded
     weight = next(bounded.network.parameters(), torch.empty(0))
     ball = Ball(x.detach().to(weight.device, torch.float64), eps, norm)
-    found = score.score_bounds(bounded, ball, method)
+    rule = _score(model, score)
+    found = bounds.score_bounds(bounded, ball, method, rule)
     with torch.no_grad():
-        at_center = energy(bounded.network(ball.center))
+        at_center = rule.value(bounded.network(ball.center))
     outside = (at_center < found.lower) | (at_center > found.upper)
     if bool(outside.any()):
         raise SoundnessError(
@@ -228,7 +240,9 @@ def score_bounds(
     return found
 
 
-def lipschitz_bound(model: nn.Module | Detector, x: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
+def lipschitz_bound(
+    model: nn.Module | Detector, x: Tensor, eps: float, norm: Norm = "linf", *, score: Score | None = None
+) -> Tensor:
     """The smallest proved L with |S(x') - S(x)| <= L ||x' - x|| in the ball around each image; infinite if none.
 
     Args:
@@ -236,6 +250,7 @@ def lipschitz_bound(model: nn.Module | Detector, x: Tensor, eps: float, norm: No
         x: Images.
         eps: Radius of the balls.
         norm: "linf", "l2" or "l1".
+        score: S; None: the detector's, or the energy.
 
     Raises:
         InputError: If images or settings make no sense, or a layer cannot be bounded.
@@ -246,7 +261,8 @@ def lipschitz_bound(model: nn.Module | Detector, x: Tensor, eps: float, norm: No
         torch.Size([2])
     """
     graph = trace(_network(model, x, eps, norm), tuple(x.shape[1:]))
-    return local_lipschitz(graph, Ball(x.to(graph.device, torch.float64), eps, norm)).auto
+    ball = Ball(x.to(graph.device, torch.float64), eps, norm)
+    return local_lipschitz(graph, ball, score=_score(model, score)).auto
 
 
 def attack(

@@ -9,7 +9,8 @@ Below an unstable leaky ReLU any line with a slope alpha between the leak and 1 
 and all of them are optimised together (alpha-CROWN), on balls or on parts of them (`domains`). The upper bound is a
 concave problem in p whose optimum is that of the convex relaxation of the whole network with its score; the lower bound
 maximises a convex function, which chords only enclose, so tight intervals of the logits matter: each end of each logit
-is optimised as a row of its own first.
+is optimised as a row of its own first. Written are the bounds of the energy with T = 1; other scores and temperatures
+are such bounds, of images z of the logits in place of f (`grood_cert.bounds.reduction`).
 
 To prove S <= t on a set it is enough to look at its part V = {S >= t}, and on V the linear condition c . f + d >= 0
 holds, with c = -p, d = -t - H(p) by U1's argument (for S >= t, V = {S <= t} and c = kappa,
@@ -37,6 +38,7 @@ from grood_cert.bounds.domains import (
     Domains,
     FreePullback,
     Passage,
+    cases,
     descend,
     emptied,
     neurons,
@@ -45,44 +47,46 @@ from grood_cert.bounds.domains import (
 )
 from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import Preactivations
+from grood_cert.bounds.reduction import Reduction, reduction, worst
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.graph import Graph
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score, energy
 
 _WEIGHT_RATE = 0.1
 _MULTIPLIER_RATE = 0.6  # relative to the row's largest coefficient at the layer
 _LOGIT_STEPS = 10
+_LEAST_THETA = -8.0
 _NARROW = 1e-6  # an interval of a logit that is not worth cutting
 
 
 class ScoreProof:
-    r"""An upper bound of sign * S on each domain as a function of all parameters of its proof, (B, P) -> (B,).
+    r"""An upper bound of a case of sign * S on each domain as a function of its proof's parameters, (B, P) -> (B,).
 
-    The parameters are those of the lines, then for the upper side theta; for the lower side the shares of the chord
-    slopes and the multipliers of the lower and upper ends of the logits.
+    The parameters are those of the lines, then for a gibbs proof theta; for a chord proof the shares of the chord
+    slopes and the multipliers of the lower and upper ends of the outputs z.
 
     Attributes:
         pullback: The backward pass.
-        low: Lower ends of the logits, shape (B, K).
+        low: Lower ends of the outputs, shape (B, size).
         high: Upper ends.
         start: Parameters of the plain bounds U1 with p = softmax f(x) and L1, shape (B, P).
         smallest: Lower ends of the admissible parameters.
         largest: Upper ends.
     """
 
-    def __init__(self, domains: Domains, side: Side) -> None:
+    def __init__(self, domains: Domains, reduction: Reduction) -> None:
         self.pullback = FreePullback(domains.graph, domains.ball, domains.inputs, domains.signs)
-        self.low, self.high = domains.logits
-        self._side = side
+        self.low, self.high = domains.outputs
+        self._gibbs, self._entropy, self._head = reduction.proof == "gibbs", reduction.entropy, domains.head
         self._lines = neurons(domains.graph)
         self._node = len(domains.graph.nodes) - 1
         ones = torch.ones_like(self.low)
         infinite = torch.full_like(ones, torch.inf)
-        if side == "upper":
+        if self._gibbs:
             with torch.no_grad():
-                logits = domains.graph(domains.ball.center)
-            tails = logits, -infinite, infinite
+                center = self._head.image(domains.graph(domains.ball.center))
+            tails = self.theta(center), -infinite, infinite
         else:
             tails = (
                 torch.cat([ones, 0 * ones, 0 * ones], 1),
@@ -95,13 +99,20 @@ class ScoreProof:
             torch.cat([head, tail], 1) for head, tail in zip(heads, tails, strict=True)
         )
 
+    def theta(self, outputs: Tensor) -> Tensor:
+        """What gives the softmax weights p to start from at some outputs; without entropy, near the largest of them."""
+        if self._entropy:
+            return outputs
+        width = ((self.high - self.low).mean(1, keepdim=True) / 2).clamp(min=torch.finfo(outputs.dtype).tiny)
+        return ((outputs - outputs.amax(1, keepdim=True)) / width).clamp(min=_LEAST_THETA)
+
     def __call__(self, values: Tensor, passage: Passage | None = None) -> Tensor:
         """The bound; with a passage moved outward for rounding."""
         lines, tail = values[:, : self._lines].unsqueeze(1), values[:, self._lines :]
-        if self._side == "upper":
+        if self._gibbs:
             weights = torch.softmax(tail, -1)
             row_upper = self._row(-weights, lines, passage)
-            bound = gibbs_upper(-row_upper, weights)
+            bound = gibbs_upper(-row_upper, weights, self._entropy)
         else:
             kappa, low, high = self.parts(tail)
             row_upper = self._row(kappa + low - high, lines, passage)
@@ -112,7 +123,8 @@ class ScoreProof:
         return bound + ROUNDING * (1 + bound.abs()) if passage is not None else bound
 
     def _row(self, row: Tensor, lines: Tensor, passage: Passage | None) -> Tensor:
-        bound = self.pullback.upper({self._node: row.unsqueeze(1)}, lines, passage)
+        rows = self._head.rows(row.unsqueeze(1), self.pullback.graph.classes)
+        bound = self.pullback.upper({self._node: rows}, lines, passage)
         if passage is not None:
             bound = bound + self.pullback.margin(passage)
         return bound.squeeze(1)
@@ -129,22 +141,22 @@ class ScoreProof:
         return rate
 
     def parts(self, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Lower side: slopes kappa and the multipliers of the lower and the upper ends, in units of the slopes."""
+        """Chord proof: slopes kappa and the multipliers of the lower and the upper ends, in units of the slopes."""
         share, low, high = tail.chunk(3, -1)
         unit = self.chords.amax(-1, keepdim=True)
         return self.chords * share, unit * low, unit * high
 
-    def chord_slack(self, values: Tensor, logits: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Lower side: distance of the lines of L1 from e^(z - M) at given logits, and where their intervals may be cut.
+    def chord_slack(self, values: Tensor, outputs: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Chord proof: distance of the lines of L1 from e^(z - M) at given z, and where their intervals may be cut.
 
         Args:
             values: Parameters.
-            logits: Shape (B, K).
+            outputs: z, shape (B, size).
             share: How much of each line's largest distance is added.
 
         Returns:
-            Distances, -1 where an interval is too narrow to be cut, and cuts: half way between the logit and the place
-            of the largest distance, a tenth of the width away from both ends; shape (B, K) each.
+            Distances, -1 where an interval is too narrow to be cut, and cuts: half way between z and the place
+            of the largest distance, a tenth of the width away from both ends; shape (B, size) each.
         """
         kappa = self.parts(values[:, self._lines :])[0]
         largest = self.high.amax(-1, keepdim=True)
@@ -157,26 +169,30 @@ class ScoreProof:
 
         width = self.high - self.low
         widest = inside(kappa.clamp(min=torch.finfo(kappa.dtype).tiny).log() + largest)
-        slack = distance(inside(logits)) + share * distance(widest)
-        return torch.where(width > _NARROW, slack, -1.0), inside((inside(logits) + widest) / 2, width / 10)
+        slack = distance(inside(outputs)) + share * distance(widest)
+        return torch.where(width > _NARROW, slack, -1.0), inside((inside(outputs) + widest) / 2, width / 10)
 
     def condition(self, values: Tensor, level: float) -> Condition:
-        """The pair c, d with c . f + d >= 0 wherever sign * S >= level, by the proof with these parameters."""
+        """The pair c, d with c . f + d >= 0 wherever the case is at least the level, by the proof with these parameters."""
         tail = values[:, self._lines :]
-        if self._side == "upper":
+        if self._gibbs:
             weights = torch.softmax(tail, -1)
-            constant = torch.xlogy(weights, weights).sum(-1) - level
-            return -weights, constant + ROUNDING * (1 + constant.abs() + abs(level))
+            constant = self._entropy * torch.xlogy(weights, weights).sum(-1) - level
+            return self._pulled(-weights), constant + ROUNDING * (1 + constant.abs() + abs(level))
         kappa = self.parts(tail)[0]
         largest = self.high.amax(-1, keepdim=True)
         products = kappa * self.high
         wanted = torch.exp((level - largest).clamp(max=1)).squeeze(-1)
         constant = torch.exp(self.high - largest).sum(-1) - products.sum(-1) - wanted
-        return kappa, constant + ROUNDING * (1 + wanted * (1 + abs(level)) + products.abs().sum(-1))
+        return self._pulled(kappa), constant + ROUNDING * (1 + wanted * (1 + abs(level)) + products.abs().sum(-1))
+
+    def _pulled(self, row: Tensor) -> Tensor:
+        """A row of the outputs as a row of the logits."""
+        return self._head.rows(row.unsqueeze(1), self.pullback.graph.classes).squeeze(1)
 
 
 def optimise(proof: ScoreProof, steps: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, Passage]:
-    """Best bound of sign * S found, moved outward, infinite where there is none; its parameters and its passage."""
+    """Best bound of each case found, moved outward, infinite where there is none; its parameters and its passage."""
     first = proof.start if start is None else start
     first = torch.maximum(torch.minimum(first, proof.largest), proof.smallest)
     values = first
@@ -189,16 +205,18 @@ def optimise(proof: ScoreProof, steps: int, start: Tensor | None = None) -> tupl
     return torch.where(torch.isfinite(bound), bound, torch.inf), values, passage
 
 
-def plain(domains: Domains, side: Side) -> Tensor:
-    """The best of the bounds of `score_bounds`, U0 and U1 or L0 and L1, as a bound of sign * S."""
-    lower, upper = domains.logits
-    per_logit = energy(lower) if side == "upper" else -energy(upper)
+def plain(domains: Domains, reduction: Reduction) -> Tensor:
+    """The best of the plain bounds of each case: U0 and U1, or L0 and L1."""
+    lower, upper = domains.outputs
+    if reduction.proof == "chord":
+        per_logit = -energy(upper)
+    else:
+        per_logit = energy(lower) if reduction.entropy else -lower.amax(1)
     per_logit = per_logit + ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()).amax(1))
-    proof = ScoreProof(domains, side)
+    proof = ScoreProof(domains, reduction)
     found = [torch.where(torch.isfinite(per_logit), per_logit, torch.inf), optimise(proof, 0)[0]]
-    if side == "upper":
-        classes = lower.shape[1]
-        middle = torch.cat([proof.start[:, :-classes], (lower + upper) / 2], 1)
+    if reduction.proof == "gibbs":
+        middle = torch.cat([proof.start[:, : -lower.shape[1]], proof.theta((lower + upper) / 2)], 1)
         found.append(optimise(proof, 0, middle)[0])
     return torch.stack(found).amin(0)
 
@@ -210,6 +228,7 @@ def optimised_bounds(
     hidden: Preactivations | Sequence[Interval],
     steps: int = 20,
     hidden_steps: int = 0,
+    score: Score = ENERGY,
 ) -> Tensor:
     r"""S_ub or S_lb over each ball with all parameters of the proof optimised together.
 
@@ -220,6 +239,7 @@ def optimised_bounds(
         hidden: Bounds of the inputs of its nonlinear layers (see `preactivations`).
         steps: Adam steps; 0 gives the plain bounds.
         hidden_steps: Adam steps for the ends of every unstable neuron of the hidden layers, which cost far more.
+        score: S.
 
     Returns:
         Bounds, shape (B,), never looser than U1 or L1 with CROWN on the same hidden bounds; NaN where not proved.
@@ -237,15 +257,19 @@ def optimised_bounds(
         >>> optimised_bounds(graph, ball, "upper", hidden) <= optimised_bounds(graph, ball, "upper", hidden, steps=0)
         tensor([True, True])
     """
-    sign = sign_of(side)
-    domains, proved = root(graph, ball, hidden)
-    bound = plain(domains, side)
+    reduced, count = reduction(score, side), len(ball.center)
+    whole, proved = root(graph, ball, hidden)
+    if (constant := reduced.constant(graph.classes)) is not None:
+        return torch.where(proved, constant, torch.full_like(ball.eps, torch.nan))
+    domains, sample = cases(whole, reduced)
+    bound = plain(domains, reduced)
     if steps:
         if hidden_steps:
             domains = tightened(domains, range(1, len(graph.nonlinear)), hidden_steps)
-        if side == "lower":
+        if reduced.proof == "chord":
             domains = tightened(domains, [len(graph.nonlinear)], min(steps, _LOGIT_STEPS))
         domains, empty = emptied(domains)
-        proved = proved & ~empty  # a ball is not empty: something is wrong
-        bound = torch.minimum(bound, optimise(ScoreProof(domains, side), steps)[0])
-    return torch.where(proved & torch.isfinite(bound), sign * bound, torch.nan)
+        proved[sample[empty]] = False  # a ball is not empty: something is wrong
+        bound = torch.minimum(bound, optimise(ScoreProof(domains, reduced), steps)[0])
+    found = reduced.outer(worst(bound, sample, count))
+    return torch.where(proved & torch.isfinite(found), sign_of(side) * found, torch.nan)

@@ -1,20 +1,21 @@
 r"""Branch and bound of S over a ball: the ball is cut into domains until the worst of them is decided.
 
-A domain fixes the sign of some unstable (leaky) ReLUs, where the relaxation is then exact, and for a lower bound of S
-may cut the interval of a logit, where the chord of e^z then lies closer. Each domain has a proof of its own: slopes,
-multipliers, and weights p or chords of `grood_cert.bounds.alpha_crown`, started from its parent's. So splitting closes all
-gaps, that of the concavity of S included. With sign = 1 for an upper and -1 for a lower bound,
+A domain fixes the sign of some unstable (leaky) ReLUs, where the relaxation is then exact, and for a chord proof may cut
+the interval of an output (for the energy: a logit), where the chord of e^z then lies closer. Each domain has a proof of
+its own: slopes, multipliers, and weights p or chords of `grood_cert.bounds.alpha_crown`, started from its parent's. So
+splitting closes all gaps, that of the concavity of S included. Where a bound of S has several cases
+(`grood_cert.bounds.reduction`), each of them is a domain at the root. With sign = 1 for an upper and -1 for a lower bound,
 
     sign * S <= max over the domains of their bounds,
 
 and domains are pruned only once their bound is on the right side of gamma, or proved empty by a crossed interval.
 
-Only points with sign * S >= t = sign * gamma - 1e-9 (1 + |gamma|) can spoil a proof. Where the root is undecided the
-inputs of its hidden layers are bounded anew on that part alone, and those of the last hidden layer (and the logits)
-again after every few splits. From then on the claim is sign * S <= max(t, bounds of the domains), still for the ball.
+Only points whose case is at least t, just below where it means sign * S = sign * gamma, can spoil a proof. Where the root is undecided the
+inputs of its hidden layers are bounded anew on that part alone, and those of the last hidden layer (and the outputs)
+again after every few splits. From then on the claim is that the cases are at most max(t, bounds of the domains), still for the ball.
 
 *Where to split.* At the minimiser x* of a domain's proof the slack, bound minus true value, is a sum over neurons and
-logits: |a_j| times the distance of the neuron's line from the neuron at x* (a_j the row's coefficient), and the
+outputs: |a_j| times the distance of the neuron's line from the neuron at x* (a_j the row's coefficient), and the
 distance of chord and exponential. The largest is split, with a fifth of the largest distance on the interval added.
 
 References:
@@ -33,14 +34,15 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise, plain
-from grood_cert.bounds.domains import Domains, Passage, emptied, root, tightened
+from grood_cert.bounds.domains import Domains, Passage, cases, emptied, root, tightened
 from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import preactivations
+from grood_cert.bounds.reduction import Head, reduction, worst
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.graph import Graph
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score
 
 _ROOT_STEPS = 40  # of Adam, for the undivided ball
 _LOGIT_STEPS = 10
@@ -76,19 +78,20 @@ class Branched:
 
 @dataclass(frozen=True)
 class _Leaves:
-    """Open domains: their state, bound of sign * S, and where they will be split."""
+    """Open domains: their state, bound of their case of sign * S, and where they will be split."""
 
     sample: Tensor
+    case: Tensor
     signs: Tensor  # int8
     lower: Tensor  # of the inputs of all neurons
     upper: Tensor
-    logits_lower: Tensor
-    logits_upper: Tensor
+    outputs_lower: Tensor
+    outputs_upper: Tensor
     values: Tensor
     bound: Tensor
     depth: Tensor
-    branch: Tensor  # a neuron, N + a logit, or _WHOLE or _NOWHERE
-    cut: Tensor  # where a logit is cut
+    branch: Tensor  # a neuron, N + an output, or _WHOLE or _NOWHERE
+    cut: Tensor  # where an output is cut
 
     def at(self, index: Tensor) -> _Leaves:
         return _Leaves(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -144,11 +147,13 @@ def check_graph(graph: Graph) -> None:
 class _Search:
     """Branch and bound over a batch of balls that are all proved and undecided at their roots."""
 
-    def __init__(self, graph: Graph, ball: Ball, gamma: float, side: Side, batch: int, steps: int) -> None:
-        self.graph, self.ball, self.side, self.batch, self.steps = graph, ball, side, batch, steps
-        self.sign = sign_of(side)
-        self.goal = self.sign * gamma
-        self.level = self.goal - _STRICTNESS * (1 + abs(gamma))
+    def __init__(
+        self, graph: Graph, ball: Ball, gamma: float, score: Score, side: Side, batch: int, steps: int
+    ) -> None:
+        self.graph, self.ball, self.batch, self.steps = graph, ball, batch, steps
+        self.gamma, self.score, self.side, self.reduction = gamma, score, side, reduction(score, side)
+        self.goal = self.reduction.inner(gamma)
+        self.level = self.goal - _STRICTNESS * (1 + abs(self.goal))
         self.layers = len(graph.nonlinear)
         self.shapes = [graph.nodes[number].shape for number in graph.nonlinear]
         self.sizes = [graph.nodes[number].size for number in graph.nonlinear]
@@ -157,26 +162,27 @@ class _Search:
 
     def wrong(self, score: Tensor) -> Tensor:
         """Whether a score refutes the claim."""
-        return score > self.goal if self.sign > 0 else score <= -self.goal
+        return score > self.gamma if self.side == "upper" else score <= self.gamma
 
     def solve(self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int) -> _Leaves:
         """Bound domains, look at the minimisers of their proofs, and choose where to split them."""
-        proof = ScoreProof(domains, self.side)
+        proof = ScoreProof(domains, self.reduction)
         bound, values, passage = optimise(proof, steps, start)
         points = _maximiser(domains.ball, passage)
         with torch.no_grad():
             nodes = self.graph.values(points)
-            hit = self.wrong(energy(nodes[-1])).nonzero().squeeze(1)
-            hit = hit[self.wrong(energy(self.graph.network(points[hit])))]
+            hit = self.wrong(self.score.value(nodes[-1])).nonzero().squeeze(1)
+            hit = hit[self.wrong(self.score.value(self.graph.network(points[hit])))]
             self.refuted[sample[hit]] = True
             self.points[sample[hit]] = points[hit]
             branch, cut = self._split_at(proof, domains, values, passage, nodes)
         return _Leaves(
             sample,
+            domains.head.case,
             domains.signs.to(torch.int8),
             torch.cat([lower.flatten(1) for lower, _ in domains.inputs], 1),
             torch.cat([upper.flatten(1) for _, upper in domains.inputs], 1),
-            *domains.logits,
+            *domains.outputs,
             values,
             bound,
             depth,
@@ -204,22 +210,22 @@ class _Search:
             score = slack + _LARGEST_GAP_SHARE * largest + torch.finfo(row.dtype).tiny
             scores.append(torch.where(pullback.unstable[number], score, -1.0).flatten(1))
         cut = torch.zeros_like(proof.low)
-        if self.side == "lower":
-            score, cut = proof.chord_slack(values, nodes[-1], _LARGEST_GAP_SHARE)
+        if self.reduction.proof == "chord":
+            score, cut = proof.chord_slack(values, domains.head.image(nodes[-1]), _LARGEST_GAP_SHARE)
             scores.append(score)
         best, branch = torch.cat(scores, 1).max(1)
-        logit = (branch - domains.signs.shape[1]).clamp(min=0)
-        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, logit.unsqueeze(1)).squeeze(1)
+        output = (branch - domains.signs.shape[1]).clamp(min=0)
+        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, output.unsqueeze(1)).squeeze(1)
 
     def tighten(self, domains: Domains, values: Tensor, places: list[int], steps: int) -> tuple[Domains, Tensor]:
-        """Intervals that hold where sign * S >= level, and which domains that empties."""
-        condition = ScoreProof(domains, self.side).condition(values, self.level)
+        """Intervals that hold where a domain's case is at least the level, and which domains that empties."""
+        condition = ScoreProof(domains, self.reduction).condition(values, self.level)
         lines = values[:, : domains.signs.shape[1]]
         return emptied(tightened(domains, places, steps, lines, condition))
 
     def outputs(self) -> list[int]:
-        """The logits count as a layer where their intervals matter."""
-        return [self.layers] if self.side == "lower" else []
+        """The outputs count as a layer where their intervals matter."""
+        return [self.layers] if self.reduction.proof == "chord" else []
 
     def domains(self, leaves: _Leaves) -> Domains:
         """Leaves as domains."""
@@ -230,8 +236,9 @@ class _Search:
             )
         ]
         ball = Ball(self.ball.center[leaves.sample], self.ball.eps[leaves.sample], self.ball.norm)
-        logits = leaves.logits_lower, leaves.logits_upper
-        return Domains(self.graph, ball, tuple(inputs), leaves.signs.to(leaves.lower.dtype), logits)
+        outputs = leaves.outputs_lower, leaves.outputs_upper
+        head = Head(self.reduction.kind, self.reduction.divisor, leaves.case)
+        return Domains(self.graph, ball, tuple(inputs), leaves.signs.to(leaves.lower.dtype), outputs, head)
 
     def children(self, parents: _Leaves) -> _Leaves:
         """Both halves of every leaf, bounded; those proved empty are gone. Leaves not to be split are optimised for longer."""
@@ -268,7 +275,7 @@ class _Search:
         return leaves
 
     def run(self, first: _Leaves, nodes: int, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds of sign * S over the balls, numbers of domains bounded, and who ran out of time."""
+        """The worst case of every ball, numbers of domains bounded, and who ran out of time."""
         count = len(self.refuted)
         used = torch.ones(count, dtype=torch.long, device=self.refuted.device)
         worst = torch.full((count,), self.level, dtype=torch.float64, device=used.device)  # of what is closed
@@ -315,7 +322,7 @@ def _halved(parents: _Leaves) -> _Leaves:
         row = mask.nonzero().squeeze(1)
         children.signs[row, children.branch[row]] = sign
         ends[row, children.branch[row]] = 0.0
-    for mask, ends in ((~neuron & above, children.logits_lower), (~neuron & ~above, children.logits_upper)):
+    for mask, ends in ((~neuron & above, children.outputs_lower), (~neuron & ~above, children.outputs_upper)):
         row = mask.nonzero().squeeze(1)
         ends[row, children.branch[row] - total] = children.cut[row]
     return replace(children, depth=children.depth + 1)
@@ -344,6 +351,7 @@ def branch_and_bound(
     seconds: float | None = None,
     batch: int = 64,
     steps: int = 10,
+    score: Score = ENERGY,
 ) -> Branched:
     r"""Bound S over each ball, splitting it until S_ub < gamma or S_lb > gamma is proved or the budget is spent.
 
@@ -358,6 +366,7 @@ def branch_and_bound(
         seconds: Most seconds to search; looked at between batches.
         batch: Leaves split at once.
         steps: Adam steps for each domain.
+        score: S.
 
     Returns:
         Bounds that hold on the whole ball whatever gamma is, decided or not.
@@ -379,40 +388,53 @@ def branch_and_bound(
     if min(nodes, batch) < 1 or steps < 0:
         raise InputError(f"nodes and batch must be at least 1 and steps not negative, got {nodes}, {batch} and {steps}")
     deadline = math.inf if seconds is None else time.monotonic() + seconds
-    sign = sign_of(side)
-    domains, proved = root(graph, ball, preactivations(graph, ball))
-    bound = torch.where(proved, plain(domains, side), torch.inf)
+    sign, reduced, count = sign_of(side), reduction(score, side), len(ball.center)
+    whole, proved = root(graph, ball, preactivations(graph, ball))
     refuted, timed_out = torch.zeros_like(proved), torch.zeros_like(proved)
     points, used = ball.center.clone(), torch.ones_like(proved, dtype=torch.long)
-    index = (proved & ~(bound < sign * gamma)).nonzero().squeeze(1)
+    if (constant := reduced.constant(graph.classes)) is not None:
+        bound, index = torch.where(proved, sign * constant, torch.full_like(ball.eps, torch.inf)), used[:0]
+    else:
+        domains, sample = cases(whole, reduced)
+        value = plain(domains, reduced)
+        bound = torch.where(proved, reduced.outer(worst(value, sample, count)), torch.inf)
+        index = (proved & ~(bound < sign * gamma)).nonzero().squeeze(1)
     if len(index):
-        domains = domains.at(index)
-        search = _Search(graph, domains.ball, gamma, side, batch, steps)
-        found, used[index], timed_out[index] = _below_root(search, domains, bound[index], nodes, deadline)
-        bound[index], refuted[index], points[index] = found, search.refuted, search.points
+        place = torch.full_like(used, -1)
+        place[index] = torch.arange(len(index), device=index.device)
+        own = (place[sample] >= 0).nonzero().squeeze(1)
+        search = _Search(graph, Ball(ball.center[index], ball.eps[index], ball.norm), gamma, score, side, batch, steps)
+        found, used[index], timed_out[index] = _below_root(
+            search, domains.at(own), place[sample[own]], value[own], nodes, deadline
+        )
+        bound[index], refuted[index], points[index] = reduced.outer(found), search.refuted, search.points
     bound = torch.where(torch.isfinite(bound), sign * bound, torch.nan)
     decided = bound < gamma if side == "upper" else bound > gamma
     return Branched(bound, decided, refuted, points, used, timed_out & ~decided & ~refuted)
 
 
 def _below_root(
-    search: _Search, domains: Domains, bound: Tensor, nodes: int, deadline: float
+    search: _Search, domains: Domains, sample: Tensor, bound: Tensor, nodes: int, deadline: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Optimise the bounds of whole balls, and branch where that does not decide them."""
+    """Optimise the bounds of all cases of whole balls, and branch where that does not decide them.
+
+    Returns:
+        The worst case of every ball, numbers of domains bounded, and who ran out of time.
+    """
     domains, _ = emptied(tightened(domains, search.outputs(), _LOGIT_STEPS))
-    sample = torch.arange(len(domains), device=bound.device)
+    count = len(search.refuted)
     depth = torch.zeros_like(sample)
     leaves = search.solve(sample, domains, depth, None, _ROOT_STEPS)
     bound = torch.minimum(bound, leaves.bound)
-    used, late = torch.ones_like(sample), torch.zeros_like(bound, dtype=torch.bool)
-    open_ = ((bound >= search.goal) & ~search.refuted).nonzero().squeeze(1)
+    used, late = torch.ones_like(search.refuted, dtype=torch.long), torch.zeros_like(search.refuted)
+    open_ = ((bound >= search.goal) & ~search.refuted[sample]).nonzero().squeeze(1)
     if nodes < 3 or not len(open_):
-        return bound, used, late
+        return worst(bound, sample, count), used, late
     leaves, domains = leaves.at(open_), domains.at(open_)
     places = [*range(1, search.layers), *search.outputs()]
     domains, empty = search.tighten(domains, leaves.values, places, _ROOT_TIGHTENING_STEPS)
-    leaves = search.solve(open_, domains, depth[open_], leaves.values, search.steps)
+    leaves = search.solve(sample[open_], domains, depth[open_], leaves.values, search.steps)
     leaves = replace(leaves, bound=torch.where(empty, search.level, torch.minimum(leaves.bound, bound[open_])))
     found, used, late = search.run(leaves, nodes, deadline)
-    bound[open_] = torch.minimum(bound[open_], found[open_])
-    return bound, used, late
+    bound[open_] = torch.minimum(bound[open_], found[sample[open_]])
+    return worst(bound, sample, count), used, late

@@ -36,7 +36,7 @@ from grood_cert.errors import SoundnessError
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.operations import Addition
-from grood_cert.scores import energy, score_gradient
+from grood_cert.scores import ENERGY, Score, score_gradient
 
 TOLERANCE = 1e-8
 _CLAMPED = 1e-7  # distance to 0 below which the library's clamps may matter
@@ -59,7 +59,11 @@ class Agreement:
 
 
 def cross_check(
-    native: NativeNetwork, other: BoundedNetwork, balls: Iterable[Ball], method: Method | None = None
+    native: NativeNetwork,
+    other: BoundedNetwork,
+    balls: Iterable[Ball],
+    method: Method | None = None,
+    score: Score = ENERGY,
 ) -> Agreement:
     """Compare both engines on some balls.
 
@@ -68,6 +72,7 @@ def cross_check(
         other: The same network inside the other one.
         balls: Batches of balls.
         method: Method to compare if it differs from the native engine's own.
+        score: S.
 
     Raises:
         SoundnessError: If they disagree beyond rounding, or a bound does not hold at a point of its ball.
@@ -76,7 +81,7 @@ def cross_check(
     count = 0
     found: list[float] = []
     for ball in balls:
-        ours, theirs = (_bounds(engine, ball, method) for engine in (native, other))
+        ours, theirs = (_bounds(engine, ball, method, score) for engine in (native, other))
         known = torch.isfinite(torch.cat([*ours, *theirs], 1)).all(1)
         if not bool(known.any()):
             continue
@@ -85,7 +90,7 @@ def cross_check(
         same, rounding = _same_lines(native, ball, method)
         same = same & known
         fits = torch.where(same, apart <= TOLERANCE + rounding, _meet(ours, theirs))
-        wrong = known & ~(fits & _hold(native, ball, ours) & _hold(native, ball, theirs))
+        wrong = known & ~(fits & _hold(native, ball, ours, score) & _hold(native, ball, theirs, score))
         if bool(wrong.any()):
             raise SoundnessError(
                 f"the bound engines contradict each other on {int(wrong.sum())} balls of eps "
@@ -105,18 +110,18 @@ def cross_check(
     return Agreement(count, len(found), max(found, default=None))
 
 
-def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method) -> Interval:
+def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method, score: Score) -> Interval:
     """Bounds of S and of the logits, shape (B, 1 + K) each; NaN where the engine raises."""
     with torch.no_grad():
         classes = bounded.network(ball.center[:1]).shape[1]
     try:
-        score = score_bounds(bounded, ball, method)
+        found = score_bounds(bounded, ball, method, score)
         rows = torch.eye(classes).to(ball.center).expand(len(ball.center), -1, -1)
         lower, upper = bounded.relax(ball).rows(rows, method)
     except Exception:  # noqa: BLE001  (whatever it is, nothing was proved)
         nothing = ball.center.new_full((len(ball.center), 1 + classes), torch.nan)
         return nothing, nothing
-    return torch.cat([score.lower[:, None], lower], 1), torch.cat([score.upper[:, None], upper], 1)
+    return torch.cat([found.lower[:, None], lower], 1), torch.cat([found.upper[:, None], upper], 1)
 
 
 def _same_lines(native: NativeNetwork, ball: Ball, method: Method) -> tuple[Tensor, Tensor]:
@@ -148,14 +153,14 @@ def _meet(first: Interval, second: Interval) -> Tensor:
     return (lower <= upper + _slack(upper)).all(1)
 
 
-def _hold(native: NativeNetwork, ball: Ball, bounds: Interval) -> Tensor:
+def _hold(native: NativeNetwork, ball: Ball, bounds: Interval, score: Score) -> Tensor:
     """Whether bounds enclose S and the logits at some points of the ball, shape (B,)."""
-    _, gradient = score_gradient(native.network, ball.center)
+    _, gradient = score_gradient(native.network, ball.center, score)
     inside = torch.ones_like(ball.eps, dtype=torch.bool)
     for points in (ball.center, attacks.towards(gradient, ball), attacks.towards(-gradient, ball)):
         with torch.no_grad():
             logits = native.network(points)
-        found = torch.cat([energy(logits)[:, None], logits], 1)
+        found = torch.cat([score.value(logits)[:, None], logits], 1)
         above, below = found <= bounds[1] + _slack(found), found >= bounds[0] - _slack(found)
         inside = inside & (above & below).all(1)
     return inside

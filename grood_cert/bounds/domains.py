@@ -1,15 +1,15 @@
 r"""Parts of balls on which some neurons keep one sign, and optimised linear bounds on them.
 
 Below an unstable leaky ReLU (l < 0 < u) any line through 0 with a slope alpha between the leak and 1 is sound. The parts
-of a ball on which some neurons keep one sign s_j and the logits stay in an interval are bounded as a ball is; what is
+of a ball on which some neurons keep one sign s_j and the outputs z stay in an interval are bounded as a ball is; what is
 known there enters with Lagrange multipliers beta, mu, nu >= 0 (beta-CROWN):
 
-    max { a . z : s_j z_j >= 0, l <= f <= u }  <=  max a . z + sum_j beta_j s_j z_j + mu . (f - l) + nu . (u - f).
+    max { a . z : s_j z_j >= 0, l <= f <= u }  <=  max a . z + sum_j beta_j s_j z_j + mu . (f - l) + nu . (u - f),
 
-A neuron has a slope while it is unstable and a multiplier once its sign is fixed, so one number each is stored. All of
+where f stands for the images of the logits that the proof is about (`reduction`). A neuron has a slope while it is unstable and a multiplier once its sign is fixed, so one number each is stored. All of
 them are optimised by projected Adam steps through the backward pass; every iterate is a proof, the best one is kept.
 
-*Tightening.* Intervals of hidden neurons and of logits are optimised rows. Where it is enough to look at a part V of
+*Tightening.* Intervals of hidden neurons and of outputs are optimised rows. Where it is enough to look at a part V of
 the domain on which a linear condition c . f + d >= 0 holds,
 
     max { z_j : x in V }  <=  max z_j + lambda (c . f + d)        for all lambda >= 0,
@@ -35,10 +35,11 @@ from torch.nn import functional
 from grood_cert.ball import Ball
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.linear_rows import over_rows, through_pool
+from grood_cert.bounds.reduction import Head, Reduction
 from grood_cert.errors import InputError
 from grood_cert.interval import ROUNDING, Interval, crossed, ordered
 from grood_cert.networks.activations import Activation, LeakyReLU
-from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 Condition = tuple[Tensor, Tensor]
@@ -57,14 +58,16 @@ class Domains:
         inputs: Bounds of the input of every nonlinear layer on the domain, shape (B, *layer) each.
         signs: Fixed signs of the neurons of all leaky ReLUs, one layer after the other, shape (B, N): 1 for z >= 0, -1
             for z <= 0, 0 for open.
-        logits: Bounds of the logits on the domain, shape (B, K) each.
+        outputs: Bounds of the images of the logits that a proof is about on the domain, shape (B, size) each.
+        head: Which images they are.
     """
 
     graph: Graph
     ball: Ball
     inputs: tuple[Interval, ...]
     signs: Tensor
-    logits: Interval
+    outputs: Interval
+    head: Head
 
     def __len__(self) -> int:
         return len(self.signs)
@@ -76,7 +79,8 @@ class Domains:
             Ball(self.ball.center[index], self.ball.eps[index], self.ball.norm),
             tuple((lower[index], upper[index]) for lower, upper in self.inputs),
             self.signs[index],
-            (self.logits[0][index], self.logits[1][index]),
+            (self.outputs[0][index], self.outputs[1][index]),
+            self.head.at(index),
         )
 
 
@@ -270,12 +274,11 @@ def descend(
     return best, where
 
 
-def _unit_rows(index: Tensor, origin: Node) -> Tensor:
-    """Rows +e_i, then -e_i, for the units i of a node; index of shape (B, U)."""
-    rows = torch.zeros(*index.shape, origin.size, dtype=torch.float64, device=index.device)
+def _unit_rows(index: Tensor, size: int) -> Tensor:
+    """Rows +e_i, then -e_i, for some units i; index of shape (B, U)."""
+    rows = torch.zeros(*index.shape, size, dtype=torch.float64, device=index.device)
     rows.scatter_(2, index.unsqueeze(-1), 1.0)
-    both: Tensor = torch.cat([rows, -rows], 1).unflatten(-1, origin.shape)
-    return both
+    return torch.cat([rows, -rows], 1)
 
 
 def tightened(
@@ -286,11 +289,11 @@ def tightened(
     condition: Condition | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Domains:
-    r"""Both ends of every unstable neuron of some layers, or of every logit, as optimised rows.
+    r"""Both ends of every unstable neuron of some layers, or of every output, as optimised rows.
 
     Args:
         domains: The domains.
-        places: Which nonlinear layers, counted in execution order; their number stands for the logits.
+        places: Which nonlinear layers, counted in execution order; their number stands for the outputs.
         steps: Adam steps.
         start: First parameters of every row, shape (B, N); CROWN's if absent.
         condition: c, shape (B, K), and d, shape (B,), with c . f + d >= 0 wherever it matters: the result holds there.
@@ -304,32 +307,33 @@ def tightened(
     for place in places:
         last = place == len(graph.nonlinear)
         node = output if last else graph.nodes[graph.nonlinear[place]].inputs[0]
-        interval = domains.logits if last else domains.inputs[place]
+        interval = domains.outputs if last else domains.inputs[place]
         lower, upper = (end.flatten(1) for end in interval)
         needed = torch.ones_like(lower, dtype=torch.bool) if last else (lower < 0) & (upper > 0)
         count = int(needed.sum(1).max())
         order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
         for index in order.split(max(1, memory // (8 * 2 * len(domains) * widest)), 1) if count else ():
-            low, high = _row_bounds(domains, node, index, steps, start, condition)
+            rows = _unit_rows(index, lower.shape[1])
+            rows = domains.head.rows(rows, graph.classes) if last else rows.unflatten(-1, graph.nodes[node].shape)
+            low, high = _row_bounds(domains, node, rows, steps, start, condition)
             own = needed.gather(1, index)  # the others only fill up the rows of samples that need fewer
             low, high = torch.where(own, low, -torch.inf), torch.where(own, high, torch.inf)
             lower = lower.scatter(1, index, torch.fmax(lower.gather(1, index), low))
             upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))
         found = lower.reshape(interval[0].shape), upper.reshape(interval[1].shape)
         if last:
-            domains = replace(domains, logits=found)
+            domains = replace(domains, outputs=found)
         else:
             domains = replace(domains, inputs=(*domains.inputs[:place], found, *domains.inputs[place + 1 :]))
     return domains
 
 
 def _row_bounds(
-    domains: Domains, node: int, index: Tensor, steps: int, start: Tensor | None, condition: Condition | None
+    domains: Domains, node: int, rows: Tensor, steps: int, start: Tensor | None, condition: Condition | None
 ) -> Interval:
-    """Bounds of some units of a node, shape (B, U); each row has lines and a multiplier lambda of its own."""
-    graph, output = domains.graph, len(domains.graph.nodes) - 1
+    """Bounds of rows of a node and their negatives, shape (B, U); each has lines and a multiplier lambda of its own."""
+    graph, output, units = domains.graph, len(domains.graph.nodes) - 1, rows.shape[1] // 2
     pullback = FreePullback(graph, domains.ball, domains.inputs, domains.signs)
-    rows = _unit_rows(index, graph.nodes[node])
     lines = pullback.start.shape[1]
     unit = torch.zeros_like(rows.flatten(2)[..., 0])
     if condition is not None:
@@ -337,7 +341,7 @@ def _row_bounds(
         with torch.no_grad():
             depth = ((coefficients * graph(domains.ball.center)).sum(1) + constant).abs().clamp(min=1e-3)
             reach = pullback.upper({node: rows}, pullback.start.unsqueeze(1))
-        unit = (reach[:, : index.shape[1]] + reach[:, index.shape[1] :]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
+        unit = (reach[:, :units] + reach[:, units:]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
 
     def bound(parameters: Tensor, passage: Passage | None = None) -> Tensor:
         sources, extra = {node: rows}, torch.zeros_like(unit)
@@ -359,30 +363,50 @@ def _row_bounds(
     _, parameters = descend(bound, first, smallest, largest, rate, steps)
     with torch.no_grad():
         value = bound(parameters, Passage())
-    return -value[:, index.shape[1] :], value[:, : index.shape[1]]
+    return -value[:, units:], value[:, :units]
 
 
 def emptied(domains: Domains) -> tuple[Domains, Tensor]:
     """Domains with their intervals in order, and which of them an interval crossed beyond rounding proves empty."""
     empty = torch.zeros(len(domains), dtype=torch.bool, device=domains.signs.device)
-    for lower, upper in (*domains.inputs, domains.logits):
+    for lower, upper in (*domains.inputs, domains.outputs):
         empty = empty | crossed(lower, upper).flatten(1).any(1)
     inputs = tuple((torch.minimum(*ends), torch.maximum(*ends)) for ends in domains.inputs)
-    logits = torch.minimum(*domains.logits), torch.maximum(*domains.logits)
-    return replace(domains, inputs=inputs, logits=logits), empty
+    outputs = torch.minimum(*domains.outputs), torch.maximum(*domains.outputs)
+    return replace(domains, inputs=inputs, outputs=outputs), empty
 
 
 def root(graph: Graph, ball: Ball, hidden: Preactivations | Sequence[Interval]) -> tuple[Domains, Tensor]:
-    """The balls as domains, and which of them have finite ordered bounds."""
+    """The balls as domains with the logits as outputs, and which of them have finite ordered bounds."""
     signs = torch.zeros(len(ball.center), neurons(graph), dtype=torch.float64, device=ball.center.device)
+    head = Head("all", 1.0, torch.zeros_like(ball.eps, dtype=torch.long))
     if isinstance(hidden, Preactivations):
-        return Domains(graph, ball, hidden.inputs, signs, hidden.logits), hidden.proved
+        return Domains(graph, ball, hidden.inputs, signs, hidden.logits, head), hidden.proved
     if len(hidden) != len(graph.nonlinear):
         raise InputError(f"expected bounds of {len(graph.nonlinear)} nonlinear layers, got {len(hidden)}")
     infinite = torch.full((len(signs), graph.classes), torch.inf, dtype=torch.float64, device=signs.device)
-    domains = Domains(graph, ball, tuple(hidden), signs, (-infinite, infinite))
+    domains = Domains(graph, ball, tuple(hidden), signs, (-infinite, infinite), head)
     domains = tightened(domains, [len(graph.nonlinear)], 0)
     proved = torch.ones_like(signs[:, 0] if signs.shape[1] else infinite[:, 0], dtype=torch.bool)
-    for lower, upper in (*domains.inputs, domains.logits):
+    for lower, upper in (*domains.inputs, domains.outputs):
         proved = proved & ordered(lower, upper)
     return domains, proved
+
+
+def cases(domains: Domains, reduction: Reduction) -> tuple[Domains, Tensor]:
+    """The domains of all cases of a proof about some balls, and which ball each is of.
+
+    Outputs that are differences of logits are bounded as rows of their own where the proof reads their intervals.
+
+    Args:
+        domains: One a ball, with the logits as outputs.
+        reduction: Of the score.
+    """
+    with torch.no_grad():
+        logits = domains.graph(domains.ball.center)
+    sample, head = reduction.cases(logits, *domains.outputs)
+    domains = domains.at(sample)
+    domains = replace(domains, outputs=head.interval(*domains.outputs), head=head)
+    if head.kind == "others" and reduction.proof == "chord":
+        domains = tightened(domains, [len(domains.graph.nonlinear)], 0)
+    return domains, sample

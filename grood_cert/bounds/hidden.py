@@ -31,7 +31,7 @@ from grood_cert.bounds.engine import BoundedNetwork, Source
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.intervals import magnitude, through
 from grood_cert.bounds.linear_rows import Transposes
-from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, softmax_weights
+from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, gaps, weights_of_gaps
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval, intersect, ordered, outward
 from grood_cert.networks.activations import Activation, LeakyReLU
@@ -51,6 +51,7 @@ class Preactivations:
         slopes: Range of the derivative of every nonlinear layer: of sigma' for an activation, of the routing of each
             (window, entry) for a maximum pool.
         logits: Bounds of the logits, shape (B, K) each.
+        gaps: Bounds of f_j - f_k, shape (B, K, K) each.
         weights: The set of possible softmax weights.
         proved: Whether all bounds of a sample are finite and ordered, shape (B,).
     """
@@ -58,8 +59,24 @@ class Preactivations:
     inputs: tuple[Interval, ...]
     slopes: tuple[Interval, ...]
     logits: Interval
+    gaps: Interval
     weights: SoftmaxWeights
     proved: Tensor
+
+    def at(self, index: Tensor) -> Preactivations:
+        """Those of some balls."""
+
+        def part(interval: Interval) -> Interval:
+            return interval[0][index], interval[1][index]
+
+        return Preactivations(
+            tuple(map(part, self.inputs)),
+            tuple(map(part, self.slopes)),
+            part(self.logits),
+            part(self.gaps),
+            SoftmaxWeights(self.weights.lower[index], self.weights.upper[index]),
+            self.proved[index],
+        )
 
 
 def slopes_of(operation: object, lower: Tensor, upper: Tensor) -> Interval:
@@ -225,12 +242,13 @@ def preactivations(
     if source not in ("ibp", "crown"):
         raise InputError(f"unknown source of bounds {source!r}; use ibp or crown")
     known = Hidden(folded(graph), ball, source, given, memory)
-    logits, weights = _logits(known, given_rows, memory)
+    logits, between = _logits(known, given_rows, memory)
+    weights = weights_of_gaps(*between)
     slopes = tuple(
         slopes_of(known.graph.nodes[number].operation, lower, upper) for number, (lower, upper) in known.inputs.items()
     )
     proved = known.proved & ordered(*logits) & ordered(weights.lower, weights.upper)
-    return Preactivations(tuple(known.inputs.values()), slopes, logits, weights, proved)
+    return Preactivations(tuple(known.inputs.values()), slopes, logits, between, weights, proved)
 
 
 def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> Preactivations:
@@ -249,7 +267,8 @@ def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> 
     return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
 
 
-def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, SoftmaxWeights]:
+def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, Interval]:
+    """Bounds of the logits, and of their differences."""
     logits, magnitude = known.intervals[-1], known.magnitudes[-1]
     batch, classes = magnitude.shape
     rows = logit_rows(classes).to(magnitude)
@@ -265,7 +284,7 @@ def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interva
             found = torch.cat([found[0], -pad], 1), torch.cat([found[1], pad], 1)
         given = found if given is None else intersect(given, found)
     if given is None:
-        return logits, softmax_weights(*logits)
+        return logits, gaps(*logits)
     lower, upper = outward(*given, magnitude @ rows.abs().T)
     logits = intersect(logits, (lower[:, :classes], upper[:, :classes]))
-    return logits, softmax_weights(*logits, (lower[:, classes:], upper[:, classes:]))
+    return logits, gaps(*logits, (lower[:, classes:], upper[:, classes:]))

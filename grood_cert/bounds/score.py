@@ -1,6 +1,7 @@
-r"""Sound bounds of the energy score over a ball, from linear bounds of the logits.
+r"""Sound bounds of a score over a ball, from linear bounds of the logits.
 
-Let l_k <= f_k <= u_k on the ball B, and let LB[c] <= c . f <= UB[c] on B for a row c. With H the Shannon entropy:
+Let l_k <= f_k <= u_k on the ball B, and let LB[c] <= c . f <= UB[c] on B for a row c. With H the Shannon entropy, the
+energy with T = 1 obeys
 
     U0   S <= -LSE(l)
     U1   S <= -(LB[p] + H(p))                       for any p in the simplex
@@ -17,6 +18,16 @@ the network.
   in [0, chord slope]; the chord slope is e^(u_k - M) (1 - e^-(u_k - l_k)) / (u_k - l_k). Summing over k and taking
   the increasing logarithm gives L1. All exponentials are <= 1, so logits above 88 do no harm, and a degenerate
   interval l_k = u_k gives the limit slope e^(u_k - M): its term is never dropped.
+
+*Other scores.*
+
+* Energy(T) is T S_1 of f / T: the same rows, intervals divided by T, results times T.
+* MaxLogit, the limit T = 0: S <= -LB[p], so S <= -max_k l_k, and S >= -max_k u_k; p lies near the largest of f(x) and of
+  (l + u) / 2, spread over logits within the width of the intervals.
+* MSP: softmax(f / T)_k = 1 / (1 + e^Q_k), Q_k = LSE of (f_j - f_k) / T over j != k. S <= -softmax(f / T)_k with k the
+  largest logit at x and Q_k bounded from above by L1 (rows e_j - e_k for the intervals, then a chord row), and by each
+  logit alone: Q_k <= LSE(u_j) - l_k, whatever k. S >= -max over k of 1 / (1 + e^LB) with Q_k bounded from below by U1,
+  one row (p - e_k) / T a class, or LSE(l_j) - u_k; only classes with u_k >= max_j l_j can be the largest.
 
 The best of the joint and per-logit bounds is returned, so a joint bound is never looser than a per-logit one.
 
@@ -35,9 +46,11 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.engine import BoundedNetwork, Method
-from grood_cert.interval import ROUNDING, Interval, crossed
-from grood_cert.scores import energy
+from grood_cert.bounds.engine import BoundedNetwork, Method, Relaxation
+from grood_cert.bounds.reduction import Head, possible_winners, reduction
+from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING, Interval, crossed, intersect
+from grood_cert.scores import ENERGY, MSP, Energy, MaxLogit, Score, energy
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,13 @@ def _repaired(lower: Tensor, upper: Tensor) -> Interval:
     return torch.where(known, low - margin, nan), torch.where(known, high + margin, nan)
 
 
-def gibbs_upper(row_lower: Tensor, weights: Tensor) -> Tensor:
-    r"""U1: -(LB[p] + H(p)).
+def gibbs_upper(row_lower: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""U1: -(LB[p] + T H(p)).
 
     Args:
         row_lower: LB[p], shape (...).
         weights: p, a point of the simplex, shape (..., K).
+        temperature: T; 0 leaves the entropy out.
 
     Returns:
         Shape (...).
@@ -82,7 +96,7 @@ def gibbs_upper(row_lower: Tensor, weights: Tensor) -> Tensor:
         >>> torch.isclose(gibbs_upper(p @ z, p), energy(z))
         tensor(True)
     """
-    return -(row_lower - torch.xlogy(weights, weights).sum(-1))
+    return -(row_lower - temperature * torch.xlogy(weights, weights).sum(-1))
 
 
 def chord_slopes(lower: Tensor, upper: Tensor) -> Tensor:
@@ -129,47 +143,162 @@ def chord_lower(row_upper: Tensor, slopes: Tensor, upper: Tensor) -> Tensor:
     return -(largest + torch.where(value > 0, value, torch.full_like(value, torch.inf)).log())
 
 
-def score_bounds(bounded: BoundedNetwork, ball: Ball, method: Method | None = None) -> ScoreBounds:
+@dataclass(frozen=True)
+class _Found:
+    """Bounds of a score before they are put in order, shape (B,) each: of each logit alone, and joint ones."""
+
+    lower_per_logit: Tensor
+    upper_per_logit: Tensor
+    lower_joint: list[Tensor]
+    upper_joint: list[Tensor]
+
+
+class _Logits:
+    """The logits at x and their intervals over a batch of balls, and rows of them.
+
+    Args:
+        relaxation: Bounds of rows over the balls.
+        method: Method if it differs from the engine's own.
+        center: f(x), shape (B, K).
+        weights: p, shape (B, K): a row to be bounded beside the intervals, if any.
+    """
+
+    def __init__(
+        self, relaxation: Relaxation, method: Method | None, center: Tensor, weights: Tensor | None = None
+    ) -> None:
+        self._relaxation, self._method, self.center = relaxation, method, center
+        classes = center.shape[1]
+        identity = torch.eye(classes, dtype=center.dtype, device=center.device).expand(len(center), -1, -1)
+        rows = identity if weights is None else torch.cat([identity, weights.unsqueeze(1)], 1)
+        lower, upper = relaxation.rows(rows, method)
+        self.row_lower = lower[:, classes:]
+        self.lower, self.upper = _repaired(lower[:, :classes], upper[:, :classes])
+        self.known = torch.isfinite(self.lower).all(-1)
+
+    def rows(self, *rows: Tensor) -> Interval:
+        """LB and UB of rows, shape (B, S, K) or (B, K) each; of 0 where the intervals are not known."""
+        stacked = torch.cat([row.unsqueeze(1) if row.dim() == 2 else row for row in rows], 1)
+        return self._relaxation.rows(torch.where(self.known[:, None, None], stacked, 0.0), self._method)
+
+
+def _energy_bounds(
+    relaxation: Relaxation, method: Method | None, center: Tensor, temperature: float
+) -> tuple[_Logits, _Found]:
+    p_center = torch.softmax(center / temperature, -1)
+    logits = _Logits(relaxation, method, center, p_center)
+    lower, upper = logits.lower / temperature, logits.upper / temperature
+    slopes = chord_slopes(lower, upper)
+    weights = [torch.softmax((lower + upper) / 2, -1), torch.softmax(lower, -1)]
+    row_lower, row_upper = logits.rows(*weights, slopes)
+    uppers = [gibbs_upper(row_lower[:, place], row, temperature) for place, row in enumerate(weights)]
+    uppers.append(gibbs_upper(logits.row_lower[:, 0], p_center, temperature))
+    joint = temperature * chord_lower(row_upper[:, -1] / temperature, slopes, upper)
+    return logits, _Found(energy(logits.upper, temperature), energy(logits.lower, temperature), [joint], uppers)
+
+
+def _max_logit_bounds(relaxation: Relaxation, method: Method | None, center: Tensor) -> tuple[_Logits, _Found]:
+    logits = _Logits(relaxation, method, center)
+    width = ((logits.upper - logits.lower).mean(1, keepdim=True) / 2).clamp(min=torch.finfo(center.dtype).tiny)
+    weights = [torch.softmax(value / width, -1) for value in (center, (logits.lower + logits.upper) / 2)]
+    row_lower, _ = logits.rows(*weights)
+    return logits, _Found(-logits.upper.amax(1), -logits.lower.amax(1), [], [-row_lower[:, 0], -row_lower[:, 1]])
+
+
+def _log_sum_of_others(values: Tensor) -> Tensor:
+    """LSE of all entries but one, for each of them; shape (B, K), -inf where there is no other."""
+    nothing = torch.full_like(values[:, :1], -torch.inf)
+    before = torch.cat([nothing, values.logcumsumexp(1)[:, :-1]], 1)
+    after = torch.cat([values.flip(1).logcumsumexp(1).flip(1)[:, 1:], nothing], 1)
+    return torch.logaddexp(before, after)
+
+
+def _msp_bounds(
+    relaxation: Relaxation, method: Method | None, center: Tensor, temperature: float
+) -> tuple[_Logits, _Found]:
+    logits, classes = _Logits(relaxation, method, center), center.shape[1]
+    if classes == 1:
+        always = torch.where(logits.known, -1.0, torch.full_like(center[:, 0], torch.nan))
+        return logits, _Found(always, always, [], [])
+    upper, lower = (reduction(MSP(temperature), side).outer for side in ("upper", "lower"))
+    low, high = logits.lower / temperature, logits.upper / temperature
+    winners = possible_winners(logits.lower, logits.upper)
+    alone = high - _log_sum_of_others(low)  # -Q_k from above, each logit alone
+    # the classes that need a case, as many for each sample; the others only fill up
+    index = torch.where(winners, high, -torch.inf).topk(int(winners.sum(1).max()), 1).indices
+    wanted, own = winners.gather(1, index), index.unsqueeze(2)
+    weights = [
+        value.unsqueeze(1).expand(-1, index.shape[1], -1).scatter(2, own, -torch.inf).softmax(2)
+        for value in (center / temperature, (low + high) / 2)
+    ]
+    head = Head("others", temperature, center.argmax(1))
+    units = torch.eye(classes - 1, dtype=center.dtype, device=center.device).expand(len(center), -1, -1)
+    cases = [row.scatter_add(2, own, -torch.ones_like(own, dtype=row.dtype)) for row in weights]
+    row_lower, row_upper = logits.rows(head.rows(units, classes), *cases)
+    apart = head.interval(logits.lower, logits.upper)
+    apart = intersect(apart, _repaired(row_lower[:, : classes - 1], row_upper[:, : classes - 1]))
+    slopes = chord_slopes(*apart)
+    chord = -chord_lower(
+        logits.rows(head.rows(torch.nan_to_num(slopes).unsqueeze(1), classes))[1][:, 0], slopes, apart[1]
+    )
+    bounds = [
+        gibbs_upper(part / temperature, row)
+        for part, row in zip(row_lower[:, classes - 1 :].chunk(2, 1), weights, strict=True)
+    ]
+    bounds = [torch.where(torch.isfinite(bound), bound, torch.inf) for bound in bounds]
+    joint = torch.minimum(torch.minimum(*bounds), alone.gather(1, index))
+    return logits, _Found(
+        -lower(torch.where(winners, alone, -torch.inf).amax(1)),
+        upper((_log_sum_of_others(high) - low).amin(1)),
+        [-lower(torch.where(wanted, joint, -torch.inf).amax(1))],
+        [upper(chord), upper(-energy(apart[1]))],
+    )
+
+
+def score_bounds(
+    bounded: BoundedNetwork, ball: Ball, method: Method | None = None, score: Score = ENERGY
+) -> ScoreBounds:
     r"""Bound S over each ball of a batch.
 
-    Per-logit intervals and the first Gibbs row come from one call of the engine, the other Gibbs rows and the chord
-    row from another; both share the bounds of the hidden layers.
+    Per-logit intervals come from one call of the engine, rows that need them from another; all calls share the bounds
+    of the hidden layers.
 
     Args:
         bounded: The network inside its bound engine.
         ball: Batch of balls.
         method: Method for these bounds if it differs from the engine's own.
+        score: S.
 
     Returns:
         Bounds, NaN where the engine's answer is NaN, infinite or crossed.
+
+    Raises:
+        InputError: If there are no bounds of such a score.
     """
     relaxation = bounded.relax(ball)
     with torch.no_grad():
-        logits = bounded.network(ball.center)
-    p_center = torch.softmax(logits, -1)
-    identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device).expand(len(logits), -1, -1)
-    row_lower, row_upper = relaxation.rows(torch.cat([identity, p_center.unsqueeze(1)], 1), method)
-    row_center = row_lower[:, -1]
-    lower, upper = _repaired(row_lower[:, : logits.shape[1]], row_upper[:, : logits.shape[1]])
-    lower_per_logit, upper_per_logit = energy(upper), energy(lower)
-    known = torch.isfinite(lower).all(-1)
-    slopes = chord_slopes(lower, upper)
-    weights = [torch.softmax((lower + upper) / 2, -1), torch.softmax(lower, -1)]
-    rows = torch.where(known[:, None, None], torch.stack([*weights, slopes], 1), 0.0)
-    row_lower, row_upper = relaxation.rows(rows, method)
-    uppers = [gibbs_upper(row_lower[:, place], row) for place, row in enumerate(weights)]
-    uppers.append(gibbs_upper(row_center, p_center))
+        center = bounded.network(ball.center)
+    match score:
+        case Energy(temperature):
+            logits, found = _energy_bounds(relaxation, method, center, temperature)
+        case MaxLogit():
+            logits, found = _max_logit_bounds(relaxation, method, center)
+        case MSP(temperature):
+            logits, found = _msp_bounds(relaxation, method, center, temperature)
+        case _:
+            raise InputError(f"there are no bounds of the score {score}")
     # NaN in one bound leaves the others: each is a proof of its own.
-    joint = torch.stack([torch.where(torch.isfinite(bound), bound, torch.inf) for bound in uppers]).amin(0)
-    best_upper = torch.minimum(joint + ROUNDING * (1 + joint.abs()), upper_per_logit)
-    joint = chord_lower(row_upper[:, -1], slopes, upper)
-    joint = torch.where(torch.isfinite(joint), joint, -torch.inf)
-    best_lower = torch.maximum(joint - ROUNDING * (1 + joint.abs()), lower_per_logit)
-    known = known & torch.isfinite(best_lower) & torch.isfinite(best_upper) & (best_lower <= best_upper)
+    best_upper, best_lower = found.upper_per_logit, found.lower_per_logit
+    for joint in found.upper_joint:
+        joint = torch.where(torch.isfinite(joint), joint, torch.inf)
+        best_upper = torch.minimum(joint + ROUNDING * (1 + joint.abs()), best_upper)
+    for joint in found.lower_joint:
+        joint = torch.where(torch.isfinite(joint), joint, -torch.inf)
+        best_lower = torch.maximum(joint - ROUNDING * (1 + joint.abs()), best_lower)
+    known = logits.known & torch.isfinite(best_lower) & torch.isfinite(best_upper) & (best_lower <= best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(
         lower=torch.where(known, best_lower, nan),
         upper=torch.where(known, best_upper, nan),
-        lower_per_logit=torch.where(known, lower_per_logit, nan),
-        upper_per_logit=torch.where(known, upper_per_logit, nan),
+        lower_per_logit=torch.where(known, found.lower_per_logit, nan),
+        upper_per_logit=torch.where(known, found.upper_per_logit, nan),
     )

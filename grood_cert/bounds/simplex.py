@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grood_cert.interval import ROUNDING
+from grood_cert.interval import ROUNDING, Interval
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,22 @@ def difference_rows(classes: int) -> Tensor:
     return identity[first] - identity[second]
 
 
-def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Tensor] | None = None) -> SoftmaxWeights:
+def gaps(lower: Tensor, upper: Tensor, differences: Interval | None = None) -> Interval:
+    """Bounds of z_j - z_k, shape (B, K, K), from what `softmax_weights` takes."""
+    classes = lower.shape[1]
+    low = lower.unsqueeze(2) - upper.unsqueeze(1)
+    high = upper.unsqueeze(2) - lower.unsqueeze(1)
+    if differences is not None:
+        first, second = torch.triu_indices(classes, classes, 1, device=lower.device)
+        low[:, first, second] = torch.maximum(low[:, first, second], differences[0])
+        low[:, second, first] = torch.maximum(low[:, second, first], -differences[1])
+        high[:, first, second] = torch.minimum(high[:, first, second], differences[1])
+        high[:, second, first] = torch.minimum(high[:, second, first], -differences[0])
+    itself = torch.eye(classes, dtype=torch.bool, device=lower.device)
+    return low.masked_fill(itself, 0.0), high.masked_fill(itself, 0.0)
+
+
+def softmax_weights(lower: Tensor, upper: Tensor, differences: Interval | None = None) -> SoftmaxWeights:
     r"""P from bounds of the logits and, where known, of their differences.
 
     Args:
@@ -92,19 +107,12 @@ def softmax_weights(lower: Tensor, upper: Tensor, differences: tuple[Tensor, Ten
         >>> bool(((box.lower < 0.5) & (box.upper > 0.5)).all())
         True
     """
-    classes = lower.shape[1]
-    # gap[b, j, k] bounds z_j - z_k
-    low = lower.unsqueeze(2) - upper.unsqueeze(1)
-    high = upper.unsqueeze(2) - lower.unsqueeze(1)
-    if differences is not None:
-        first, second = torch.triu_indices(classes, classes, 1, device=lower.device)
-        low[:, first, second] = torch.maximum(low[:, first, second], differences[0])
-        low[:, second, first] = torch.maximum(low[:, second, first], -differences[1])
-        high[:, first, second] = torch.minimum(high[:, first, second], differences[1])
-        high[:, second, first] = torch.minimum(high[:, second, first], -differences[0])
-    itself = torch.eye(classes, dtype=torch.bool, device=lower.device)
-    low, high = low.masked_fill(itself, 0.0), high.masked_fill(itself, 0.0)
+    return weights_of_gaps(*gaps(lower, upper, differences))
+
+
+def weights_of_gaps(low: Tensor, high: Tensor) -> SoftmaxWeights:
+    """P from bounds of z_j - z_k, shape (B, K, K) each, widened by 1e-12 relative."""
     weights_lower, weights_upper = 1 / high.exp().sum(1), 1 / low.exp().sum(1)
-    tiny = torch.finfo(lower.dtype).tiny  # below it, a relative margin is none
+    tiny = torch.finfo(low.dtype).tiny  # below it, a relative margin is none
     low_end = (weights_lower * (1 - ROUNDING) - tiny).clamp(min=0)
     return SoftmaxWeights(low_end, (weights_upper * (1 + ROUNDING) + tiny).clamp(max=1 + ROUNDING))

@@ -40,8 +40,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.certification.stages import Means, stages_of
 from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
-from grood_cert.errors import InputError
-from grood_cert.scores import ENERGY, score_gradient
+from grood_cert.scores import score_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +117,6 @@ class Cascade:
     def __init__(self, detector: Detector, settings: Settings, together: int | None = None) -> None:
         settings.check(detector.shape)
         check_network(detector.network)
-        if detector.score != ENERGY:
-            raise InputError(f"the score {detector.score} cannot be certified yet; use energy")
         self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1])
         self.note = self.choice.note
         if self.note and not settings.stages:
@@ -131,7 +128,9 @@ class Cascade:
         self.detector, self.settings = detector, settings
         guard = Guard(together)
         self.failures = guard.failures
-        self.stages = stages_of(Means(settings, detector.gamma, detector.shape, self.choice.bounded, guard))
+        self.stages = stages_of(
+            Means(settings, detector.gamma, detector.score, detector.shape, self.choice.bounded, guard)
+        )
 
     def certify(self, images: Tensor, kind: str, generator: torch.Generator) -> Certificates:
         """Certify a batch, and attack it.
@@ -197,7 +196,8 @@ class Cascade:
         """Bound some balls together as `certify` does, to see how much memory that takes."""
         images = images.to(next(self.detector.network.parameters()))
         eps = images.new_full((len(images),), self.settings.eps[-1])
-        score_bounds(self.choice.bounded, Ball(images, eps, self.settings.norm), self.settings.linear[-1])
+        ball = Ball(images, eps, self.settings.norm)
+        score_bounds(self.choice.bounded, ball, self.settings.linear[-1], self.detector.score)
 
 
 def _outcome(state: State) -> Tensor:

@@ -26,6 +26,7 @@ from grood_cert.interval import ROUNDING
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
 from grood_cert.networks.graph import Graph, trace
+from grood_cert.scores import Score
 
 _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows nothing
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
@@ -39,6 +40,7 @@ class Means:
     Attributes:
         settings: What to certify.
         gamma: Threshold.
+        score: S.
         shape: Of an image, (C, H, W).
         bounded: The network inside its bound engine.
         guard: What every proof goes through.
@@ -46,6 +48,7 @@ class Means:
 
     settings: Settings
     gamma: float
+    score: Score
     shape: tuple[int, int, int]
     bounded: BoundedNetwork
     guard: Guard
@@ -123,7 +126,7 @@ class Linear(Stage):
         """Bound S on balls of some samples and record it."""
 
         def prove(ball: Ball) -> ScoreBounds:
-            return score_bounds(self.means.bounded, ball, self.method)
+            return score_bounds(self.means.bounded, ball, self.method, self.means.score)
 
         def unproved(balls: int) -> ScoreBounds:
             nothing = eps.new_full((balls,), torch.nan)
@@ -201,9 +204,10 @@ class Lipschitz(Refinement):
     """Radii and an envelope from local Lipschitz bounds.
 
     OOD needs the constant L of S; for ID the constant of p0 . f, p0 = softmax f(x), is enough, since S lies below its
-    tangent in f. The smaller of the two may be taken at each eps, also along a path: every bound of S is a supremum
-    over a set of softmax weights that contains p0, with the network's slopes independent of them, so it bounds the
-    slope of p0 . f as well.
+    tangent in f (for MSP: that of minus the probability of the largest logit at x, which S lies below). The smaller of
+    the two may be taken at each eps, also along a path: every bound of S is a supremum over a set of softmax weights
+    that contains p0 (of classes that contains this one), with the network's slopes independent of them, so it bounds
+    the slope of p0 . f as well.
 
     The search and the integration grid go beyond the attack radius, so that a wrong bound shows.
     """
@@ -241,7 +245,9 @@ class Lipschitz(Refinement):
 
         def bound(ball: Ball) -> Tensor:
             inside = state.kind == "id"
-            bounds = local_lipschitz(self.graph, ball, self.hidden(ball), ("jacobian-crown",), fixed_head=inside)
+            bounds = local_lipschitz(
+                self.graph, ball, self.hidden(ball), ("jacobian-crown",), fixed_head=inside, score=self.means.score
+            )
             return bounds.auto if bounds.fixed_head is None else torch.fmin(bounds.auto, bounds.fixed_head)
 
         return self.prove(bound, state, index, eps)
@@ -258,7 +264,8 @@ class AlphaCrown(Refinement):
         envelope, limit = state.envelope, self.means.limit
 
         def bound(ball: Ball) -> Tensor:
-            return optimised_bounds(self.graph, ball, state.side, self.hidden(ball), steps=self.means.effort.steps)
+            steps, score = self.means.effort.steps, self.means.score
+            return optimised_bounds(self.graph, ball, state.side, self.hidden(ball), steps=steps, score=score)
 
         def evaluate(index: Tensor, eps: Tensor) -> Tensor:
             return state.record(index, eps, self.prove(bound, state, index, eps), self.name)
@@ -297,7 +304,15 @@ class BranchAndBound(Refinement):
 
         def prove(ball: Ball) -> Branched:
             seconds = max(state.deadline - time.monotonic(), 0.0) if settings.time_limit > 0 else None
-            return branch_and_bound(self.graph, ball, self.means.gamma, state.side, nodes=effort.nodes, seconds=seconds)
+            return branch_and_bound(
+                self.graph,
+                ball,
+                self.means.gamma,
+                state.side,
+                nodes=effort.nodes,
+                seconds=seconds,
+                score=self.means.score,
+            )
 
         def unproved(balls: int) -> Branched:
             nothing, no = envelope.score.new_full((balls,), torch.nan), state.right.new_zeros(balls)

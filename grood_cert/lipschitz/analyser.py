@@ -30,7 +30,6 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
 )
 from grood_cert.networks.graph import trace
-from grood_cert.scores import ENERGY, energy
 
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
@@ -87,11 +86,12 @@ class Analyser:
     """Analyses batches of images against one detector.
 
     Args:
-        detector: Network; gamma plays no part.
+        detector: Network and score; gamma plays no part.
         settings: What to analyse.
 
     Attributes:
         choice: The engine of the pre-activation bounds.
+        score: S.
 
     Raises:
         InputError: If the settings make no sense for the detector, or a layer of its network is not supported.
@@ -102,9 +102,7 @@ class Analyser:
         shape = detector.shape
         settings.check(shape)
         check_network(detector.network)
-        if detector.score != ENERGY:
-            raise InputError(f"the score {detector.score} cannot be analysed yet; use energy")
-        self.settings = settings
+        self.settings, self.score = settings, detector.score
         self.graph = trace(detector.network, shape)
         self.choice = build(settings.engine, detector.network, shape, settings.method)
 
@@ -127,7 +125,7 @@ class Analyser:
         """
         images = images.to(next(self.graph.network.parameters()))
         with torch.no_grad():
-            score = energy(self.graph.network(images))
+            score = self.score.value(self.graph.network(images))
         pages: list[dict[str, Any]] = []
         best: list[Tensor] = []
         for value in self.settings.eps:
@@ -135,7 +133,9 @@ class Analyser:
             page: dict[str, Any] = {"score": score, "eps": torch.full_like(score, value)}
             page |= self._estimates(ball, generator)
             known = engine_preactivations(self.choice.bounded, self.graph, ball)
-            bounds = local_lipschitz(self.graph, ball, known, fixed_head=True, memory=self.settings.memory)
+            bounds = local_lipschitz(
+                self.graph, ball, known, fixed_head=True, memory=self.settings.memory, score=self.score
+            )
             page |= {f"bound_{name.replace('-', '_')}": bound for name, bound in bounds.methods.items()}
             page |= {"bound": bounds.auto, "provenance": bounds.provenance, "bound_fixed_head": bounds.fixed_head}
             _check_chain(images, page)
@@ -147,21 +147,21 @@ class Analyser:
         return [{k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in page.items()} for page in pages]
 
     def _estimates(self, ball: Ball, generator: torch.Generator) -> dict[str, Tensor]:
-        settings = self.settings
-        at_center = gradient_norm_estimate(self.graph, ball)
-        ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents)
-        seen = attacks.extremes(self.graph.network, ball, generator, ball.center, ball.center)
+        settings, score = self.settings, self.score
+        at_center = gradient_norm_estimate(self.graph, ball, score)
+        ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents, score=score)
+        seen = attacks.extremes(self.graph.network, ball, generator, ball.center, ball.center, score=score)
         ends = torch.stack([argument, seen.argmax, seen.argmin])
         segments = torch.cat([ball.center + share * (ends - ball.center) for share in _SHARES])
         found = {
             "gradient_norm_estimate": at_center,
-            "sampled_estimate": sampled_gradient_norm_estimate(self.graph, ball, settings.samples, generator),
+            "sampled_estimate": sampled_gradient_norm_estimate(self.graph, ball, settings.samples, generator, score),
             "ascended_estimate": ascended,
-            "secant_estimate": secant_estimate(self.graph, ball, segments),
+            "secant_estimate": secant_estimate(self.graph, ball, segments, score),
         }
         nan = torch.full_like(at_center, torch.nan)
         if settings.clever_batches:
-            clever = clever_estimate(self.graph, ball, generator, settings.clever_batches, settings.samples)
+            clever = clever_estimate(self.graph, ball, generator, settings.clever_batches, settings.samples, score)
             fitted = clever.fitted.to(at_center)
             return found | dict(zip(_CLEVER, (clever.lipschitz_estimate, clever.p_value, fitted), strict=True))
         return found | dict.fromkeys(_CLEVER, nan)

@@ -5,24 +5,36 @@ r"""Formal upper bounds of the local Lipschitz constant of S over balls: every m
 Each method proves its own number for the whole ball, so the smallest is proved too; NaN or infinity is "not proved"
 and never wins. |S(x') - S(x)| is the integral of the derivative along the segment, which lies in the convex ball; the
 bounds cover every Clarke derivative, so kinks on the segment do no harm.
+
+That is the energy with T = 1. Other scores differ in what stands in the place of softmax f:
+
+* Energy(T): softmax(f / T).
+* MaxLogit: the simplex over the classes that can be the largest logit on the ball.
+* MSP: S = -softmax(f / T)_k with k the largest logit, one of those. softmax(f / T)_k = 1 / (1 + e^Q_k) with Q_k the LSE
+  of z_j = (f_j - f_k) / T over j != k, so its gradient is at most sup p (1 - p) times the Lipschitz constant of Q_k:
+  minus an energy, of a network whose last layer is followed by the differences. The largest of these bounds over k holds
+  for S. S(x') <= -softmax(f(x') / T)_k for the k of x, so that bound alone limits how far S rises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations, preactivations
-from grood_cert.bounds.simplex import SoftmaxWeights
+from grood_cert.bounds.simplex import SoftmaxWeights, weights_of_gaps
 from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING, Interval, outward
 from grood_cert.lipschitz.interval import interval_bounds
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown, jacobian_crown_corners
 from grood_cert.lipschitz.product import active_product_bound, product_bound
-from grood_cert.networks.graph import Graph
+from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.operations import Dense
+from grood_cert.scores import ENERGY, MSP, Energy, MaxLogit, Score
 
 METHODS = "product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners"
 
@@ -35,8 +47,8 @@ class LipschitzBounds:
         methods: Each method's bound, shape (B,); NaN where it proved nothing.
         auto: The smallest, shape (B,); infinite where nothing was proved.
         provenance: The method that gave it, "none" where nothing was proved.
-        fixed_head: Jacobian-CROWN for p0 = softmax f(x), or None if not asked for: S(x') <= S(x) + L ||x' - x||,
-            upwards only.
+        fixed_head: Jacobian-CROWN for what is fixed at x (the softmax weights; for max-logit and MSP the largest logit),
+            or None if not asked for: S(x') <= S(x) + L ||x' - x||, upwards only.
     """
 
     methods: dict[str, Tensor]
@@ -67,6 +79,7 @@ def local_lipschitz(
     methods: Sequence[str] = METHODS,
     fixed_head: bool = False,
     memory: int = DEFAULT_MEMORY,
+    score: Score = ENERGY,
 ) -> LipschitzBounds:
     r"""Prove upper bounds of the local Lipschitz constant of S over each ball.
 
@@ -75,8 +88,9 @@ def local_lipschitz(
         ball: Batch of balls, float64.
         known: Bounds over the balls; by default CROWN.
         methods: Which to run, of `METHODS`.
-        fixed_head: Whether to bound the constant of p0 . f too, for ID radii.
+        fixed_head: Whether to bound how fast S rises too, for ID radii.
         memory: Bytes that blocks of rows may take.
+        score: S.
 
     Returns:
         Bounds.
@@ -103,28 +117,135 @@ def local_lipschitz(
     with torch.no_grad():
         if known is None:
             known = preactivations(graph, ball, memory=memory)
-        norm: Norm = ball.norm
-        found: dict[str, Tensor] = {}
-        if "product" in methods:
-            found["product"] = torch.full_like(ball.eps, product_bound(graph, norm), dtype=torch.float64)
-        if "product-active" in methods:
-            found["product-active"] = active_product_bound(graph, known, norm)
-        if "hull" in methods or "interval" in methods:
-            both = dict(zip(("hull", "interval"), interval_bounds(graph, known, norm), strict=True))
-            found |= {name: bound for name, bound in both.items() if name in methods}
-        if "jacobian-crown" in methods:
-            found["jacobian-crown"] = jacobian_crown(graph, known, norm, memory=memory)
-        if "jacobian-crown-corners" in methods:
-            found["jacobian-crown-corners"] = jacobian_crown_corners(graph, known, norm, memory)
-        head = None
-        if fixed_head:
-            weights = SoftmaxWeights.fixed(torch.softmax(graph(ball.center), 1))
-            head = torch.where(known.proved, jacobian_crown(graph, known, norm, weights, memory), torch.nan)
+        found, head = (_of_msp if isinstance(score, MSP) else _of_weights)(
+            graph, ball, known, methods, fixed_head, memory, score
+        )
         for name in found:
-            if name != "product":
+            if name != "product" or isinstance(score, MSP):
                 found[name] = torch.where(known.proved, found[name], torch.nan)
     auto, provenance = best_of(found)
-    return LipschitzBounds(found, auto, provenance, head)
+    return LipschitzBounds(
+        found, auto, provenance, None if head is None else torch.where(known.proved, head, torch.nan)
+    )
+
+
+def _by_method(
+    graph: Graph, known: Preactivations, norm: Norm, methods: Sequence[str], memory: int
+) -> dict[str, Tensor]:
+    """Each method's bound of sup ||J^T p||_q over the balls and the set of p that `known` holds."""
+    found: dict[str, Tensor] = {}
+    if "product" in methods:
+        found["product"] = torch.full_like(known.logits[0][:, 0], product_bound(graph, norm))
+    if "product-active" in methods:
+        found["product-active"] = active_product_bound(graph, known, norm)
+    if "hull" in methods or "interval" in methods:
+        both = dict(zip(("hull", "interval"), interval_bounds(graph, known, norm), strict=True))
+        found |= {name: bound for name, bound in both.items() if name in methods}
+    if "jacobian-crown" in methods:
+        found["jacobian-crown"] = jacobian_crown(graph, known, norm, memory=memory)
+    if "jacobian-crown-corners" in methods:
+        found["jacobian-crown-corners"] = jacobian_crown_corners(graph, known, norm, memory)
+    return found
+
+
+def _of_weights(
+    graph: Graph,
+    ball: Ball,
+    known: Preactivations,
+    methods: Sequence[str],
+    fixed_head: bool,
+    memory: int,
+    score: Score,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Scores with the gradient -J^T p, p in the simplex."""
+    match score:
+        case Energy(1.0):
+            weights = known.weights
+        case Energy(temperature):
+            weights = weights_of_gaps(*_divided(known.gaps, temperature))
+        case MaxLogit():
+            winners = _winners(known)
+            alone = winners & (winners.sum(1, keepdim=True) == 1)
+            weights = SoftmaxWeights(alone.to(known.gaps[0]), winners.to(known.gaps[0]))
+        case _:
+            raise InputError(f"there are no Lipschitz bounds of the score {score}")
+    found = _by_method(graph, replace(known, weights=weights), ball.norm, methods, memory)
+    if not fixed_head:
+        return found, None
+    logits = graph(ball.center)
+    if isinstance(score, Energy):
+        weight = torch.softmax(logits / score.temperature, 1)
+    else:
+        weight = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+    return found, jacobian_crown(graph, known, ball.norm, SoftmaxWeights.fixed(weight), memory)
+
+
+def _of_msp(
+    graph: Graph,
+    ball: Ball,
+    known: Preactivations,
+    methods: Sequence[str],
+    fixed_head: bool,
+    memory: int,
+    score: Score,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """MSP, class by class."""
+    assert isinstance(score, MSP)
+    zero = torch.zeros_like(known.logits[0][:, 0])
+    if graph.classes == 1:
+        return {name: zero for name in methods}, zero if fixed_head else None
+    wanted = (*methods, "jacobian-crown") if fixed_head else methods
+    gaps = _divided(known.gaps, score.temperature)
+    share, winners, own = weights_of_gaps(*gaps), _winners(known), graph(ball.center).argmax(1)
+    winners[torch.arange(len(own), device=own.device), own] = True
+    worst = {name: torch.full_like(zero, -torch.inf) for name in wanted}
+    head = torch.full_like(zero, torch.nan)
+    for k in range(graph.classes):
+        index = winners[:, k].nonzero().squeeze(1)
+        if not len(index):
+            continue
+        low, high = share.lower[index, k], share.upper[index, k].clamp(max=1)
+        around = torch.where((low <= 0.5) & (high >= 0.5), 0.5, torch.where(low > 0.5, low, high))
+        others = torch.arange(graph.classes, device=index.device) != k
+        apart = gaps[0][index][:, others], gaps[1][index][:, others]
+        between = apart[0][:, :, others], apart[1][:, :, others]
+        part = replace(
+            known.at(index),
+            logits=(apart[0][:, :, k], apart[1][:, :, k]),
+            gaps=between,
+            weights=weights_of_gaps(*between),
+        )
+        bounds = _by_method(_apart(graph, k, score.temperature), part, ball.norm, wanted, memory)
+        for name, bound in bounds.items():
+            bound = bound * around * (1 - around) * (1 + ROUNDING)
+            worst[name][index] = torch.maximum(worst[name][index], bound)
+            if name == "jacobian-crown":
+                head[index] = torch.where(own[index] == k, bound, head[index])
+    found = {name: torch.where(worst[name] >= 0, worst[name], torch.nan) for name in methods}
+    return found, head if fixed_head else None
+
+
+def _divided(gaps: Interval, temperature: float) -> Interval:
+    low, high = gaps[0] / temperature, gaps[1] / temperature
+    return outward(low, high, torch.maximum(low.abs(), high.abs()))
+
+
+def _winners(known: Preactivations) -> Tensor:
+    """Which logits may be the largest somewhere on the ball, shape (B, K)."""
+    return ~(known.gaps[1].amin(2) < 0)
+
+
+def _apart(graph: Graph, k: int, temperature: float) -> Graph:
+    """The network followed by (f_j - f_k) / T for all j != k."""
+    last, classes = graph.nodes[-1], graph.classes
+    rows = torch.eye(classes, dtype=torch.float64, device=graph.device)
+    rows = (rows - rows[k])[torch.arange(classes, device=rows.device) != k] / temperature
+    if isinstance(last.operation, Dense):
+        bias = None if last.operation.bias is None else rows @ last.operation.bias
+        node = replace(last, operation=Dense(rows @ last.operation.weight, bias), shape=(classes - 1,))
+        return replace(graph, nodes=(*graph.nodes[:-1], node))
+    node = Node(Dense(rows, None), (len(graph.nodes) - 1,), (classes - 1,), f"distance to logit {k}")
+    return replace(graph, nodes=(*graph.nodes, node))
 
 
 def running_minimum(bounds: Tensor) -> Tensor:

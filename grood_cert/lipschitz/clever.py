@@ -23,6 +23,7 @@ from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.estimates import _norms, uniform_in_ball
 from grood_cert.networks.graph import Graph
+from grood_cert.scores import ENERGY, Score
 
 _IMPLAUSIBLE = 10.0
 _SHAPES = (1.0, 3.0, 10.0)  # where the likelihood fits start
@@ -87,7 +88,12 @@ def reverse_weibull_end_point(maxima: np.ndarray) -> tuple[float, float, bool]:
 
 
 def clever_estimate(
-    graph: Graph, ball: Ball, generator: torch.Generator, batches: int = 50, batch_size: int = 128
+    graph: Graph,
+    ball: Ball,
+    generator: torch.Generator,
+    batches: int = 50,
+    batch_size: int = 128,
+    score: Score = ENERGY,
 ) -> Clever:
     r"""CLEVER estimate of L over each ball.
 
@@ -97,6 +103,7 @@ def clever_estimate(
         generator: Seeded random numbers; the same seed gives the same estimate.
         batches: Number of batch maxima (the paper: 500).
         batch_size: Points a batch (the paper: 1024).
+        score: S.
 
     Returns:
         Estimates.
@@ -108,7 +115,7 @@ def clever_estimate(
         raise InputError(f"CLEVER needs at least one batch of one point, got {batches} batches of {batch_size}")
     maxima = torch.stack(
         [
-            _norms(graph, uniform_in_ball(ball, batch_size, generator).flatten(0, 1), ball.norm)
+            _norms(graph, uniform_in_ball(ball, batch_size, generator).flatten(0, 1), ball.norm, score)
             .reshape(batch_size, -1)
             .amax(0)
             for _ in range(batches)
@@ -127,6 +134,7 @@ def clever_radius_estimate(
     doublings: int = 4,
     batches: int = 50,
     batch_size: int = 128,
+    score: Score = ENERGY,
 ) -> Tensor:
     r"""min(R, m / L) with R doubled until it no longer limits the answer, or `doublings` are used up.
 
@@ -138,6 +146,7 @@ def clever_radius_estimate(
         doublings: Largest number of doublings.
         batches: Number of batch maxima.
         batch_size: Points a batch.
+        score: S.
 
     Returns:
         An estimate of the robust radius, shape (B,); no certificate.
@@ -146,7 +155,7 @@ def clever_radius_estimate(
     for turn in range(doublings + 1):
         eps = ball.eps * 2.0**turn
         grown = Ball(ball.center, eps, ball.norm)
-        constant = clever_estimate(graph, grown, generator, batches, batch_size).lipschitz_estimate
+        constant = clever_estimate(graph, grown, generator, batches, batch_size, score).lipschitz_estimate
         found = torch.minimum(eps, margin / constant)
         radius = torch.where(radius < eps / 2, torch.where(radius > 0, radius, found), found) if turn else found
         if bool((radius < eps).all()):

@@ -14,7 +14,7 @@ from grood_cert.ball import Ball, Norm, dual_norm
 from grood_cert.interval import ROUNDING
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, Score
 
 _SOFTENINGS = (0.0, 0.3, 1.0)
 _CHUNK = 4096
@@ -63,32 +63,34 @@ def uniform_in_ball(ball: Ball, count: int, generator: torch.Generator) -> Tenso
     return (center + offset * ball.per_pixel(ball.eps)).clamp(0, 1)
 
 
-def _norms(graph: Graph, images: Tensor, norm: Norm) -> Tensor:
+def _norms(graph: Graph, images: Tensor, norm: Norm, score: Score) -> Tensor:
     """||grad S||_q at each image, shape (N,)."""
     found = []
     for batch in images.split(_CHUNK):
         with torch.enable_grad():
             batch = batch.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(energy(graph.network(batch)).sum(), batch)
+            (gradient,) = torch.autograd.grad(score.value(graph.network(batch)).sum(), batch)
         found.append(dual_norm(gradient.detach(), norm))
     return torch.cat(found)
 
 
-def gradient_norm_estimate(graph: Graph, ball: Ball) -> Tensor:
+def gradient_norm_estimate(graph: Graph, ball: Ball, score: Score = ENERGY) -> Tensor:
     r"""||grad S(x)||_q at the centre, shape (B,): the paper's "constant", a lower estimate."""
-    return _norms(graph, ball.center, ball.norm)
+    return _norms(graph, ball.center, ball.norm, score)
 
 
-def sampled_gradient_norm_estimate(graph: Graph, ball: Ball, count: int, generator: torch.Generator) -> Tensor:
+def sampled_gradient_norm_estimate(
+    graph: Graph, ball: Ball, count: int, generator: torch.Generator, score: Score = ENERGY
+) -> Tensor:
     r"""Largest ||grad S||_q over the centre and `count` uniform points of each ball, shape (B,)."""
-    best = gradient_norm_estimate(graph, ball)
+    best = gradient_norm_estimate(graph, ball, score)
     for points in uniform_in_ball(ball, count, generator).split(max(1, _CHUNK // len(best))):
-        norms = _norms(graph, points.flatten(0, 1), ball.norm).reshape(len(points), -1)
+        norms = _norms(graph, points.flatten(0, 1), ball.norm, score).reshape(len(points), -1)
         best = torch.maximum(best, norms.amax(0))
     return best
 
 
-def secant_estimate(graph: Graph, ball: Ball, points: Tensor) -> Tensor:
+def secant_estimate(graph: Graph, ball: Ball, points: Tensor, score: Score = ENERGY) -> Tensor:
     r"""Largest |S(x') - S(x)| / ||x' - x||_p over given points of each ball, which lies below L on a convex set.
 
     What rounding may have added to the difference, 1e-12 (1 + |S(x)|), is taken off: between near points it is all there is.
@@ -97,16 +99,17 @@ def secant_estimate(graph: Graph, ball: Ball, points: Tensor) -> Tensor:
         graph: The network.
         ball: Batch of balls.
         points: Shape (count, B, *image); points equal to x count 0.
+        score: S.
 
     Returns:
         Shape (B,).
     """
     with torch.no_grad():
-        score = energy(graph.network(ball.center))
-        best = torch.zeros_like(score)
+        center = score.value(graph.network(ball.center))
+        best = torch.zeros_like(center)
         for point in points:
             distance = ball.distance(point)
-            risen = (energy(graph.network(point)) - score).abs() - ROUNDING * (1 + score.abs())
+            risen = (score.value(graph.network(point)) - center).abs() - ROUNDING * (1 + center.abs())
             slope = risen.clamp(min=0) / distance
             best = torch.maximum(best, torch.where(distance > 0, slope, torch.zeros_like(slope)))
     return best
@@ -141,7 +144,12 @@ def _steepest(gradient: Tensor, norm: Norm, keep: int) -> Tensor:
 
 
 def ascended_gradient_norm_estimate(
-    graph: Graph, ball: Ball, generator: torch.Generator, restarts: int = 4, steps: int = 30
+    graph: Graph,
+    ball: Ball,
+    generator: torch.Generator,
+    restarts: int = 4,
+    steps: int = 30,
+    score: Score = ENERGY,
 ) -> tuple[Tensor, Tensor]:
     r"""Largest ||grad S||_q found by ascent inside each ball: the reference for tightness.
 
@@ -157,16 +165,17 @@ def ascended_gradient_norm_estimate(
         generator: Random numbers.
         restarts: Starting points for each softening.
         steps: Steps of each ascent, geometrically shrinking from eps / 2 to eps / 50; as many perturbations after.
+        score: S.
 
     Returns:
         The largest norm, shape (B,), and the point, shape (B, *image).
     """
     norm = ball.norm
-    best, argument = gradient_norm_estimate(graph, ball), ball.center.clone()
+    best, argument = gradient_norm_estimate(graph, ball, score), ball.center.clone()
 
     def see(points: Tensor) -> None:
         nonlocal best, argument
-        value = _norms(graph, points, norm)
+        value = _norms(graph, points, norm, score)
         better = value > best
         best = torch.where(better, value, best)
         argument = torch.where(ball.per_pixel(better), points, argument)
@@ -180,8 +189,8 @@ def ascended_gradient_norm_estimate(
                 with torch.enable_grad():
                     points = points.detach().requires_grad_(True)
                     width = None if softening == 0 else lambda number, _, scale=softening: scale * spread[number]
-                    score = energy(graph.values(points, width)[-1])
-                    (gradient,) = torch.autograd.grad(score.sum(), points, create_graph=True)
+                    value = score.value(graph.values(points, width)[-1])
+                    (gradient,) = torch.autograd.grad(value.sum(), points, create_graph=True)
                     size = dual_norm(gradient, norm).sum()
                     uphill = (
                         torch.autograd.grad(size, points, allow_unused=True)[0]

@@ -35,6 +35,7 @@ from grood_cert.runs.manifest import manifest
 from grood_cert.runs.plan import outline
 from grood_cert.runs.saving import execute, save_evidence
 from grood_cert.runs.shards import WHOLE, Shard
+from grood_cert.scores import Score
 from grood_cert.system.files import check_writable, replacing
 from grood_cert.system.memory import batch_for_memory, peak_memory
 from grood_cert.system.reporting import SILENT, Reporter
@@ -147,7 +148,9 @@ def balls_within(cascade: Cascade, images: ImageSet, memory: int) -> int:
     return 1 << (fitting.bit_length() - 1)
 
 
-def cross_checked(choice: Choice, sets: Sequence[ImageSet], eps: Sequence[float], norm: Norm) -> dict[str, Any]:
+def cross_checked(
+    choice: Choice, score: Score, sets: Sequence[ImageSet], eps: Sequence[float], norm: Norm
+) -> dict[str, Any]:
     """How far auto_LiRPA agrees with the native engine on the first images of each set, at both ends of the grid.
 
     The balls depend on the sets and the grid alone: every shard of a run checks the same.
@@ -172,7 +175,8 @@ def cross_checked(choice: Choice, sets: Sequence[ImageSet], eps: Sequence[float]
         images[None] for whole in sets for images in whole.images[:_CHECKED].to(next(native.network.parameters()))
     ]
     ends = dict.fromkeys((eps[0], eps[-1]))
-    found = cross_check(native, other, (Ball(image, value, norm) for image in images for value in ends))
+    balls = (Ball(image, value, norm) for image in images for value in ends)
+    found = cross_check(native, other, balls, score=score)
     if not found.balls:
         return {"left_out": "there was no ball that both engines could bound"}
     return {"engine": "auto_lirpa", "version": lirpa_version(), **asdict(found)}
@@ -225,7 +229,7 @@ def run(
     if settings.engine == "auto":
         check_writable(out)
         try:
-            check = cross_checked(cascade.choice, sets, settings.eps, settings.norm)
+            check = cross_checked(cascade.choice, detector.score, sets, settings.eps, settings.norm)
         except SoundnessError as error:
             save_evidence(error, out)
             raise

@@ -144,7 +144,9 @@ def test_two_halves_are_the_whole():
     cut = torch.rand(count, dtype=torch.float64, generator=generator) - 0.5
     wide, narrow = ones.unsqueeze(1).repeat(1, total), ones.unsqueeze(1).repeat(1, classes)
     signs = torch.zeros(count, total, dtype=torch.int8)
-    parents = _Leaves(torch.arange(count), signs, -wide, wide, -narrow, narrow, wide, ones, branch * 0, branch, cut)
+    parents = _Leaves(
+        torch.arange(count), branch * 0, signs, -wide, wide, -narrow, narrow, wide, ones, branch * 0, branch, cut
+    )
     children = _halved(parents)
     upper, lower = children.at(torch.arange(count)), children.at(torch.arange(count) + count)
     assert torch.equal(upper.sample, parents.sample) and torch.equal(lower.sample, parents.sample)
@@ -153,7 +155,7 @@ def test_two_halves_are_the_whole():
         values = torch.rand(count, total + classes, dtype=torch.float64, generator=generator) * 2 - 1
         above = values.gather(1, branch.unsqueeze(1)).squeeze(1) >= place
         for half, expected in ((upper, above), (lower, ~above)):
-            low, high = torch.cat([half.lower, half.logits_lower], 1), torch.cat([half.upper, half.logits_upper], 1)
+            low, high = torch.cat([half.lower, half.outputs_lower], 1), torch.cat([half.upper, half.outputs_upper], 1)
             assert torch.equal(((values >= low) & (values <= high)).all(1), expected)
             inside = (half.signs * values[:, :total] >= 0).all(1) | (branch >= total)
             assert torch.equal(inside | ~expected, torch.ones_like(inside))

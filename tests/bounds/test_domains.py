@@ -10,9 +10,12 @@ import torch
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
 from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
 from grood_cert.bounds.hidden import preactivations
+from grood_cert.bounds.reduction import Head, reduction
 from grood_cert.networks.graph import trace
-from grood_cert.scores import energy
+from grood_cert.scores import ENERGY, energy
 from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mlp, points_in, residual
+
+HEAD = Head("all", 1.0, torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("build", [mlp, leaky, residual])
@@ -59,11 +62,11 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     graph, ball = trace(network, SHAPE), balls("linf", 3)
     sign = 1 if side == "upper" else -1
     hidden = preactivations(graph, ball)
-    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits)
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
     points = points_in(ball, 3000)
     score = sign * torch.stack([energy(network(part)) for part in points])
     level = float(score.flatten().quantile(0.9))
-    proof = ScoreProof(domains, side)
+    proof = ScoreProof(domains, reduction(ENERGY, side))
     _, values, _ = optimise(proof, 10)
     places = [0, 1, 2]
     found, empty = emptied(tightened(domains, places, 4, values[:, :20], proof.condition(values, level)))
@@ -72,7 +75,7 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     for place in range(3):
         node = len(graph.nodes) - 1 if place == 2 else graph.nodes[graph.nonlinear[place]].inputs[0]
         at = torch.stack([graph.values(part)[node] for part in points])
-        lower, upper = found.logits if place == 2 else found.inputs[place]
+        lower, upper = found.outputs if place == 2 else found.inputs[place]
         beyond = (score >= level).unsqueeze(-1)
         assert bool(((at >= lower) & (at <= upper) | ~beyond).all())
         narrower += int((((at < lower) | (at > upper)) & ~beyond).any(0).sum())
@@ -86,9 +89,9 @@ def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     lower, upper = (end.clone() for end in hidden.logits)
     lower[0, 0] = upper[0, 0] + 1e-3
     lower[1, 0] = upper[1, 0] + 1e-14
-    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), (lower, upper))
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), (lower, upper), HEAD)
     found, empty = emptied(domains)
     assert empty.tolist() == [True, False, False]
-    assert bool((found.logits[0] <= found.logits[1]).all())
+    assert bool((found.outputs[0] <= found.outputs[1]).all())
     lower[2, 0] = torch.nan
-    assert not bool(emptied(replace(domains, logits=(lower, upper)))[1][2])
+    assert not bool(emptied(replace(domains, outputs=(lower, upper)))[1][2])
