@@ -39,13 +39,13 @@ def hidden() -> nn.Module:
 
 
 def test_a_bound_that_its_own_centre_contradicts_ends_the_call(monkeypatch):
-    real = api.score.score_bounds
+    real = api.bounds.score_bounds
 
     def shifted(*arguments):
         found = real(*arguments)
         return dataclasses.replace(found, lower=found.lower + 1, upper=found.upper + 1)
 
-    monkeypatch.setattr(api.score, "score_bounds", shifted)
+    monkeypatch.setattr(api.bounds, "score_bounds", shifted)
     with pytest.raises(gc.SoundnessError, match="9 scores lie outside their proved bounds"):
         gc.score_bounds(linear(), images_of(9), 0.001)
 
@@ -248,3 +248,43 @@ def test_the_seed_draws_the_attack():
     detector = gc.Detector.calibrate(hidden(), images_of(40))
     first, again = (gc.attack(detector, images_of(4), seed=5).radius for _ in range(2))
     assert torch.equal(first, again)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("score", [gc.Energy(2.0), gc.MaxLogit(), gc.MSP(), gc.MSP(3.0)], ids=str)
+def test_any_score_from_calibration_to_certified_sets(score, tmp_path):
+    """Every stage of a full effort, both sides, with the attack's check of every proof; then another score is refused."""
+    inside, outside = images_of(60), images_of(4).square()
+    detector = gc.Detector.calibrate(hidden(), inside, score=score, tpr=90)
+    network = detector.network
+    assert detector.gamma == float(score.value(network(inside.double())).sort().values[54])
+    stages = "crown", "lipschitz", "alpha-crown", "branch-and-bound"
+    found = gc.certify(detector, inside[:3], [0.01, 0.05], stages=stages, effort="default")
+    assert torch.equal(found.score, score.value(network(inside[:3].double())))
+    assert bool((found.radius <= found.attack_radius).all() and (found.radius > 0).any())
+    bounds = gc.score_bounds(detector, inside[:3], 0.05)
+    assert bool((bounds.lower <= found.lower[:, 1] + 1e-9).all() and (found.upper[:, 1] <= bounds.upper + 1e-9).all())
+    named = gc.score_bounds(network, inside[:3], 0.05, score=score)
+    torch.testing.assert_close(named.upper, bounds.upper)
+    slope = gc.lipschitz_bound(detector, inside[:3], 0.05)
+    assert bool((gc.lipschitz_bound(network, inside[:3], 0.05, score=score) == slope).all())
+    smoothed = gc.smooth(detector, sigma=0.1, calibration=inside, n=100)
+    assert smoothed.gamma < 0 and smoothed.certify(outside, 0.05).radius.shape == (4,)
+    sets = {"id": inside[:4], "other": outside}
+    table = gc.certify_sets(detector, sets, [0.01, 0.05], out=tmp_path, effort="fast")
+    assert table.manifest["score"] == str(score)
+    right = table["status"] != "misdecided"
+    assert bool((table["radius_certified"] <= table["radius_attack"]).all()) and bool(right.any())
+    with pytest.raises(gc.InputError, match="holds another run"):
+        gc.certify_sets(
+            dataclasses.replace(detector, score=gc.Energy()), sets, [0.01, 0.05], out=tmp_path, effort="fast"
+        )
+
+
+def test_what_is_no_score_is_refused():
+    with pytest.raises(gc.InputError, match=r"expected a score such as Energy\(\) or MSP\(\), got 'msp'"):
+        gc.Detector.calibrate(hidden(), images_of(60), score="msp")
+    with pytest.raises(gc.InputError, match="expected a score such as"):
+        gc.score_bounds(hidden(), images_of(2), 0.1, score="msp")

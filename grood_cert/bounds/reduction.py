@@ -11,7 +11,8 @@ With sign = 1 for an upper and -1 for a lower bound of S,
 
 * MaxLogit: -max_k f_k <= -p . f for any p in the simplex, and max_k f_k is the largest of its cases.
 * MSP: with z_j = (f_j - f_k) / T for j != k, softmax(f / T)_k = 1 / (1 + e^LSE(z)) (`grood_cert.scores`). S is at most
-  minus the probability of one class, that of the largest logit at x, and minus the largest of all.
+  minus the probability of one class, that of the largest logit at x, and minus the largest of all. The former is the
+  truth while that logit stays the largest; where it does not, branch and bound cannot close the gap.
 * A class that is never the largest logit on the ball, u_k < max_j l_j, needs no case.
 
 `outer` increases and adds 1e-15 for its own rounding; what is inside has been moved outward already.

@@ -8,7 +8,7 @@ so intervals of every G_n follow from interval arithmetic: [c - r, c + r] -> W^T
 intervals by their corners. They hold for every x' of the ball, because every derivative that occurs there lies in its
 range (Clarke derivatives at kinks included). With J_k the gradient of logit k and P the set of softmax weights:
 
-    hull       ||J^T p||_q <= max_k ||J_k||_q                                   (p is a convex combination)
+    hull       ||J^T p||_q <= max_k ||J_k||_q  over k with p_k > 0 in P         (p is a convex combination)
     interval   g_j in [min over P of p . J_lo[:, j], max over P of p . J_hi[:, j]],     p >= 0,
 
 intersected with the intervals that one pass with p itself ranging over P gives; the layer before the logits is then
@@ -145,11 +145,11 @@ def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Te
         norm: Norm of the balls.
 
     Returns:
-        max_k ||J_k||_q and the interval bound, shape (B,) each; moved up by 1e-12 for rounding.
+        max_k ||J_k||_q over the classes k that P knows, and the interval bound, shape (B,) each; moved up by 1e-12 for rounding.
     """
     batch = len(known.proved)
     lower, upper = jacobian_intervals(graph, known.slopes, batch)
-    hull = norm_of_box(lower, upper, norm).amax(1)
+    hull = norm_of_box(lower, upper, norm).masked_fill(known.weights.upper <= 0, 0.0).amax(1)
     low, high = -known.weights.maximum(-lower.mT), known.weights.maximum(upper.mT)
     once_low, once_high = gradient_intervals(graph, known.slopes, known.weights)
     low, high = torch.maximum(low, once_low.flatten(1)), torch.minimum(high, once_high.flatten(1))

@@ -178,7 +178,7 @@ def test_few_balls_together_prove_the_same(loaded, images, monkeypatch):
     limited = Cascade(loaded, settings, together=4)
     real = stages.score_bounds
 
-    def poor(bounded, ball, method=None):
+    def poor(bounded, ball, method=None, *rest):
         if len(ball.eps) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(bounded, ball, method)
@@ -203,7 +203,7 @@ def test_eps_zero_and_the_whole_box(loaded, images):
 def test_a_radius_beyond_the_attack_is_caught(loaded, images, monkeypatch):
     """Bounds that are right on the grid but prove everything elsewhere: only the radii betray them."""
 
-    def boastful(bounded, ball, method=None):
+    def boastful(bounded, ball, method=None, *rest):
         bounds = score_bounds(bounded, ball, method)
         if float(ball.eps[0]) == 0.01:
             return bounds
@@ -231,7 +231,7 @@ def test_a_refining_stage_that_lies_is_caught(loaded, images, monkeypatch, name)
 
 
 def test_interruption_is_not_swallowed(loaded, monkeypatch):
-    def interrupted(bounded, ball, method=None):
+    def interrupted(bounded, ball, method=None, *rest):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "score_bounds", interrupted)

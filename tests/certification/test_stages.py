@@ -53,7 +53,7 @@ def test_the_table_holds_every_stage_in_its_order(loaded):
 
 @pytest.mark.parametrize("failure", [AssertionError("boom"), RuntimeError("shapes"), KeyError("x"), MemoryError()])
 def test_an_exception_in_the_engine_means_not_certified(loaded, images, monkeypatch, failure):
-    def fails(bounded, ball, method=None):
+    def fails(bounded, ball, method=None, *rest):
         raise failure
 
     monkeypatch.setattr(stages, "score_bounds", fails)

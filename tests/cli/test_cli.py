@@ -377,7 +377,7 @@ def test_a_soundness_violation_has_an_exit_code_of_its_own(call, model, tmp_path
     monkeypatch.setattr(
         stages,
         "score_bounds",
-        lambda bounded, ball, method: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
+        lambda bounded, ball, method, *rest: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
     )
     code, out, err = call("certify", model, "--eps", "0.1", "--limit", "4", "--stages", "crown", "--out", tmp_path)
     assert code == 3 and out == "" and "SOUNDNESS VIOLATION" in err and "counterexample.npz" in err

@@ -135,7 +135,7 @@ def test_subset_is_seeded_and_names_its_positions():
 def test_an_unsound_bound_is_caught_by_the_attack(loaded, monkeypatch, tmp_path, model):
     """A bound engine that shrinks the ball to a tenth: the attack finds points outside, and the run stops."""
 
-    def shrunk(bounded, ball, method=None):
+    def shrunk(bounded, ball, method=None, *rest):
         return score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method)
 
     monkeypatch.setattr(stages, "score_bounds", shrunk)
