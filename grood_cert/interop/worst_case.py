@@ -15,7 +15,6 @@ from grood_cert.api import score_bounds
 from grood_cert.ball import Norm
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
-from grood_cert.scores import ENERGY
 
 Bound = Literal["lower", "upper"]
 
@@ -50,8 +49,6 @@ def worst_case_scores(
         raise InputError(f"unknown bound {bound!r}; use 'lower' or 'upper'")
     if eps == 0:
         return detector.predict(x).score
-    if detector.score != ENERGY:
-        raise InputError(f"bounds are of the energy with T = 1 only, not of {detector.score}")
     found = score_bounds(detector, x, eps, norm)
     if bound == "lower":
         return torch.where(found.lower <= found.upper, found.lower, -torch.inf).cpu()

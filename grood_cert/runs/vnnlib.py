@@ -47,6 +47,7 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.interval import ROUNDING
 from grood_cert.results.table import Table
 from grood_cert.runs.onnx_file import write_onnx
+from grood_cert.scores import ENERGY
 from grood_cert.system.files import check_writable, replacing, sha256, write_json
 
 _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
@@ -303,9 +304,12 @@ def export(
         The instances, in the order of the outputs of the network.
 
     Raises:
-        InputError: If the rows are not of this model or of l_inf balls, a set is missing, or nothing is undecided.
+        InputError: If the score is not the energy with T = 1, the rows are not of this model or of l_inf balls, a set
+            is missing, or nothing is undecided.
         RunError: If onnx is missing, or the network or a chord cannot be exported.
     """
+    if detector.score != ENERGY:
+        raise InputError(f"properties are of the energy with T = 1 only; the detector's score is {detector.score}")
     if rows.manifest["model"].get("sha256") != sha256(model) or rows.gamma != detector.gamma:
         raise InputError(f"the rows are not of {model}; certify it first")
     if limit < 0 or timeout < 1:
