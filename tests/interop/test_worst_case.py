@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 from grood_cert.errors import InputError
 from grood_cert.interop import worst_case
 from grood_cert.interop.worst_case import worst_case_scores
+from grood_cert.scores import MSP, Energy, MaxLogit
 
 
+@pytest.mark.parametrize("score", [Energy(), Energy(3.0), MaxLogit(), MSP()], ids=str)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_no_point_of_the_ball_is_beyond_the_bound(detector, inside, norm):
+def test_no_point_of_the_ball_is_beyond_the_bound(detector, inside, norm, score):
+    detector = dataclasses.replace(detector, score=score)
     x = inside[0][:8].double()
     eps = 0.05
     low, high = (worst_case_scores(detector, x, eps, bound, norm) for bound in ("lower", "upper"))
