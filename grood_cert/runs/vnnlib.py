@@ -6,7 +6,8 @@ logits (`grood_cert.bounds.score`). On the l_inf ball around x, intersected with
     ID    p . f > -gamma - H(p)  everywhere   =>  S < gamma,   p in the simplex                          (U1, Gibbs)
     OOD   kappa . f < e^(-gamma - M) - sum_k e^(u_k - M) + kappa . u  everywhere   =>  S > gamma         (L1, chords)
 
-with p near softmax f(x), l <= f <= u proved by our own bound engine on the same ball, M = max_k u_k, and kappa_k any
+for the energy with T = 1; for another T, the same of f / T and gamma / T, multiplied by T; other scores are refused. Here
+p is near softmax f(x), l <= f <= u proved by our own bound engine on the same ball, M = max_k u_k, and kappa_k any
 slope from 0 to the chord's. A property asserts the negation, so **unsat means certified**. Sat does not mean refuted:
 the linear function can cross its threshold where S does not cross gamma (see `grood_cert.runs.verdicts`).
 
@@ -31,7 +32,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,11 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.interval import ROUNDING
 from grood_cert.results.table import Table
 from grood_cert.runs.onnx_file import write_onnx
-from grood_cert.scores import ENERGY
+from grood_cert.scores import Energy
 from grood_cert.system.files import check_writable, replacing, sha256, write_json
 
 _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
+_LARGEST = 3e38  # below the largest float32 value
 _LARGEST_EXPONENT = 80.0  # e^80 is still a float32 value
 INSTANCES = "instances.json"
 
@@ -164,7 +166,18 @@ def ood_specification(lower: Tensor, upper: Tensor, gamma: float) -> Specificati
     return Specification(tuple(slopes), single_below(threshold), ">=")
 
 
-def specification(bounded: BoundedNetwork, image: Tensor, eps: float, gamma: float, kind: str) -> Specification:
+def _times(specification: Specification, temperature: float) -> Specification:
+    """The property c . f `relation` T t, which means c . (f / T) `relation` t."""
+    if temperature == 1:
+        return specification
+    threshold = max(min(temperature * specification.threshold, _LARGEST), -_LARGEST)
+    rounded = single_above(threshold) if specification.relation == "<=" else single_below(threshold)
+    return replace(specification, threshold=rounded)
+
+
+def specification(
+    bounded: BoundedNetwork, image: Tensor, eps: float, gamma: float, kind: str, temperature: float = 1.0
+) -> Specification:
     """What decides the l_inf ball of radius eps around one image.
 
     Args:
@@ -173,6 +186,7 @@ def specification(bounded: BoundedNetwork, image: Tensor, eps: float, gamma: flo
         eps: Radius.
         gamma: Threshold.
         kind: "id" (to be accepted), "ood" or "noise" (to be rejected).
+        temperature: T of the energy.
 
     Raises:
         RunError: If the engine proves no intervals.
@@ -180,12 +194,13 @@ def specification(bounded: BoundedNetwork, image: Tensor, eps: float, gamma: flo
     with torch.no_grad():
         logits = bounded.network(image.unsqueeze(0))[0]
     if kind == "id":
-        return id_specification(logits, gamma)
+        return _times(id_specification(logits / temperature, gamma / temperature), temperature)
     ball = Ball(image.unsqueeze(0), image.new_tensor([eps]), "linf")
     rows = torch.eye(len(logits)).to(logits).unsqueeze(0)
     lower, upper = (bound[0] for bound in bounded.relax(ball).rows(rows))
+    lower, upper = lower / temperature, upper / temperature
     margin = ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
-    return ood_specification(lower - margin, upper + margin, gamma)
+    return _times(ood_specification(lower - margin, upper + margin, gamma / temperature), temperature)
 
 
 def box(image: Tensor, eps: float) -> tuple[list[float], list[float]]:
@@ -226,7 +241,7 @@ def property_text(
         "; The certificate rests on: the verifier and its arithmetic; model.onnx being the network followed by the rows;",
     ]
     if instance.kind == "id":
-        lines.append("; the Gibbs inequality logsumexp f >= p . f + H(p).")
+        lines.append("; the Gibbs inequality T logsumexp(f / T) >= p . f + T H(p).")
     else:
         lines.append(
             f"; exp(z) lying below its chord between the bounds of each logit on this ball, by grood-cert ({method})."
@@ -304,12 +319,12 @@ def export(
         The instances, in the order of the outputs of the network.
 
     Raises:
-        InputError: If the score is not the energy with T = 1, the rows are not of this model or of l_inf balls, a set
+        InputError: If the score is not the energy, the rows are not of this model or of l_inf balls, a set
             is missing, or nothing is undecided.
         RunError: If onnx is missing, or the network or a chord cannot be exported.
     """
-    if detector.score != ENERGY:
-        raise InputError(f"properties are of the energy with T = 1 only; the detector's score is {detector.score}")
+    if not isinstance(detector.score, Energy):
+        raise InputError(f"properties are of the energy only; the detector's score is {detector.score}")
     if rows.manifest["model"].get("sha256") != sha256(model) or rows.gamma != detector.gamma:
         raise InputError(f"the rows are not of {model}; certify it first")
     if limit < 0 or timeout < 1:
@@ -331,7 +346,7 @@ def export(
         if abs(float(detector.scores(image.unsqueeze(0))) - float(rows["score"][position])) > 1e-6:
             raise InputError(f"image {index} of {name} scores differently from its row; the data have changed")
         stem = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_")
-        spec = specification(bounded, image, eps, detector.gamma, kind)
+        spec = specification(bounded, image, eps, detector.gamma, kind, detector.score.temperature)
         instances.append(Instance(f"{stem}-{index}-eps{eps!r}", name, kind, index, spec))
         images.append(image)
     if len({instance.name for instance in instances}) < len(instances):
@@ -347,6 +362,7 @@ def export(
         temporary.write_text("".join(lines), encoding="utf-8")
     manifest = {
         "model": dict(rows.manifest["model"]),
+        "score": str(detector.score),
         "gamma": detector.gamma,
         "norm": "linf",
         "eps": eps,

@@ -18,7 +18,7 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.results.table import Table
 from grood_cert.runs import vnnlib
 from grood_cert.runs.vnnlib import Instance, Specification
-from grood_cert.scores import energy
+from grood_cert.scores import MSP, energy
 
 
 class Property:
@@ -67,24 +67,26 @@ def points_of(prop, number=4000):
     return (low + share * (high - low)).reshape(-1, 1, 2, 2)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
 @pytest.mark.parametrize("kind", ["id", "ood"])
-def test_where_the_property_is_unsatisfiable_the_score_is_on_the_right_side(network, bounded, kind):
+def test_where_the_property_is_unsatisfiable_the_score_is_on_the_right_side(network, bounded, kind, temperature):
     """Over thresholds and radii, so that properties of both truth values occur; single points obey it as well."""
     images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(3)).double()
     truths = []
     for image in images:
         for eps in (0.02, 0.1, 0.3):
             for offset in (0.02, 0.2, 1.0):
-                score = float(energy(network(image[None])))
+                score = float(energy(network(image[None]), temperature))
                 gamma = score + offset if kind == "id" else score - offset
-                spec = vnnlib.specification(bounded, image, eps, gamma, kind)
+                spec = vnnlib.specification(bounded, image, eps, gamma, kind, temperature)
                 instance = Instance("a", "set", kind, 0, spec)
                 prop = Property(vnnlib.property_text(instance, 1, 2, image, eps, gamma, "crown"))
                 points = points_of(prop)
                 logits = network(points)
                 row = logits @ torch.tensor(spec.row).double()
                 violated = prop.violated(torch.stack([torch.zeros_like(row), row], 1))
-                right = energy(logits) < gamma if kind == "id" else energy(logits) > gamma
+                scores = energy(logits, temperature)
+                right = scores < gamma if kind == "id" else scores > gamma
                 assert bool((right | violated).all())  # where the property holds not, S is on the right side
                 truths.append(bool(violated.any()))
     assert any(truths) and not all(truths)
@@ -180,6 +182,8 @@ def test_export_refuses_what_a_verifier_would_see_otherwise(network, undecided, 
         vnnlib._with_rows(awkward, [[0.5, 0.5]])
     with pytest.raises(InputError, match="not given"):
         vnnlib.export(loaded, model, read, [], None, eps, tmp_path)
+    with pytest.raises(InputError, match="properties are of the energy only; the detector's score is msp"):
+        vnnlib.export(dataclasses.replace(loaded, score=MSP()), model, read, sets, None, eps, tmp_path)
     other = dataclasses.replace(read, manifest={**read.manifest, "gamma": loaded.gamma + 1})
     with pytest.raises(InputError, match="the rows are not of"):
         vnnlib.export(loaded, model, other, sets, None, eps, tmp_path)
