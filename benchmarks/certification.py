@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 from grood_cert import attacks, detector, recipe
 from grood_cert.ball import Ball
-from grood_cert.bounds.auto_lirpa import LirpaNetwork, convertible
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.auto_lirpa_repair import library, running
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork
 from grood_cert.bounds.engines import ENGINES, Engine
+from grood_cert.bounds.folding import folded
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.envelope import Envelope
@@ -48,6 +49,8 @@ from grood_cert.cli import run_script
 from grood_cert.data import ImageSet, experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
+from grood_cert.networks.capture import capture
+from grood_cert.networks.rebuild import Rebuilt
 from grood_cert.results.columns import KINDS, OUTCOMES
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import subset
@@ -154,7 +157,8 @@ class PlainScore:
     def __init__(self, network: nn.Module, image: Tensor) -> None:
         self._library = library()
         with running():
-            self._module = self._library.BoundedModule(_Score(convertible(network)).eval(), image)
+            plain = Rebuilt(folded(capture(network, tuple(image.shape[1:])), borders=False))
+            self._module = self._library.BoundedModule(_Score(plain).eval(), image)
             self._module.eval()
 
     def bounds(self, image: Tensor, eps: float) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from grood_cert.detector import Detector
 from grood_cert.errors import RunError
 from grood_cert.lipschitz import analyser as analysis
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.recipe import Recipe
 from grood_cert.runs import analyse
 from grood_cert.sections import NetworkSection
@@ -62,7 +62,7 @@ def trained(recipe: Recipe, folder: Path) -> Detector:
 def cost(loaded: Detector, images: torch.Tensor, norm: Norm, eps: float, repeats: int) -> float:
     """Time of Jacobian-CROWN (pre-activation intersection included) over that of auto_LiRPA's CROWN bounds."""
     shape = loaded.shape
-    bounded, graph = LirpaNetwork(loaded.network, shape, "crown"), trace(loaded.network, shape)
+    bounded, graph = LirpaNetwork(loaded.network, shape, "crown"), capture(loaded.network, shape)
     ball = Ball(images, torch.full((len(images),), eps, dtype=torch.float64), norm)
     rows = logit_rows(graph.classes).expand(len(images), -1, -1)
     base, whole = [], []

@@ -26,7 +26,8 @@ from grood_cert.bounds.engine import Side
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.cli import run_script
 from grood_cert.data import experiment_of
-from grood_cert.networks.graph import Graph, trace
+from grood_cert.networks.capture import capture
+from grood_cert.networks.graph import Graph
 from grood_cert.system.files import write_csv
 
 COLUMNS = ("kind", "method", "samples", "median", "smallest", "largest", "seconds_per_sample")
@@ -68,7 +69,7 @@ def measure(model: Path, samples: int = 20, nodes: tuple[int, ...] = NODES) -> l
     """One record for each kind and method, with the keys of `COLUMNS`."""
     loaded = detector.load(model)
     experiment = experiment_of(loaded.origin.recipe)
-    graph = trace(loaded.network, loaded.shape)
+    graph = capture(loaded.network, loaded.shape)
     share = -(-samples // len(experiment.ood))
     kinds: dict[str, tuple[Side, Tensor]] = {
         "id": ("upper", experiment.test.images[:samples]),

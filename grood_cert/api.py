@@ -31,8 +31,8 @@ from grood_cert.data.tensors import image_set
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz
+from grood_cert.networks.capture import capture
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
-from grood_cert.networks.graph import trace
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
@@ -260,7 +260,7 @@ def lipschitz_bound(
         >>> lipschitz_bound(model, x, eps=0.02).shape
         torch.Size([2])
     """
-    graph = trace(_network(model, x, eps, norm), tuple(x.shape[1:]))
+    graph = capture(_network(model, x, eps, norm), tuple(x.shape[1:]))
     ball = Ball(x.to(graph.device, torch.float64), eps, norm)
     return local_lipschitz(graph, ball, score=_score(model, score)).auto
 

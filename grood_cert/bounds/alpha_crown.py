@@ -248,10 +248,10 @@ def optimised_bounds(
         InputError: If the side is unknown or the bounds do not fit the network.
 
     Example:
-        >>> from grood_cert.networks.graph import trace
+        >>> from grood_cert.networks.capture import capture
         >>> from grood_cert.bounds.hidden import preactivations
         >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
-        >>> graph = trace(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
+        >>> graph = capture(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
         >>> ball = Ball(torch.full((2, 1, 2, 2), 0.5).double(), torch.tensor([0.1, 0.2]).double(), "linf")
         >>> hidden = preactivations(graph, ball)
         >>> optimised_bounds(graph, ball, "upper", hidden) <= optimised_bounds(graph, ball, "upper", hidden, steps=0)

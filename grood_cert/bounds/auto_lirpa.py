@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from grood_cert.ball import Ball, support
 from grood_cert.bounds.auto_lirpa_repair import is_old, library, running, version
 from grood_cert.bounds.engine import Method, Source, way_of
+from grood_cert.bounds.folding import folded
 from grood_cert.errors import InputError, RunError
 from grood_cert.interval import Interval
-from grood_cert.networks.architectures import Normalize
-from grood_cert.networks.checks import check_eval
+from grood_cert.networks.capture import capture
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.rebuild import Rebuilt
 
 _TOLERANCE = 1e-8  # of the spread of values over images
 _RELATIVE_ERROR = 1e-11  # of the values
@@ -39,6 +41,7 @@ _LAYERS = {
     *("BoundRelu", "BoundLeakyRelu", "BoundSigmoid", "BoundTanh"),
 }
 _TANGENTS = {"BoundSigmoid", "BoundTanh"}  # 0.7.1 searches their tangents to 1e-9 only, on the wrong side
+_WAY_OUT = "; the native engine bounds it: --engine native"
 _LEAVES = {"BoundInput", "BoundParams", "BoundBuffers", "BoundConstant", "BoundPrimConstant", "BoundIdentity"}
 
 Intervals = Mapping[str, Interval]
@@ -88,28 +91,6 @@ def _perturbation_class() -> type:
     return BallPerturbation
 
 
-def convertible(network: nn.Module) -> nn.Module:
-    """A copy in eval mode and float64, the same function, without the layers that 0.3 gets wrong.
-
-    * `Normalize`: a broadcast subtraction and division come out wrong in 0.3's backward mode. A diagonal 1x1
-      convolution is the same function, and unlike folding it into the next layer it is right next to zero padding.
-    * Dropout: 0.3 switches the whole network to training mode when it sees one; in eval mode it is the identity.
-    """
-    holder = nn.Sequential(copy.deepcopy(network)).double().eval().requires_grad_(False)
-    for parent in list(holder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Normalize):
-                mean, std = child.mean.flatten(), child.std.flatten()
-                with torch.random.fork_rng(devices=[]):
-                    scale = nn.Conv2d(len(mean), len(mean), 1).to(mean).requires_grad_(False)
-                scale.weight.copy_(torch.diag(1 / std)[..., None, None])
-                scale.bias.copy_(-mean / std)  # type: ignore[union-attr]
-                setattr(parent, name, scale.eval())
-            elif isinstance(child, nn.modules.dropout._DropoutNd):
-                setattr(parent, name, nn.Identity())
-    return holder
-
-
 class _Engine:
     """auto_LiRPA's bounded module of one network, rebuilt after any exception.
 
@@ -138,24 +119,19 @@ class _Engine:
         with running() as messages:
             try:
                 module = library().BoundedModule(
-                    convertible(self.network), self.images(2, 0), bound_opts=options, device=self.device
+                    self.network, self.images(2, 0), bound_opts=options, device=self.device
                 )
             except Exception as error:
                 names = [text.split(",")[0][6:] for text in messages.texts if text.startswith("Name: ")]
                 detail = f"it has the operation {', '.join(dict.fromkeys(names))}" if names else _first_line(error)
-                raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}") from error
+                raise RunError(f"auto_LiRPA {version()} cannot convert this network: {detail}{_WAY_OUT}") from error
             module.eval()
         kinds = {type(node).__name__ for node in module._modules.values()}
         layers = _LAYERS if is_old() else _LAYERS - _TANGENTS
         unknown = kinds - layers - _LEAVES
         if unknown:
             names = [", ".join(sorted(kind.removeprefix("Bound") for kind in group)) for group in (unknown, layers)]
-            raise RunError(f"no bounds for the operation {names[0]}; there are for {names[1]}")
-        for node in module._modules.values():
-            if type(node).__name__ == "BoundLeakyRelu":
-                slope = node.attr["alpha"]
-                if not 0 <= slope <= 1:
-                    raise RunError(f"no bounds for LeakyReLU with slope {slope}; use one in [0, 1]")
+            raise RunError(f"auto_LiRPA has no bounds for the operation {names[0]}, but for {names[1]}{_WAY_OUT}")
         # For an l_2 ball the interval of the first layer is looser than its linear bound.
         module.check_IBP_first_linear = lambda _: False
         return module
@@ -224,34 +200,36 @@ class LirpaNetwork:
         network: The model f: (B, C, H, W) -> (B, K) in eval mode, normalisation included. Copied, in float64.
         shape: Shape (C, H, W) of one image.
         method: "ibp", "crown-ibp" or "crown".
+        graph: The network as a graph, if it has been captured already. The library sees a plain module made of it,
+            never the network itself.
 
     Attributes:
         method: As given.
         network: The copy.
+        graph: The network as a graph.
 
     Raises:
-        InputError: If the method is unknown, or a module is in train mode.
+        InputError: If the method is unknown, a module is in train mode, or the network cannot be captured.
         RunError: If auto_LiRPA is missing or fails its self-test on this torch, cannot convert the network, or the
             converted network does not reproduce the model, forwards or through the bounds of a ball of radius 0.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], method: Method) -> None:
+    def __init__(self, network: nn.Module, shape: tuple[int, ...], method: Method, graph: Graph | None = None) -> None:
         way_of(method)
-        check_eval(network)
         _self_test()
         self.method: Method = method
         self.shape = tuple(shape)
-        self.network = copy.deepcopy(network).double().eval().requires_grad_(False)
-        self.device = next(iter(self.network.parameters())).device
+        self.network = copy.deepcopy(network).double().requires_grad_(False)
+        self.graph = graph or capture(network, self.shape)
+        self.device = self.graph.device
+        plain = Rebuilt(folded(self.graph, borders=False))
         for convolutions in ("patches", "matrix"):  # patches are fast; matrices know dilation, groups, LeakyReLU
-            self._engine = _Engine(self.network, self.shape, convolutions)
+            self._engine = _Engine(plain, self.shape, convolutions)
             reason = self._disagreement()
             if not reason:
                 break
         else:
-            raise RunError(
-                f"auto_LiRPA {version()} does not reproduce this network ({reason}); build it of other layers"
-            )
+            raise RunError(f"auto_LiRPA {version()} does not reproduce this network ({reason}){_WAY_OUT}")
 
     def _disagreement(self) -> str:
         """Compare with the model: the forward pass, and bounds of all neurons and logits on balls of radius 0."""

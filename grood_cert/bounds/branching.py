@@ -172,7 +172,6 @@ class _Search:
         with torch.no_grad():
             nodes = self.graph.values(points)
             hit = self.wrong(self.score.value(nodes[-1])).nonzero().squeeze(1)
-            hit = hit[self.wrong(self.score.value(self.graph.network(points[hit])))]
             self.refuted[sample[hit]] = True
             self.points[sample[hit]] = points[hit]
             branch, cut = self._split_at(proof, domains, values, passage, nodes)
@@ -375,9 +374,9 @@ def branch_and_bound(
         InputError: If the network has other nonlinear layers, or an argument makes no sense.
 
     Example:
-        >>> from grood_cert.networks.graph import trace
+        >>> from grood_cert.networks.capture import capture
         >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
-        >>> graph = trace(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
+        >>> graph = capture(torch.nn.Sequential(*layers).eval(), (1, 2, 2))
         >>> ball = Ball(torch.full((1, 1, 2, 2), 0.5).double(), torch.tensor([0.1]).double(), "linf")
         >>> branch_and_bound(graph, ball, 0.0, "upper", nodes=8).decided
         tensor([True])

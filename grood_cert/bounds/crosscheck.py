@@ -81,7 +81,7 @@ def cross_check(
     count = 0
     found: list[float] = []
     for ball in balls:
-        ours, theirs = (_bounds(engine, ball, method, score) for engine in (native, other))
+        ours, theirs = (_bounds(engine, ball, method, score, native.graph.classes) for engine in (native, other))
         known = torch.isfinite(torch.cat([*ours, *theirs], 1)).all(1)
         if not bool(known.any()):
             continue
@@ -110,10 +110,8 @@ def cross_check(
     return Agreement(count, len(found), max(found, default=None))
 
 
-def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method, score: Score) -> Interval:
+def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method, score: Score, classes: int) -> Interval:
     """Bounds of S and of the logits, shape (B, 1 + K) each; NaN where the engine raises."""
-    with torch.no_grad():
-        classes = bounded.network(ball.center[:1]).shape[1]
     try:
         found = score_bounds(bounded, ball, method, score)
         rows = torch.eye(classes).to(ball.center).expand(len(ball.center), -1, -1)
@@ -126,7 +124,7 @@ def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method, score: Score) -
 
 def _same_lines(native: NativeNetwork, ball: Ball, method: Method) -> tuple[Tensor, Tensor]:
     """Whether both engines take the same lines for a sample, and what the native margins may add, shape (B,) each."""
-    nodes, nonlinear = native.graph.nodes, native.graph.nonlinear
+    nodes, nonlinear = native.folded.nodes, native.folded.nonlinear
     hidden = native.relax(ball).hidden(method)
     rounding = 2 * len(nodes) * ROUNDING * hidden.magnitudes[-1].amax(1)
     alike = torch.ones_like(ball.eps, dtype=torch.bool)

@@ -18,6 +18,8 @@ pulled back in blocks that stay in the processor's cache (`backward`).
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.errors import InputError
 from grood_cert.interval import ROUNDING, Interval
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
+from grood_cert.networks.graph import Graph
 
 _DEVICE_MEMORY = 2**30
 
@@ -41,13 +44,15 @@ class NativeNetwork:
         shape: Shape (C, H, W) of one image.
         method: "ibp", "crown-ibp" or "crown".
         memory: Bytes that blocks of rows may take; by default 16 MiB on a CPU (its cache), 1 GiB on another device.
+        graph: The network as a graph, if it has been captured already.
 
     Attributes:
         network: The copy.
         shape: As given.
         method: As given.
         device: Where the parameters are.
-        graph: The copy as a graph, diagonal layers folded into others.
+        graph: The network as a graph.
+        folded: The same with diagonal layers folded into others.
 
     Raises:
         InputError: If the method is not one of these, the memory is not positive, a module is in train mode, or a
@@ -64,16 +69,23 @@ class NativeNetwork:
         (3.875, 5.125)
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], method: Method, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        method: Method,
+        memory: int | None = None,
+        graph: Graph | None = None,
+    ) -> None:
         way_of(method)
         if memory is not None and memory <= 0:
             raise InputError(f"expected a positive number of bytes of memory, got {memory}")
         self.method: Method = method
         self.shape = tuple(shape)
-        traced = trace(network, self.shape)
-        self.network = traced.network
-        self.device = traced.device
-        self.graph = folded(traced)
+        self.graph = graph or capture(network, self.shape)
+        self.network = copy.deepcopy(network).double().requires_grad_(False)
+        self.device = self.graph.device
+        self.folded = folded(self.graph)
         self.memory = memory or (DEFAULT_MEMORY if self.device.type == "cpu" else _DEVICE_MEMORY)
         self.transposes = Transposes()
 
@@ -109,7 +121,7 @@ class NativeRelaxation:
             bounded = self._bounded
             with torch.no_grad():
                 self._hidden[source] = Hidden(
-                    bounded.graph, self._ball, source, None, bounded.memory, bounded.transposes
+                    bounded.folded, self._ball, source, None, bounded.memory, bounded.transposes
                 )
         return self._hidden[source]
 
@@ -128,7 +140,7 @@ class NativeRelaxation:
             InputError: If the rows have another shape.
         """
         method = method or self._bounded.method
-        hidden, graph = self.hidden(method), self._bounded.graph
+        hidden, graph = self.hidden(method), self._bounded.folded
         batch, classes = len(self._ball.center), graph.classes
         if coefficients.dim() != 3 or coefficients.shape[0] != batch or coefficients.shape[2] != classes:
             raise InputError(f"expected rows of shape ({batch}, S, {classes}), got {tuple(coefficients.shape)}")

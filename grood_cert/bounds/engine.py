@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval
+from grood_cert.networks.graph import Graph
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 Side = Literal["upper", "lower"]
@@ -79,6 +80,11 @@ class BoundedNetwork(Protocol):
     @property
     def network(self) -> nn.Module:
         """The network f, in eval mode and float64."""
+        ...
+
+    @property
+    def graph(self) -> Graph:
+        """The same network as a graph of operations, which the bounds are about."""
         ...
 
     def relax(self, ball: Ball) -> Relaxation:

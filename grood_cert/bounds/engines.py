@@ -9,9 +9,9 @@ from torch import nn
 
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
-from grood_cert.errors import InputError, RunError
-from grood_cert.networks.checks import check_eval
-from grood_cert.networks.graph import UntraceableError
+from grood_cert.errors import InputError
+from grood_cert.networks.capture import capture
+from grood_cert.networks.graph import Graph
 
 Engine = Literal["auto", "native", "auto_lirpa"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -32,7 +32,9 @@ class Choice:
     note: str = ""
 
 
-def build(engine: str, network: nn.Module, shape: tuple[int, ...], method: Method) -> Choice:
+def build(
+    engine: str, network: nn.Module, shape: tuple[int, ...], method: Method, graph: Graph | None = None
+) -> Choice:
     """Put a network into an engine.
 
     Args:
@@ -40,11 +42,12 @@ def build(engine: str, network: nn.Module, shape: tuple[int, ...], method: Metho
         network: The model f: (B, C, H, W) -> (B, K) in eval mode, normalisation included.
         shape: Shape (C, H, W) of one image.
         method: How to bound it.
+        graph: The network as a graph, if it has been captured already.
 
     Raises:
-        InputError: If engine or method are unknown, a module is in train mode, or the engine ("auto": neither of them)
-            can bound the network, or Python conditions decide what it computes; the message says why.
-        RunError: If the engine asked for is missing or wrong on this machine.
+        InputError: If engine or method are unknown, a module is in train mode, or the network cannot be captured; the
+            message says why.
+        RunError: If the engine asked for is missing or wrong on this machine, or cannot bound the network.
 
     Example:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -54,27 +57,9 @@ def build(engine: str, network: nn.Module, shape: tuple[int, ...], method: Metho
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
     way_of(method)
-    check_eval(network)
-    if engine == "auto_lirpa":
-        return Choice("auto_lirpa", _lirpa(network, shape, method))
-    try:
-        return Choice("native", NativeNetwork(network, shape, method))
-    except UntraceableError:
-        raise  # auto_LiRPA would follow one path through it without a word
-    except (InputError, RunError) as error:
-        if engine == "native":
-            raise
-        reason = str(error)
-    try:
-        bounded = _lirpa(network, shape, method)
-    except (InputError, RunError) as error:
-        raise InputError(f"no engine can bound this network: native: {reason}; auto_lirpa: {error}") from None
-    return Choice(
-        "auto_lirpa", bounded, f"bounds by auto_LiRPA, since the native engine cannot take the network: {reason}"
-    )
-
-
-def _lirpa(network: nn.Module, shape: tuple[int, ...], method: Method) -> BoundedNetwork:
+    graph = graph or capture(network, shape)
+    if engine != "auto_lirpa":
+        return Choice("native", NativeNetwork(network, shape, method, graph=graph))
     from grood_cert.bounds.auto_lirpa import LirpaNetwork
 
-    return LirpaNetwork(network, shape, method)
+    return Choice("auto_lirpa", LirpaNetwork(network, shape, method, graph=graph))

@@ -15,8 +15,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from grood_cert.networks.builder import reached
 from grood_cert.networks.graph import Graph, Node
-from grood_cert.networks.operations import Convolution, Dense, Reshape, Scale
+from grood_cert.networks.operations import Convolution, Dense, Reshape, Scale, channelwise
+
+_Layer = Convolution | Dense | Scale
 
 
 def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -29,49 +32,57 @@ def _times(factor: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else factor * bias
 
 
-def _per_channel(scale: Scale, shape: tuple[int, ...]) -> bool:
-    """Whether a diagonal map on values of this shape has one factor, or one for each channel."""
-    factor = scale.factor
-    return factor.numel() == 1 or (factor.dim() == len(shape) and factor.numel() == len(factor) == shape[0])
+def _constant(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A bias as layers hold it, (K,) or (C, 1, 1), where it is one number a channel."""
+    values = None if bias is None else channelwise(bias, shape)
+    return bias if values is None else values.reshape(-1, *[1] * (len(shape) - 1))
 
 
-def _behind(operation: Convolution | Dense | Scale, scale: Scale) -> Convolution | Dense | Scale:
-    """The layer followed by the diagonal map."""
+def _behind(operation: _Layer, scale: Scale, shape: tuple[int, ...]) -> _Layer | None:
+    """The layer followed by the diagonal map, on a value of the given shape; None if that is no such layer."""
     bias = _plus(_times(scale.factor, operation.bias), scale.bias)
     if isinstance(operation, Scale):
         return Scale(operation.factor * scale.factor, bias)
-    outputs = len(operation.weight)
-    factor = scale.factor.reshape(-1).expand(outputs)
-    return replace(
-        operation, weight=operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 1)), bias=bias
-    )
+    factor = channelwise(scale.factor, shape)
+    if factor is None:
+        return None
+    weight = operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 1))
+    return replace(operation, weight=weight, bias=_constant(bias, shape))
 
 
-def _before(scale: Scale, operation: Convolution | Dense, shape: tuple[int, ...]) -> Convolution | Dense:
-    """The diagonal map, whose value has the given shape, followed by the layer."""
-    bias = operation.bias
+def _before(scale: Scale, operation: _Layer, node: Node, shape: tuple[int, ...], borders: bool) -> _Layer | None:
+    """The diagonal map, whose value has the given shape, followed by the layer; None if that is no such layer."""
+    factor = channelwise(scale.factor, shape)
+    convolution = isinstance(operation, Convolution)
+    if isinstance(operation, Scale) or factor is None or (isinstance(operation, Convolution) and operation.groups != 1):
+        return None
+    bias, padded = operation.bias, isinstance(operation, Convolution) and any(operation.padding)
     if scale.bias is not None:
-        bias = _plus(operation.linear(scale.bias.expand(shape).unsqueeze(0)).squeeze(0), bias)
-    factor = scale.factor.reshape(-1).expand(shape[0])
-    return replace(
-        operation, weight=operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 2)), bias=bias
-    )
+        if padded and not borders:
+            return None
+        shift = operation.linear(scale.bias.expand(shape).unsqueeze(0)).squeeze(0)
+        if convolution and not padded and channelwise(scale.bias, shape) is not None:
+            shift = shift[:, :1, :1]
+        bias = _plus(shift, bias)
+    weight = operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 2))
+    return replace(operation, weight=weight, bias=_constant(bias, node.shape))
 
 
-def folded(graph: Graph) -> Graph:
+def folded(graph: Graph, borders: bool = True) -> Graph:
     r"""The graph without the diagonal maps that a neighbouring layer can take over.
 
     Args:
         graph: Any graph; gradients flow through the new weights to the old.
+        borders: Whether a shift in front of zero padding may become a bias of the output's shape.
 
     Returns:
         A graph of the same function whose nonlinear layers are the same, in the same order.
 
     Example:
         >>> from torch import nn
-        >>> from grood_cert.networks.graph import trace
+        >>> from grood_cert.networks.capture import capture
         >>> network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> graph = trace(network.eval(), (1, 2, 2))
+        >>> graph = capture(network.eval(), (1, 2, 2))
         >>> [node.name for node in graph.nodes], [node.name for node in folded(graph).nodes]
         (['image', '0', '1', '2', '3', '4'], ['image', '1', '2', '3', '4'])
     """
@@ -80,53 +91,25 @@ def folded(graph: Graph) -> Graph:
     place: dict[int, int] = {}
     for number, node in enumerate(graph.nodes):
         inputs = tuple(place[i] for i in node.inputs)
-        operation = node.operation
+        operation, merged = node.operation, None
         source = nodes[inputs[0]] if inputs and readers[node.inputs[0]] == 1 else None
-        if (
-            isinstance(operation, Scale)
-            and source is not None
-            and (
-                isinstance(source.operation, Scale)
-                or (isinstance(source.operation, Convolution | Dense) and _per_channel(operation, source.shape))
-            )
-        ):
-            merged = _behind(source.operation, operation)
-            nodes.append(replace(source, operation=merged))
-        elif (
-            source is not None
-            and isinstance(source.operation, Scale)
-            and isinstance(operation, Reshape)
-            and operation.bias is None
-        ):
+        if source is not None and isinstance(operation, Scale) and isinstance(source.operation, _Layer):
+            merged = _behind(source.operation, operation, node.shape)
+            if merged is not None:
+                nodes.append(Node(merged, source.inputs, node.shape, source.name))
+        elif source is not None and isinstance(source.operation, Scale):
             scale = source.operation
-            factor = scale.factor.expand(source.shape).reshape(node.shape)
-            bias = None if scale.bias is None else scale.bias.expand(source.shape).reshape(node.shape)
-            nodes.append(Node(operation, source.inputs, node.shape, node.name))
-            nodes.append(Node(Scale(factor, bias), (len(nodes) - 1,), node.shape, source.name))
-        elif (
-            source is not None
-            and isinstance(source.operation, Scale)
-            and _per_channel(source.operation, source.shape)
-            and (isinstance(operation, Dense) or (isinstance(operation, Convolution) and operation.groups == 1))
-        ):
-            nodes.append(
-                replace(node, operation=_before(source.operation, operation, source.shape), inputs=source.inputs)
-            )
-        else:
+            if isinstance(operation, Reshape) and operation.bias is None:
+                factor = scale.factor.expand(source.shape).reshape(node.shape)
+                bias = None if scale.bias is None else scale.bias.expand(source.shape).reshape(node.shape)
+                nodes.append(Node(operation, source.inputs, node.shape, node.name))
+                merged = Scale(factor, bias)
+                nodes.append(Node(merged, (len(nodes) - 1,), node.shape, source.name))
+            elif isinstance(operation, _Layer):
+                merged = _before(scale, operation, node, source.shape, borders)
+                if merged is not None:
+                    nodes.append(replace(node, operation=merged, inputs=source.inputs))
+        if merged is None:
             nodes.append(replace(node, inputs=inputs))
         place[number] = len(nodes) - 1
-    return Graph(_reached(nodes), graph.network)
-
-
-def _reached(nodes: list[Node]) -> tuple[Node, ...]:
-    """The nodes that the last one needs, and the image, renumbered."""
-    needed = {0, len(nodes) - 1}
-    for number in range(len(nodes) - 1, -1, -1):
-        if number in needed:
-            needed.update(nodes[number].inputs)
-    place = {number: new for new, number in enumerate(sorted(needed))}
-    return tuple(
-        replace(node, inputs=tuple(place[i] for i in node.inputs))
-        for number, node in enumerate(nodes)
-        if number in needed
-    )
+    return Graph(reached(nodes))

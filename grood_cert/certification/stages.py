@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from grood_cert.certification.state import State
 from grood_cert.interval import ROUNDING
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, path_radius
-from grood_cert.networks.graph import Graph, trace
+from grood_cert.networks.graph import Graph
 from grood_cert.scores import Score
 
 _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows nothing
@@ -53,10 +52,10 @@ class Means:
     bounded: BoundedNetwork
     guard: Guard
 
-    @functools.cached_property
+    @property
     def graph(self) -> Graph:
         """The network as a graph of operations."""
-        return trace(self.bounded.network, self.shape)
+        return self.bounded.graph
 
     @property
     def limit(self) -> float:

@@ -29,7 +29,6 @@ from grood_cert.lipschitz.estimates import (
     sampled_gradient_norm_estimate,
     secant_estimate,
 )
-from grood_cert.networks.graph import trace
 
 _LOWER = ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate")
 _CLEVER = ("clever_estimate", "clever_p_value", "clever_fitted")
@@ -103,8 +102,9 @@ class Analyser:
         settings.check(shape)
         check_network(detector.network)
         self.settings, self.score = settings, detector.score
-        self.graph = trace(detector.network, shape)
+        self.network = detector.network
         self.choice = build(settings.engine, detector.network, shape, settings.method)
+        self.graph = self.choice.bounded.graph
 
     @property
     def batch_size(self) -> int:
@@ -123,9 +123,9 @@ class Analyser:
         Raises:
             SoundnessError: If an estimate from below exceeds a formal bound.
         """
-        images = images.to(next(self.graph.network.parameters()))
+        images = images.to(next(self.network.parameters()))
         with torch.no_grad():
-            score = self.score.value(self.graph.network(images))
+            score = self.score.value(self.network(images))
         pages: list[dict[str, Any]] = []
         best: list[Tensor] = []
         for value in self.settings.eps:
@@ -150,7 +150,7 @@ class Analyser:
         settings, score = self.settings, self.score
         at_center = gradient_norm_estimate(self.graph, ball, score)
         ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents, score=score)
-        seen = attacks.extremes(self.graph.network, ball, generator, ball.center, ball.center, score=score)
+        seen = attacks.extremes(self.network, ball, generator, ball.center, ball.center, score=score)
         ends = torch.stack([argument, seen.argmax, seen.argmin])
         segments = torch.cat([ball.center + share * (ends - ball.center) for share in _SHARES])
         found = {

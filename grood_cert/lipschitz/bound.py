@@ -99,9 +99,9 @@ def local_lipschitz(
         InputError: If a method is unknown, none is named, or the balls do not fit the network.
 
     Example:
-        >>> from grood_cert.networks.graph import trace
+        >>> from grood_cert.networks.capture import capture
         >>> from torch import nn
-        >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (1, 1, 1))
+        >>> graph = capture(nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (1, 1, 1))
         >>> ball = Ball(torch.full((1, 1, 1, 1), 0.5).double(), torch.tensor([0.1]).double(), "linf")
         >>> bounds = local_lipschitz(graph, ball)
         >>> bool(bounds.auto <= bounds.methods["product"])

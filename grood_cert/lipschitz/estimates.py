@@ -69,7 +69,7 @@ def _norms(graph: Graph, images: Tensor, norm: Norm, score: Score) -> Tensor:
     for batch in images.split(_CHUNK):
         with torch.enable_grad():
             batch = batch.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(score.value(graph.network(batch)).sum(), batch)
+            (gradient,) = torch.autograd.grad(score.value(graph(batch)).sum(), batch)
         found.append(dual_norm(gradient.detach(), norm))
     return torch.cat(found)
 
@@ -105,11 +105,11 @@ def secant_estimate(graph: Graph, ball: Ball, points: Tensor, score: Score = ENE
         Shape (B,).
     """
     with torch.no_grad():
-        center = score.value(graph.network(ball.center))
+        center = score.value(graph(ball.center))
         best = torch.zeros_like(center)
         for point in points:
             distance = ball.distance(point)
-            risen = (score.value(graph.network(point)) - center).abs() - ROUNDING * (1 + center.abs())
+            risen = (score.value(graph(point)) - center).abs() - ROUNDING * (1 + center.abs())
             slope = risen.clamp(min=0) / distance
             best = torch.maximum(best, torch.where(distance > 0, slope, torch.zeros_like(slope)))
     return best

@@ -36,7 +36,8 @@ from grood_cert.bounds.hidden import Preactivations, preactivations
 from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.activations import Activation
-from grood_cert.networks.graph import Graph, live_graph
+from grood_cert.networks.capture import live_graph
+from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 Sharpen = Callable[[int, Tensor, Tensor], Interval]

@@ -415,3 +415,16 @@ class MaxPool:
             -(-kernel // (step // math.gcd(step, dilation)))
             for kernel, step, dilation in zip(self.kernel, self.stride, self.dilation, strict=True)
         )
+
+
+def channelwise(part: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """One number a channel, shape (C,), of what broadcasts against a value of this shape; None if there are more.
+
+    Example:
+        >>> channelwise(torch.tensor(2.0), (3, 4, 4)), channelwise(torch.ones(4), (3, 4, 4))
+        (tensor([2., 2., 2.]), None)
+    """
+    aligned = part.reshape(*[1] * (len(shape) - part.dim()), *part.shape)
+    if any(size != 1 for size in aligned.shape[1:]):
+        return None
+    return aligned.reshape(-1).expand(shape[0])

@@ -33,7 +33,7 @@ from grood_cert.bounds.backward import Pullback
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.intervals import intervals
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
-from grood_cert.networks.graph import live_graph
+from grood_cert.networks.capture import live_graph
 from grood_cert.scores import energy
 
 

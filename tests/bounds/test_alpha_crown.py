@@ -13,7 +13,7 @@ from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.score import gibbs_upper
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, resnet_small
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import energy
 
 SHAPE = (1, 4, 4)
@@ -69,7 +69,7 @@ def points_in(ball, count=400, seed=2):
 @pytest.mark.parametrize("build", [mlp, leaky, conv, residual, mixed])
 def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
     network = make(build)
-    graph, ball = trace(network, SHAPE), balls(norm)
+    graph, ball = capture(network, SHAPE), balls(norm)
     hidden = preactivations(graph, ball)
     seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), ball.center, ball.center)
     relaxed = Pullback(graph, ball)
@@ -92,7 +92,7 @@ def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
 
 def test_upper_bound_reaches_the_exact_maximum_of_a_linear_network():
     network = make(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), scale=4.0)
-    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
     found = optimised_bounds(graph, ball, "upper", preactivations(graph, ball), 150)
 
     def lse(pixels, shape=SHAPE):
@@ -111,7 +111,7 @@ def test_upper_bound_reaches_the_exact_maximum_of_a_linear_network():
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_logit_is_exact(norm):
     network = make(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 1)))
-    graph, ball = trace(network, SHAPE), balls(norm)
+    graph, ball = capture(network, SHAPE), balls(norm)
     hidden = preactivations(graph, ball)
     value = network(ball.center).squeeze(1)
     for side, sign in (("upper", -1), ("lower", 1)):
@@ -122,7 +122,7 @@ def test_one_logit_is_exact(norm):
 
 def test_what_is_not_proved_is_nan():
     network = make(mlp)
-    graph, ball = trace(network, SHAPE), balls("linf")
+    graph, ball = capture(network, SHAPE), balls("linf")
     hidden = preactivations(graph, ball).inputs
     broken = [(lower.clone(), upper.clone()) for lower, upper in hidden]
     broken[1][0][0, 0] = torch.nan
@@ -132,12 +132,12 @@ def test_what_is_not_proved_is_nan():
         got = optimised_bounds(graph, ball, side, broken, 3)
         assert got.isnan().tolist() == [True, True, True, False]
     with torch.no_grad():
-        graph.network[1].weight.fill_(torch.nan)
+        graph.nodes[2].operation.weight.fill_(torch.nan)
     assert bool(optimised_bounds(graph, ball, "upper", preactivations(graph, ball), 3).isnan().all())
 
 
 def test_wrong_arguments_are_refused():
-    graph, ball = trace(make(mlp), SHAPE), balls("linf")
+    graph, ball = capture(make(mlp), SHAPE), balls("linf")
     hidden = preactivations(graph, ball)
     with pytest.raises(InputError, match="use upper or lower"):
         optimised_bounds(graph, ball, "both", hidden)
@@ -150,7 +150,7 @@ def test_cuda_agrees_with_cpu():
     network, ball = make(conv), balls("l2")
     moved = Ball(ball.center.cuda(), ball.eps.cuda(), ball.norm)
     for side in ("upper", "lower"):
-        graph, there = trace(network, SHAPE), trace(make(conv).cuda(), SHAPE)
+        graph, there = capture(network, SHAPE), capture(make(conv).cuda(), SHAPE)
         expected = optimised_bounds(graph, ball, side, preactivations(graph, ball), 8)
         got = optimised_bounds(there, moved, side, preactivations(there, moved), 8)
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)

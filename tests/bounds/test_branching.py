@@ -15,7 +15,7 @@ from grood_cert.bounds.branching import _halved, _Leaves, branch_and_bound
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, resnet_small
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import energy
 
 SIDES = ("upper", "lower")
@@ -122,7 +122,7 @@ def exact_maximum(network):
 def test_enough_nodes_reach_the_exact_extreme(name, side):
     """A gamma beyond the exact extreme is proved, one inside is not: no leaf is lost, no split is unsound."""
     network = NETWORKS[name]()
-    graph = trace(network, PLANE)
+    graph = capture(network, PLANE)
     exact, sign = (exact_maximum(network), 1) if side == "upper" else (exact_minimum(network), -1)
     outside = branch_and_bound(graph, whole_box(), exact + sign * TOLERANCE[side], side, nodes=1000)
     assert bool(outside.decided) and not bool(outside.refuted)
@@ -169,7 +169,7 @@ def test_two_hidden_layers_against_a_grid(side):
     grid = torch.cartesian_prod(axis, axis)
     for seed in range(2):
         network = deep(seed)
-        graph = trace(network, PLANE)
+        graph = capture(network, PLANE)
         extreme = sign * float((sign * torch.as_tensor(score_of(network, grid))).max())
         steep = np.prod([np.linalg.norm(network[i].weight.detach().numpy(), 2) for i in (1, 3, 5)])
         slack = steep * 0.001 * np.sqrt(2) + TOLERANCE[side]
@@ -202,7 +202,7 @@ def test_bounds_hold_in_three_norms(build, norm):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(2)
-    graph = trace(network, (1, 4, 4))
+    graph = capture(network, (1, 4, 4))
     eps = {"linf": 0.2, "l2": 0.7, "l1": 2.0}[norm]
     images = torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ball = Ball(images, torch.tensor([eps, eps / 2, eps], dtype=torch.float64), norm)
@@ -225,7 +225,7 @@ def test_bounds_hold_in_three_norms(build, norm):
 @pytest.mark.parametrize("side", SIDES)
 def test_refuting_points_are_in_the_ball_and_on_the_wrong_side(side):
     network = mlp()
-    graph, ball = trace(network, (1, 4, 4)), whole_box(3, (1, 4, 4))
+    graph, ball = capture(network, (1, 4, 4)), whole_box(3, (1, 4, 4))
     ball = Ball(ball.center + torch.linspace(-0.2, 0.2, 3).double().reshape(3, 1, 1, 1), ball.eps / 2, "linf")
     sign = 1 if side == "upper" else -1
     score = energy(network(ball.center)).detach()
@@ -250,7 +250,7 @@ def test_a_single_violating_corner_is_never_certified(side):
         network[1].bias.fill_(-5.5)
         network[3].weight.fill_(-4.0 * sign)
         network[3].bias.fill_(0.0)
-    graph, ball = trace(network, (1, 1, 6)), whole_box(1, (1, 1, 6))
+    graph, ball = capture(network, (1, 1, 6)), whole_box(1, (1, 1, 6))
     corner = -float(np.log(2)) + sign * 2.0
     for nodes in (1, 3, 100):
         found = branch_and_bound(graph, ball, corner - sign * 0.01, side, nodes)
@@ -267,14 +267,14 @@ def test_gamma_at_the_exact_bound_is_not_enough(side):
         network[1].bias.fill_(-1.0)
         network[3].weight.fill_(-1.0 * sign)
         network[3].bias.fill_(0.0)
-    graph = trace(network, PLANE)
+    graph = capture(network, PLANE)
     assert not bool(branch_and_bound(graph, whole_box(), float(sign), side, 100).decided)  # S reaches sign itself
     assert bool(branch_and_bound(graph, whole_box(), sign * (1 + 1e-6), side, 100).decided)
 
 
 def test_results_are_deterministic_and_a_batch_is_its_samples():
     network = mlp()
-    graph = trace(network, (1, 4, 4))
+    graph = capture(network, (1, 4, 4))
     images = torch.rand(4, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     eps = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     gamma = float(energy(network(images)).detach().max()) + 0.1
@@ -289,7 +289,7 @@ def test_results_are_deterministic_and_a_batch_is_its_samples():
 
 def test_budgets():
     network = shallow(1)
-    graph = trace(network, PLANE)
+    graph = capture(network, PLANE)
     gamma = exact_minimum(network) - 1e-4
     one = branch_and_bound(graph, whole_box(), gamma, "lower", 1)
     few = branch_and_bound(graph, whole_box(), gamma, "lower", 21)
@@ -304,9 +304,9 @@ def test_nan_weights_prove_nothing():
     network = mlp()
     with torch.no_grad():
         network[1].weight[0, 0] = torch.nan
-    graph = trace(mlp(), (1, 4, 4))
+    graph = capture(mlp(), (1, 4, 4))
     with torch.no_grad():
-        graph.network[1].weight.copy_(network[1].weight)
+        graph.nodes[2].operation.weight.copy_(network[1].weight)
     found = branch_and_bound(graph, whole_box(2, (1, 4, 4)), 100.0, "upper", 50)
     assert bool(found.bound.isnan().all()) and not bool(found.decided.any()) and not bool(found.refuted.any())
 
@@ -314,8 +314,8 @@ def test_nan_weights_prove_nothing():
 def test_wrong_arguments_are_refused():
     network = flat(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     with pytest.raises(InputError, match=r"layer 2: .*not Tanh"):
-        branch_and_bound(trace(network, PLANE), whole_box(), 0.0, "upper", 10)
-    graph = trace(shallow(0), PLANE)
+        branch_and_bound(capture(network, PLANE), whole_box(), 0.0, "upper", 10)
+    graph = capture(shallow(0), PLANE)
     with pytest.raises(InputError, match="gamma must be finite"):
         branch_and_bound(graph, whole_box(), float("nan"), "upper", 10)
     with pytest.raises(InputError, match="at least 1"):

@@ -19,8 +19,8 @@ from grood_cert.bounds.score import score_bounds
 from grood_cert.bounds.windows import Window, windows
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize, _Residual
-from grood_cert.networks.graph import trace
-from grood_cert.networks.operations import Convolution, Scale
+from grood_cert.networks.capture import capture
+from grood_cert.networks.operations import Convolution, Dense, Scale
 
 SHAPE = (2, 6, 6)
 CLASSES = 3
@@ -228,8 +228,8 @@ def test_windows_and_whole_layers_memory_and_batches_give_the_same(name, norm, m
 def test_every_layer_through_windows_is_that_layer_through_whole_layers(name, norm):
     native, ball = NativeNetwork(build(name), SHAPE, "crown"), ball_of(norm)
     relaxed = native.relax(ball).hidden().relaxed
-    for node, current in enumerate(native.graph.nodes[1:], 1):
-        if windows(native.graph, node) is not None:
+    for node, current in enumerate(native.folded.nodes[1:], 1):
+        if windows(native.folded, node) is not None:
             through = relaxed._through_windows(node, 100, 2**14)
             whole = relaxed._through_layers(node, torch.ones(len(ball.center), current.size, dtype=torch.bool), 2**20)
             for one, two in zip(through, whole, strict=True):
@@ -242,7 +242,7 @@ def test_windows_are_used_and_are_what_gradients_reach():
         nn.Conv2d(1, 2, 3, 2, 1), nn.Conv2d(2, 2, 3, dilation=2, padding=1), nn.AvgPool2d(2, 1)
     ).double()
     network[0].weight.data.abs_().add_(0.1), network[1].weight.data.abs_().add_(0.1)
-    graph = trace(nn.Sequential(network, nn.Flatten(), nn.Linear(18, 2)).eval(), (1, 12, 12))
+    graph = capture(nn.Sequential(network, nn.Flatten(), nn.Linear(18, 2)).eval(), (1, 12, 12))
     window = windows(graph, 3)[0]
     images = torch.zeros(1, 1, 12, 12, dtype=torch.float64, requires_grad=True)
     output = network(images)[0, 0]
@@ -273,7 +273,7 @@ def test_gather_is_what_the_places_see():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folding_keeps_the_function_and_leaves_no_diagonal_layer_behind_a_linear_one(name):
-    graph = trace(build(name), SHAPE)
+    graph = capture(build(name), SHAPE)
     small = folded(graph)
     images = torch.rand(4, *SHAPE, dtype=torch.float64)
     torch.testing.assert_close(small(images), graph(images), rtol=1e-12, atol=1e-12)
@@ -331,12 +331,10 @@ def test_overflow_proves_nothing_for_its_sample_only():
     images[0, 0, 0, 0] = 0.0
     for norm, method in itertools.product(NORMS, METHODS):
         native = NativeNetwork(network, (1, 2, 2), method)
-        with torch.no_grad():  # a unit that is off in the first image, whose left upper pixel is black
-            native.network[1].weight[0], native.network[1].bias[0] = (
-                torch.tensor([1e200, 0, 0, 0], dtype=torch.float64),
-                -1.0,
-            )
-            native.network[3].weight[:, 0] = 1e200
+        first, second = [node.operation for node in native.folded.nodes if isinstance(node.operation, Dense)][:2]
+        # a unit that is off in the first image, whose left upper pixel is black
+        first.weight[0], first.bias[0] = torch.tensor([1e200, 0, 0, 0], dtype=torch.float64), -1.0
+        second.weight[:, 0] = 1e200
         bounds = native.relax(Ball(images, torch.zeros(2).double(), norm)).rows(torch.ones(2, 1, 2))
         for bound in bounds:
             assert torch.isnan(bound).tolist() == [[False], [True]]
@@ -376,8 +374,8 @@ def test_wrong_calls_are_refused():
         NativeNetwork(network, SHAPE, "crwon")
     with pytest.raises(InputError, match="positive number of bytes"):
         NativeNetwork(network, SHAPE, "crown", memory=0)
-    with pytest.raises(InputError, match="layer 1: PReLU cannot be bounded"):
-        NativeNetwork(nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(72, 2)).eval(), SHAPE, "crown")
+    with pytest.raises(InputError, match="layer 1: layer_norm cannot be bounded"):
+        NativeNetwork(nn.Sequential(nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 2)).eval(), SHAPE, "crown")
     native = NativeNetwork(network, SHAPE, "crown")
     with pytest.raises(InputError, match=r"expected images of shape \(2, 6, 6\), got \(2, 6, 5\)"):
         native.relax(Ball(torch.rand(1, 2, 6, 5), torch.zeros(1), "linf"))

@@ -11,7 +11,7 @@ from grood_cert.bounds.alpha_crown import ScoreProof, optimise
 from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import ENERGY, energy
 from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mlp, points_in, residual
 
@@ -22,7 +22,7 @@ HEAD = Head("all", 1.0, torch.zeros(3, dtype=torch.long))
 def test_any_admissible_multiplier_bounds_the_domain(build):
     """A sign the wrong way round would put points of the domain above the bound."""
     network = make(build, seed=3)
-    graph, ball = trace(network, SHAPE), balls("linf")
+    graph, ball = capture(network, SHAPE), balls("linf")
     inputs = list(preactivations(graph, ball).inputs)
     points = points_in(ball, 1000)
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def test_any_admissible_multiplier_bounds_the_domain(build):
 @pytest.mark.parametrize("side", ["upper", "lower"])
 def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     network = make(mlp, seed=1)
-    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
     sign = 1 if side == "upper" else -1
     hidden = preactivations(graph, ball)
     domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
@@ -84,7 +84,7 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
 
 def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     network = make(mlp)
-    graph, ball = trace(network, SHAPE), balls("linf", 3)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
     hidden = preactivations(graph, ball)
     lower, upper = (end.clone() for end in hidden.logits)
     lower[0, 0] = upper[0, 0] + 1e-3

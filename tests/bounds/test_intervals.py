@@ -9,14 +9,14 @@ from grood_cert.bounds.folding import folded
 from grood_cert.bounds.hidden import Hidden
 from grood_cert.bounds.intervals import intervals
 from grood_cert.networks.architectures import _Residual
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 SHAPE = (2, 4, 4)
 
 
 def graph_of(*layers):
     torch.manual_seed(0)
-    return folded(trace(nn.Sequential(*layers).double().eval(), SHAPE))
+    return folded(capture(nn.Sequential(*layers).double().eval(), SHAPE))
 
 
 def ball_of(eps=0.1, norm="linf"):
@@ -50,10 +50,10 @@ def test_values_of_all_layers_lie_inside(name):
 
 def test_one_linear_layer_is_exact():
     graph, ball = graph_of(nn.Flatten(), nn.Linear(32, 2)), ball_of()
-    weight = graph.network[1].weight
+    layer = graph.nodes[2].operation
     low, high = ball.lower.flatten(1), ball.upper.flatten(1)
-    expected = torch.where(weight > 0, high[:, None], low[:, None])
-    torch.testing.assert_close(intervals(graph, ball)[-1][1], (weight * expected).sum(2) + graph.network[1].bias)
+    expected = torch.where(layer.weight > 0, high[:, None], low[:, None])
+    torch.testing.assert_close(intervals(graph, ball)[-1][1], (layer.weight * expected).sum(2) + layer.bias)
 
 
 @pytest.mark.parametrize("name", networks())

@@ -15,7 +15,7 @@ from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, possible_winners
 from grood_cert.bounds.score import _log_sum_of_others, score_bounds
 from grood_cert.lipschitz.estimates import uniform_in_ball
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import MSP, Energy, MaxLogit
 
 SCORES = [Energy(0.5), Energy(10.0), MaxLogit(), MSP(0.5), MSP(1.0), MSP(10.0)]
@@ -63,7 +63,7 @@ def seen(net, ball, score):
 @pytest.mark.parametrize("score", SCORES, ids=str)
 def test_every_bound_contains_every_point(score, classes, norm):
     net, ball = network(classes), balls(norm)
-    graph, (low, high) = trace(net, SHAPE), seen(net, ball, score)
+    graph, (low, high) = capture(net, SHAPE), seen(net, ball, score)
     for method in ("ibp", "crown"):
         found = score_bounds(NativeNetwork(net, SHAPE, method), ball, score=score)
         assert bool((found.lower <= low).all() and (high <= found.upper).all())
@@ -88,7 +88,7 @@ def test_branch_and_bound_decides_what_lies_just_beyond_the_truth(score):
     with torch.no_grad():
         net[5].bias[0] += 4
     ball = Ball(balls("linf", 1).center, 0.3, "linf")
-    graph, (low, high) = trace(net, SHAPE), seen(net, ball, score)
+    graph, (low, high) = capture(net, SHAPE), seen(net, ball, score)
     gap = 0.1 * float(high - low)
     for side, gamma in (("lower", float(low) - gap), ("upper", float(high) + gap)):
         assert bool(branch_and_bound(graph, ball, gamma, side, 400, score=score).decided), side
@@ -103,7 +103,7 @@ def test_two_linear_logits_in_closed_form():
     )
     ends = torch.tensor([1.05 - 0.35, 1.05 + 0.35], dtype=torch.float64)
     low, high = -torch.sigmoid(ends[1] / 2), -torch.sigmoid(ends[0] / 2)
-    graph = trace(net, SHAPE)
+    graph = capture(net, SHAPE)
     for method in ("ibp", "crown"):
         found = score_bounds(NativeNetwork(net, SHAPE, method), ball, score=MSP(2.0))
         torch.testing.assert_close(found.lower, low[None], rtol=1e-10, atol=0)
@@ -142,7 +142,7 @@ def test_msp_of_one_class_is_minus_one_and_nothing_is_certified_at_it():
     net, ball = network(1), balls("linf")
     found = score_bounds(NativeNetwork(net, SHAPE, "crown"), ball, score=MSP())
     assert bool((found.lower <= -1).all() and (found.upper >= -1).all() and (found.upper - found.lower < 1e-10).all())
-    graph = trace(net, SHAPE)
+    graph = capture(net, SHAPE)
     for side in ("lower", "upper"):
         assert not bool(branch_and_bound(graph, ball, -1.0, side, 10, score=MSP()).decided.any())
     assert bool(branch_and_bound(graph, ball, -0.9, "upper", 10, score=MSP()).decided.all())

@@ -19,7 +19,7 @@ from grood_cert.lipschitz.estimates import (
     secant_estimate,
     uniform_in_ball,
 )
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 NORMS = ("linf", "l2", "l1")
 
@@ -33,7 +33,7 @@ def two_logits(size, weight):
     """f = (w . x, 0): S' = -sigmoid(w . x) w, so the constant has a closed form."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(size, 2)).double().eval().requires_grad_(False)
     network[1].weight[0], network[1].weight[1], network[1].bias[:] = weight, 0.0, 0.0
-    return trace(network, (1, 1, size))
+    return capture(network, (1, 1, size))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -72,7 +72,7 @@ def test_ascent_crosses_kinks_that_a_gradient_does_not_see():
     network = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).double().eval()
     network.requires_grad_(False)
     network[1].weight[:], network[1].bias[:], network[3].weight[:] = 1.0, -0.599, 5.0
-    graph = trace(network, (1, 1, 1))
+    graph = capture(network, (1, 1, 1))
     ball = ball_of(torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64), 0.1, "linf")
     assert gradient_norm_estimate(graph, ball).item() == 0.0
     assert ascended_gradient_norm_estimate(graph, ball, torch.Generator().manual_seed(0))[0].item() == 5.0

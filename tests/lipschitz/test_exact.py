@@ -15,7 +15,7 @@ from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.lipschitz.jacobian_crown import chords, jacobian_crown
 from grood_cert.lipschitz.product import operator_norm, product_bound, torus_norm, unrolled
 from grood_cert.networks.architectures import build
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import score_gradient
 
 NORMS = ("linf", "l2", "l1")
@@ -40,7 +40,7 @@ def network_of(activation, seed):
 def test_at_eps_zero_the_bounds_equal_autograd(activation, norm):
     network = network_of(activation, 3)
     images = torch.rand(8, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    bounds = local_lipschitz(trace(network, (1, 6, 6)), ball_of(images, 0.0, norm), fixed_head=True)
+    bounds = local_lipschitz(capture(network, (1, 6, 6)), ball_of(images, 0.0, norm), fixed_head=True)
     exact = dual_norm(score_gradient(network, images)[1], norm)
     for name in EXACT_AT_ZERO:
         torch.testing.assert_close(bounds.methods[name], exact, rtol=1e-9, atol=0.0)
@@ -53,7 +53,7 @@ def test_at_eps_zero_the_packages_networks_are_exact(name):
     options = {"width": 2} if name == "resnet18" else {}
     network = build(name, (1, 8, 8), 6, [0.3], [0.4], **options).double().eval().requires_grad_(False)
     images = torch.rand(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    bounds = local_lipschitz(trace(network, (1, 8, 8)), ball_of(images, 0.0, "linf"), methods=["jacobian-crown"])
+    bounds = local_lipschitz(capture(network, (1, 8, 8)), ball_of(images, 0.0, "linf"), methods=["jacobian-crown"])
     exact = dual_norm(score_gradient(network, images)[1], "linf")
     torch.testing.assert_close(bounds.auto, exact, rtol=1e-9, atol=0.0)
 
@@ -136,7 +136,7 @@ def test_bounds_lie_above_the_exact_constant(widths, norm, record_property):
             parameter.copy_(1.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         layers = [(m.weight.numpy(), m.bias.numpy()) for m in network if isinstance(m, nn.Linear)]
         images = torch.rand(1, 1, 1, widths[0], generator=generator, dtype=torch.float64)
-        graph = trace(network, (1, 1, widths[0]))
+        graph = capture(network, (1, 1, widths[0]))
         for eps in (0.02, 0.1, 0.5):
             ball = ball_of(images, eps, norm)
             exact = _Regions(layers, ball, norm).constant(order)
@@ -160,7 +160,7 @@ def test_absolute_value_by_hand():
         network[3].weight[:] = 1.0
         network[3].bias[:] = 7.0
     images = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
-    bounds = local_lipschitz(trace(network, (1, 1, 1)), ball_of(images, 0.25, "linf"))
+    bounds = local_lipschitz(capture(network, (1, 1, 1)), ball_of(images, 0.25, "linf"))
     assert bounds.methods["product"] == pytest.approx(2.0)  # 1 x |1| + |1|
     assert bounds.methods["interval"] == pytest.approx(1.0)  # [-1, 0] + [0, 1]
     assert bounds.methods["jacobian-crown"] == pytest.approx(1.0)
@@ -176,7 +176,7 @@ def test_branches_that_are_added_add_their_slopes():
     network[2].weight[:] = 1.0
     images = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
     for eps in (0.1, 0.5):  # the second ball touches the kink
-        for bound in local_lipschitz(trace(network, (1, 1, 1)), ball_of(images, eps, "linf")).methods.values():
+        for bound in local_lipschitz(capture(network, (1, 1, 1)), ball_of(images, eps, "linf")).methods.values():
             assert float(bound) == pytest.approx(2.0, rel=1e-9)
 
 
@@ -187,7 +187,7 @@ def test_a_pixel_in_four_windows_counts_four_times():
     images = torch.full((1, 1, 3, 3), 0.2, dtype=torch.float64)
     images[0, 0, 1, 1] = 0.8
     for norm in NORMS:
-        bounds = local_lipschitz(trace(network, (1, 3, 3)), ball_of(images, 0.1, norm))
+        bounds = local_lipschitz(capture(network, (1, 3, 3)), ball_of(images, 0.1, norm))
         for name, bound in bounds.methods.items():
             assert float(bound) >= 4.0, (norm, name)
         assert float(bounds.methods["jacobian-crown"]) == pytest.approx(4.0, rel=1e-9)
@@ -196,7 +196,7 @@ def test_a_pixel_in_four_windows_counts_four_times():
 def test_linear_network_with_one_logit_has_its_dual_norm():
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 1)).double().eval().requires_grad_(False)
     network[1].weight[0] = torch.tensor([3.0, -4.0, 12.0])
-    graph = trace(network, (1, 1, 3))
+    graph = capture(network, (1, 1, 3))
     images = torch.full((2, 1, 1, 3), 0.5, dtype=torch.float64)
     for norm, exact in (("linf", 19.0), ("l2", 13.0), ("l1", 12.0)):
         for bound in local_lipschitz(graph, ball_of(images, 0.3, norm)).methods.values():
@@ -210,7 +210,7 @@ def test_unit_on_the_kink_everywhere_counts():
         network[1].weight[:], network[1].bias[:] = 1.0, -0.5
         network[3].weight[:] = 3.0
     images = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
-    graph = trace(network, (1, 1, 1))
+    graph = capture(network, (1, 1, 1))
     known = preactivations(graph, ball_of(images, 0.0, "linf"))
     assert known.slopes[0][0].item() == 0.0
     assert known.slopes[0][1].item() == 1.0
@@ -220,7 +220,7 @@ def test_unit_on_the_kink_everywhere_counts():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slope_and_value_ranges_hold_every_sampled_point(activation):
-    graph = trace(nn.Sequential(nn.Flatten(), activation(), nn.Linear(1, 1)).double().eval(), (1, 1, 1))
+    graph = capture(nn.Sequential(nn.Flatten(), activation(), nn.Linear(1, 1)).double().eval(), (1, 1, 1))
     function = graph.nodes[2].operation
     generator = torch.Generator().manual_seed(0)
     lower = 8 * torch.randn(400, 1, generator=generator, dtype=torch.float64)
@@ -341,7 +341,7 @@ def test_operator_norms_transpose_and_absolute_value_against_the_dense_matrix(la
     shape = (2, 6, 5)
     images = torch.rand(1, *shape, dtype=torch.float64)
     features = layer(images).numel()
-    graph = trace(nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 1)).eval(), shape)
+    graph = capture(nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 1)).eval(), shape)
     operation = graph.nodes[1].operation
     basis = torch.eye(60, dtype=torch.float64).reshape(60, *shape)
     matrix = (layer(basis) - layer(torch.zeros_like(basis))).flatten(1).T
@@ -361,7 +361,7 @@ def test_operator_norms_transpose_and_absolute_value_against_the_dense_matrix(la
 
 def test_product_of_large_layers_does_not_unroll_and_stays_above(monkeypatch):
     network = network_of(nn.ReLU, 0)
-    graph = trace(network, (1, 6, 6))
+    graph = capture(network, (1, 6, 6))
     small = {norm: product_bound(graph, norm) for norm in NORMS}
     monkeypatch.setattr("grood_cert.lipschitz.product._UNROLLED_ENTRIES", 0)
     for norm in NORMS:
@@ -373,7 +373,7 @@ def test_fixed_head_bounds_the_climb_of_the_score():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).double().eval()
     network.requires_grad_(False)
-    graph = trace(network, (1, 2, 2))
+    graph = capture(network, (1, 2, 2))
     images = torch.rand(30, 1, 2, 2, dtype=torch.float64)
     ball = ball_of(images, 0.3, "linf")
     head = local_lipschitz(graph, ball, fixed_head=True).fixed_head
@@ -387,7 +387,7 @@ def test_fixed_head_bounds_the_climb_of_the_score():
 
 def test_corners_equal_the_fixed_head_when_the_weights_are_known():
     network = network_of(nn.ReLU, 1)
-    graph = trace(network, (1, 6, 6))
+    graph = capture(network, (1, 6, 6))
     images = torch.rand(3, 1, 6, 6, dtype=torch.float64)
     known = preactivations(graph, ball_of(images, 0.05, "linf"))
     point = torch.softmax(graph(images), 1)
@@ -398,7 +398,7 @@ def test_corners_equal_the_fixed_head_when_the_weights_are_known():
 
 @pytest.mark.parametrize(("stride", "padding", "size"), [(2, 0, 4), (1, 0, 9), (2, 1, 9)])
 def test_every_sampled_winner_of_a_pool_is_a_candidate(stride, padding, size):
-    pool = trace(nn.Sequential(nn.MaxPool2d(2, stride, padding), nn.Flatten(), nn.Linear(size, 1)).eval(), (1, 4, 4))
+    pool = capture(nn.Sequential(nn.MaxPool2d(2, stride, padding), nn.Flatten(), nn.Linear(size, 1)).eval(), (1, 4, 4))
     pool = pool.nodes[1].operation
     generator = torch.Generator().manual_seed(0)
     lower = torch.rand(40, 1, 4, 4, generator=generator, dtype=torch.float64)

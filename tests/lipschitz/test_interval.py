@@ -8,7 +8,7 @@ from grood_cert.ball import Ball, dual_norm
 from grood_cert.lipschitz.estimates import ascended_gradient_norm_estimate
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.architectures import Normalize
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import score_gradient
 
 
@@ -33,7 +33,7 @@ def test_it_bounds_what_ascent_finds_and_is_the_gradient_norm_at_eps_zero(norm):
         interval_lipschitz(network, ball_of(images, 0.0, norm)).detach(), exact, rtol=1e-8, atol=0.0
     )
     bound = interval_lipschitz(network, ball_of(images, 0.05, norm)).detach()
-    graph = trace(network.eval(), (1, 4, 4))
+    graph = capture(network.eval(), (1, 4, 4))
     ball = ball_of(images, 0.05, norm)
     found, _ = ascended_gradient_norm_estimate(graph, ball, torch.Generator().manual_seed(0), restarts=2, steps=10)
     assert bool((found <= bound).all())

@@ -11,13 +11,15 @@ from torch import nn
 from grood_cert.ball import Ball
 from grood_cert.bounds import auto_lirpa
 from grood_cert.bounds.auto_lirpa_repair import is_old, library, running
+from grood_cert.bounds.folding import folded
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.simplex import SoftmaxWeights
 from grood_cert.lipschitz.estimates import uniform_in_ball
 from grood_cert.lipschitz.interval import norm_of_box
 from grood_cert.lipschitz.jacobian_crown import jacobian_crown
 from grood_cert.networks.architectures import Normalize
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
+from grood_cert.networks.rebuild import Rebuilt
 
 
 def networks():
@@ -44,7 +46,7 @@ def gradient_bounds(network, ball, weights):
     class Gradient(nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = auto_lirpa.convertible(network)
+            self.network = Rebuilt(folded(capture(network, tuple(ball.center.shape[1:])), borders=False))
             self.head = head
 
         def forward(self, images):
@@ -65,7 +67,7 @@ def test_jacobian_crown_and_jacobian_op_bound_the_same_gradient(name, eps):
     network = networks()[name].double().eval().requires_grad_(False)
     ball, weights = ball_of(eps), torch.tensor([0.2, 0.5, 0.3]).double()
     lower, upper = gradient_bounds(network, ball, weights)
-    graph = trace(network, (1, 6, 6))
+    graph = capture(network, (1, 6, 6))
     known = preactivations(graph, ball)
     ours = jacobian_crown(graph, known, "linf", SoftmaxWeights.fixed(weights[None]))
     theirs = norm_of_box(lower.flatten(1), upper.flatten(1), "linf")

@@ -8,7 +8,7 @@ from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import local_lipschitz, running_minimum
 from grood_cert.lipschitz.radius import fixed_point_radius, margins, path_radius, proved_radius
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 NAN, INF = float("nan"), float("inf")
 
@@ -99,7 +99,7 @@ def test_no_decision_flips_inside_a_proved_radius(accepted):
     network.requires_grad_(False)
     for parameter in network.parameters():
         parameter.mul_(3.0)
-    graph = trace(network, (1, 1, 2))
+    graph = capture(network, (1, 1, 2))
     axis = torch.linspace(0, 1, 201, dtype=torch.float64)
     points = torch.cartesian_prod(axis, axis)
     scores = -torch.logsumexp(network(points.reshape(-1, 1, 1, 2)), 1)

@@ -10,7 +10,7 @@ from grood_cert.ball import NORMS, Ball
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.lipschitz.bound import _apart, local_lipschitz
 from grood_cert.lipschitz.estimates import sampled_gradient_norm_estimate, secant_estimate, uniform_in_ball
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 from grood_cert.scores import MSP, Energy, MaxLogit
 
 SCORES = [Energy(0.5), Energy(10.0), MaxLogit(), MSP(0.5), MSP(1.0), MSP(10.0)]
@@ -33,7 +33,7 @@ def network(classes: int) -> nn.Sequential:
 def test_every_bound_lies_above_every_slope(score, classes, norm):
     net, generator = network(classes), torch.Generator().manual_seed(0)
     images = torch.rand(2, *SHAPE, generator=generator).double()
-    graph, ball = trace(net, SHAPE), Ball(images, {"linf": 0.05, "l2": 0.08, "l1": 0.15}[norm], norm)
+    graph, ball = capture(net, SHAPE), Ball(images, {"linf": 0.05, "l2": 0.08, "l1": 0.15}[norm], norm)
     bounds = local_lipschitz(graph, ball, fixed_head=True, score=score)
     points = uniform_in_ball(ball, 100, generator)
     slope = sampled_gradient_norm_estimate(graph, ball, 200, generator, score)
@@ -52,7 +52,7 @@ def test_every_bound_lies_above_every_slope(score, classes, norm):
 def test_at_a_point_the_bound_is_the_gradient(score):
     net = network(4)
     images = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1)).double()
-    graph, ball = trace(net, SHAPE), Ball(images, 0.0, "l2")
+    graph, ball = capture(net, SHAPE), Ball(images, 0.0, "l2")
     slope = sampled_gradient_norm_estimate(graph, ball, 1, torch.Generator().manual_seed(0), score)
     for name in ("hull", "interval", "jacobian-crown"):
         bound = local_lipschitz(graph, ball, methods=[name], score=score).auto
@@ -66,7 +66,7 @@ def test_ties_are_covered():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0, 0.0], [-1.0, 1.0, 0.0, 0.0]]))
         layer.bias.zero_()
-    graph = trace(nn.Sequential(nn.Flatten(), layer).eval(), SHAPE)
+    graph = capture(nn.Sequential(nn.Flatten(), layer).eval(), SHAPE)
     ball = Ball(torch.full((1, *SHAPE), 0.5).double(), 0.1, "l1")
     assert local_lipschitz(graph, ball, score=MaxLogit()).auto.item() == pytest.approx(1)
     assert local_lipschitz(graph, ball, score=MSP()).auto.item() == pytest.approx(0.5)  # p' = p (1 - p) |2 y'|
@@ -74,7 +74,7 @@ def test_ties_are_covered():
 
 def test_what_is_not_proved_has_no_bound():
     net = network(3)
-    graph, ball = trace(net, SHAPE), Ball(torch.full((2, *SHAPE), 0.5).double(), 0.1, "linf")
+    graph, ball = capture(net, SHAPE), Ball(torch.full((2, *SHAPE), 0.5).double(), 0.1, "linf")
     known = preactivations(graph, ball)
     for score in (Energy(2.0), MaxLogit(), MSP()):
         broken = known.at(torch.tensor([0, 1]))
@@ -89,7 +89,7 @@ def test_the_graph_of_distances_to_one_logit(last_dense):
     net = network(4)
     if not last_dense:
         net = nn.Sequential(*net, nn.LeakyReLU(0.5)).eval()
-    graph, images = trace(net, SHAPE), torch.rand(5, *SHAPE).double()
+    graph, images = capture(net, SHAPE), torch.rand(5, *SHAPE).double()
     logits = graph(images)
     for k in range(4):
         wanted = (logits - logits[:, [k]])[:, torch.arange(4) != k] / 2

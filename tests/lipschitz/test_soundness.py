@@ -9,7 +9,7 @@ from grood_cert.ball import Ball
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz
 from grood_cert.lipschitz.estimates import _norms, ascended_gradient_norm_estimate, secant_estimate, uniform_in_ball
 from grood_cert.networks.architectures import Normalize
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 NETWORKS = 216
 GROUPS = 7
@@ -116,7 +116,7 @@ def test_nothing_found_exceeds_a_bound(group):
     generator = torch.Generator().manual_seed(group)
     for seed in range(group, NETWORKS, GROUPS):
         network, shape, kind = random_network(seed)
-        graph = trace(network, shape)
+        graph = capture(network, shape)
         eps = torch.tensor(EPS, dtype=torch.float64)
         images = images_of(shape, len(EPS), generator)
         for norm in ("linf", "l2", "l1"):

@@ -29,17 +29,6 @@ SHAPE = (2, 5, 4)
 CLASSES = 3
 
 
-class Evaluated(nn.Module):
-    """Nodes as a module."""
-
-    def __init__(self, nodes):
-        super().__init__()
-        self.nodes = nodes
-
-    def forward(self, images):
-        return Graph(self.nodes, self)(images)
-
-
 class Builder:
     """Nodes in execution order, with random weights."""
 
@@ -78,7 +67,7 @@ class Builder:
         self.add(Dense(self.random(6, size) / size**0.5, 0.1 * self.random(6)))
         self.add(LeakyReLU())
         self.add(Dense(self.random(CLASSES, 6) / 2, 0.1 * self.random(CLASSES)))
-        return Graph(tuple(self.nodes), Evaluated(tuple(self.nodes)))
+        return Graph(tuple(self.nodes))
 
 
 def _resampling(height, width, function):

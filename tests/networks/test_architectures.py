@@ -15,7 +15,7 @@ from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.networks.architectures import NETWORKS, Classifier, Normalize, build
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 SMALL = {  # of each network the thinnest that is worth testing, and images it takes
     "conv-small": ((1, 8, 8), {"width": 4}),
@@ -180,7 +180,7 @@ def test_gradients_of_gradients(name, train):
 def test_graphs_can_be_traced(name):
     network = small(name)
     network(images_for(name, 4))
-    graph = trace(network.eval(), SMALL[name][0])
+    graph = capture(network.eval(), SMALL[name][0])
     images = images_for(name, 2)
     with torch.no_grad():
         torch.testing.assert_close(graph(images), network(images), rtol=1e-9, atol=1e-12)

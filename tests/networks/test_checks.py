@@ -10,7 +10,7 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
 
 IMAGES = torch.rand(20, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ENTRIES = {
@@ -18,7 +18,7 @@ ENTRIES = {
     "calibrate": lambda network: Detector.calibrate(network, IMAGES),
     "native": lambda network: NativeNetwork(network, (1, 2, 2), "crown"),
     "auto_lirpa": lambda network: LirpaNetwork(network, (1, 2, 2), "crown"),
-    "trace": lambda network: trace(network, (1, 2, 2)),
+    "trace": lambda network: capture(network, (1, 2, 2)),
     "minimum_norm": lambda network: attacks.minimum_norm(network, IMAGES, 0.0, "linf", torch.Generator()),
     "extremes": lambda network: attacks.extremes(network, Ball(IMAGES, 0.1, "linf"), torch.Generator(), IMAGES, IMAGES),
 }

@@ -1,110 +1,22 @@
-"""Tracing, refusals, and bounds of pre-activations against hand arithmetic, sampling and auto_LiRPA."""
+"""Graphs as plain data, and bounds of pre-activations against hand arithmetic, sampling and auto_LiRPA."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.hidden import logit_rows, preactivations
-from grood_cert.errors import InputError, RunError
+from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import best_of, local_lipschitz
 from grood_cert.networks.architectures import build
-from grood_cert.networks.graph import trace
+from grood_cert.networks.capture import capture
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.rebuild import Rebuilt
 
 
 def ball_of(images, eps):
     return Ball(images, torch.full((len(images),), eps, dtype=torch.float64), "linf")
-
-
-class Function(nn.Module):
-    def __init__(self, function, layer=None):
-        super().__init__()
-        self.function, self.layer = function, layer
-
-    def forward(self, images):
-        return self.function(images if self.layer is None else self.layer(images))
-
-
-def last(channels=1):
-    return [nn.Flatten(), nn.Linear(16 * channels, 2)]
-
-
-@pytest.mark.parametrize(
-    ("layers", "name"),
-    [
-        ([nn.PReLU()], "PReLU"),
-        ([nn.ELU()], "ELU"),
-        ([nn.GELU(approximate="tanh")], "tanh"),
-        ([nn.Softplus(threshold=5)], "threshold"),
-        ([nn.LeakyReLU(1.5)], "1.5"),
-        ([nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")], "reflect"),
-        ([nn.AvgPool2d(2, padding=1, count_include_pad=False)], "count_include_pad"),
-        ([nn.MaxPool2d(2, ceil_mode=True)], "ceil_mode"),
-        ([nn.AdaptiveAvgPool2d(2)], "AdaptiveAvgPool2d"),
-        ([nn.BatchNorm2d(1, track_running_stats=False)], "running statistics"),
-        ([Function(torch.exp)], "exp"),
-        ([Function(lambda x: x * 2)], "mul"),
-        ([Function(lambda x: x + 1)], "add"),
-        ([Function(lambda x: x - x.mean())], "mean"),
-        ([Function(lambda x: functional.dropout(x, 0.5, True))], "dropout"),
-        ([Function(lambda x: x if x.sum() > 0 else -x)], "traced"),
-        ([nn.InstanceNorm2d(1)], "InstanceNorm2d"),
-    ],
-)
-def test_what_cannot_be_bounded_is_refused_by_name(layers, name):
-    network = nn.Sequential(*layers, *last()).eval()
-    with pytest.raises(InputError, match=name):
-        trace(network, (1, 4, 4))
-
-
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm2d(1), nn.ReLU()])
-def test_train_mode_anywhere_is_refused(layer):
-    network = nn.Sequential(layer, *last()).eval()
-    layer.train()
-    with pytest.raises(InputError, match="train mode"):
-        trace(network, (1, 4, 4))
-
-
-def test_a_layer_that_works_in_place_on_a_shared_value_does_not_pass_for_the_network():
-    class Trap(nn.Module):
-        def forward(self, images):
-            shifted = images + images
-            return functional.relu(shifted - shifted) + shifted
-
-    with pytest.raises((InputError, RunError)):
-        trace(nn.Sequential(Trap(), *last()).eval(), (1, 4, 4))
-
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.activation = nn.Conv2d(1, 1, 1), nn.ReLU(inplace=True)
-
-        def forward(self, images):
-            value = self.layer(images)
-            return self.activation(value) + value  # value has been overwritten
-
-    network = nn.Sequential(Hidden(), *last()).eval()
-    with torch.no_grad():
-        network[0].layer.weight.fill_(-1.0)
-    with pytest.raises(RunError, match="reproduce"):
-        trace(network, (1, 4, 4))
-
-
-def test_functional_forms_and_eval_dropout_are_read():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.drop, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Dropout(), nn.Linear(32, 3)
-
-        def forward(self, images):
-            hidden = torch.relu(self.conv(images))
-            hidden = self.drop(torch.tanh(hidden) + hidden)
-            return self.head(torch.flatten(hidden.sigmoid(), 1))
-
-    graph = trace(Net().eval(), (1, 4, 4))
-    assert len(graph.nonlinear) == 3
 
 
 def test_intervals_and_crown_by_hand():
@@ -114,7 +26,7 @@ def test_intervals_and_crown_by_hand():
     network[1].weight[:] = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     network[1].bias[:] = 0.0
     network[3].weight[:], network[3].bias[:] = 1.0, 0.0
-    graph = trace(network, (1, 1, 2))
+    graph = capture(network, (1, 1, 2))
     ball = ball_of(torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64), 0.1)
     for source, logits in (("ibp", (0.8, 1.4)), ("crown", (0.8, 1.3))):
         known = preactivations(graph, ball, source)
@@ -130,7 +42,7 @@ def test_crown_agrees_with_auto_lirpa():
     network = build("conv-small", (1, 8, 8), 4, [0.3], [0.4], width=2).double().eval().requires_grad_(False)
     images = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     ball = ball_of(images, 0.02)
-    known = preactivations(trace(network, (1, 8, 8)), ball)
+    known = preactivations(capture(network, (1, 8, 8)), ball)
     rows = torch.eye(4, dtype=torch.float64).expand(4, -1, -1)
     lower, upper = LirpaNetwork(network, (1, 8, 8), "crown").relax(ball).rows(rows)
     torch.testing.assert_close(known.logits[0], lower, rtol=1e-6, atol=1e-8)
@@ -141,7 +53,7 @@ def test_crown_agrees_with_auto_lirpa():
 def test_bounds_on_top_of_auto_lirpa_are_those_on_top_of_our_crown(norm):
     torch.manual_seed(0)
     network = build("conv-small", (1, 8, 8), 4, [0.3], [0.4], width=2).double().eval().requires_grad_(False)
-    graph = trace(network, (1, 8, 8))
+    graph = capture(network, (1, 8, 8))
     ball = Ball(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0.0, 0.01, 0.05]).double(), norm)
     relaxation = LirpaNetwork(network, (1, 8, 8), "crown").relax(ball)
     rows = relaxation.rows(logit_rows(4).expand(3, -1, -1))
@@ -152,10 +64,48 @@ def test_bounds_on_top_of_auto_lirpa_are_those_on_top_of_our_crown(norm):
         torch.testing.assert_close(theirs.methods[name], bound, rtol=1e-3, atol=0.0)
 
 
+def test_a_graph_survives_as_plain_data_that_opens_without_running_code(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.PReLU(3), nn.MaxPool2d(2, ceil_mode=True), nn.GELU()]
+    graph = capture(nn.Sequential(*layers, nn.Flatten(), nn.Linear(27, 3)).eval(), (1, 5, 5))
+    torch.save(graph.to_plain(), tmp_path / "graph.pt")
+    again = Graph.from_plain(torch.load(tmp_path / "graph.pt", weights_only=True))
+    images = torch.rand(4, 1, 5, 5, dtype=torch.float64)
+    assert torch.equal(again(images), graph(images))
+    assert [node.name for node in again.nodes] == [node.name for node in graph.nodes]
+    torch.testing.assert_close(Rebuilt(again)(images), graph(images), rtol=1e-12, atol=1e-12)
+
+
+def broken(plain, case):
+    node = next(item for item in plain if item["operation"] and item["operation"]["kind"] == "Dense")
+    if case == "kind":
+        node["operation"]["kind"] = "eval"
+    elif case == "shape":
+        node["shape"] = [4]
+    elif case == "order":
+        node["inputs"] = [len(plain)]
+    elif case == "field":
+        node["operation"]["code"] = "print()"
+    elif case == "nan":
+        node["operation"]["weight"][0, 0] = torch.nan
+    elif case == "image":
+        plain.pop(0)
+    else:
+        plain.clear()
+    return plain
+
+
+@pytest.mark.parametrize("case", ["kind", "shape", "order", "field", "nan", "image", "empty"])
+def test_what_is_no_graph_is_refused(case):
+    plain = capture(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), (1, 2, 2)).to_plain()
+    with pytest.raises(InputError, match="no graph of a network"):
+        Graph.from_plain(broken(plain, case))
+
+
 def small_graph():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 3)).eval()
-    return trace(network, (1, 4, 4)), ball_of(torch.rand(3, 1, 4, 4, dtype=torch.float64), 0.05)
+    return capture(network, (1, 4, 4)), ball_of(torch.rand(3, 1, 4, 4, dtype=torch.float64), 0.05)
 
 
 def test_bounds_from_elsewhere_are_intersected():

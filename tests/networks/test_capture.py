@@ -1,0 +1,460 @@
+"""Any way to write a network becomes the same function as a graph, or is refused by name."""
+
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional
+
+from grood_cert.ball import Ball
+from grood_cert.bounds.auto_lirpa import LirpaNetwork
+from grood_cert.bounds.crown import NativeNetwork
+from grood_cert.bounds.engine import lirpa_version
+from grood_cert.errors import InputError, RunError
+from grood_cert.networks.architectures import Normalize
+from grood_cert.networks.capture import capture, live_graph
+
+SHAPE = (1, 4, 4)
+
+
+class Function(nn.Module):
+    """A function behind a convolution, and a linear head in front of the logits."""
+
+    def __init__(self, function, channels=1, outputs=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function, self.last = nn.Conv2d(1, channels, 3, padding=1), function, nn.Linear(outputs, 2)
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, images):
+        return self.last(self.function(self.first(images), self).flatten(1))
+
+
+def net(function, channels=1, outputs=16):
+    return Function(function, channels, outputs).double().eval()
+
+
+def images(count=7):
+    return torch.rand(count, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def same(network, shape=SHAPE):
+    graph = capture(network, shape)
+    x = torch.rand(6, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(graph(x), network.double()(x), rtol=1e-9, atol=1e-9)
+    return graph
+
+
+FUNCTIONS = {
+    "arithmetic": lambda x, m: (2 * x - 1) / 0.5 + (1 - x) - -x * torch.tensor([3.0]),
+    "broadcast constant": lambda x, m: x * m.matrix + m.matrix[0],
+    "subtraction": lambda x, m: x.relu() - x.tanh(),
+    "alpha": lambda x, m: torch.add(x, x.relu(), alpha=-3) + torch.sub(x, x.relu(), alpha=2),
+    "concatenation": lambda x, m: torch.cat([x[:, :, :2], x.relu()[:, :, 2:]], 2),
+    "chunks": lambda x, m: torch.cat(torch.chunk(x, 2, dim=-1)[::-1], -1),
+    "stack": lambda x, m: torch.stack([x, x.relu()], 1).sum(1),
+    "strided slice": lambda x, m: functional.interpolate(x[..., ::2, ::2], scale_factor=2),
+    "flip and roll": lambda x, m: x.flip(-1).roll(1, 2) + x,
+    "mean": lambda x, m: x - x.mean((2, 3), keepdim=True),
+    "sum over one axis": lambda x, m: x + x.sum(3, keepdim=True) + x.mean(dim=1, keepdim=True),
+    "maximum over axes": lambda x, m: x + x.amax((2, 3), keepdim=True) + x.max(dim=2, keepdim=True)[0],
+    "matrix": lambda x, m: x @ m.matrix + torch.matmul(x, m.matrix),
+    "linear on rows": lambda x, m: functional.linear(x, m.matrix),
+    "transpose": lambda x, m: x.transpose(2, 3) + x.permute(0, 1, 3, 2),
+    "views": lambda x, m: x.view(x.size(0), -1).reshape(-1, 2, 8).unsqueeze(1).squeeze(1).view(x.shape[0], 1, 4, 4),
+    "select": lambda x, m: x[:, 0].unsqueeze(1) + x[:, :, 1:2].expand(-1, -1, 4, -1),
+    "pad": lambda x, m: functional.pad(x, (1, 0, 0, 2), value=0.5)[:, :, 2:, 1:],
+    "reflect": lambda x, m: functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1),
+    "circular": lambda x, m: functional.pad(x, (1, 0, 1, 0), mode="circular")[..., :4, :4],
+    "replicate": lambda x, m: functional.pad(x, (0, 1, 1, 0), mode="replicate")[..., :4, 1:],
+    "clamp": lambda x, m: x.clamp(-0.1, 0.2) + functional.relu6(10 * x) + x.clamp(min=0.1) + x.clamp(max=-0.1),
+    "hard": lambda x, m: functional.hardtanh(x) + functional.hardsigmoid(8 * x) + functional.hardswish(6 * x),
+    "leaks": lambda x, m: (
+        functional.leaky_relu(x, 0.2) + functional.leaky_relu(x, 1.5) + functional.leaky_relu(x, -1.0)
+    ),
+    "absolute": lambda x, m: x.abs() + torch.maximum(x, -x) + torch.minimum(x, 2 * x),
+    "smooth": lambda x, m: (
+        functional.silu(x) + functional.gelu(x) + functional.gelu(x, approximate="tanh") + x.sigmoid()
+    ),
+    "exponential": lambda x, m: (
+        functional.elu(x, 0.5) + functional.selu(x) + functional.celu(x, 2.0) + functional.softplus(x)
+    ),
+    "log sigmoid": lambda x, m: functional.logsigmoid(x) + functional.threshold(x, 0.0, 0.0),
+    "in place": lambda x, m: functional.relu_(x) + x,
+    "in place on a copy": lambda x, m: x.clone().add_(1).mul_(2) + x,
+    "pixels": lambda x, m: functional.pixel_shuffle(functional.pixel_unshuffle(x, 2), 2) + x.repeat(1, 2, 1, 1)[:, 1:],
+    "adaptive": lambda x, m: functional.interpolate(
+        functional.adaptive_avg_pool2d(x, (3, 2)), size=(4, 4), mode="bilinear"
+    ),
+    "corners": lambda x, m: (
+        functional.interpolate(x, size=(4, 4), mode="bilinear", align_corners=True)
+        + functional.interpolate(
+            functional.interpolate(x, scale_factor=2.0, mode="bicubic"), size=4, mode="nearest-exact"
+        )
+    ),
+    "pool": lambda x, m: (
+        functional.interpolate(functional.avg_pool2d(x, 3, 2, 1, True, False), size=4)
+        + functional.interpolate(functional.max_pool2d(x, 2, 2, 1, 2), size=4)
+        + functional.interpolate(functional.max_pool2d(x, 3, 2, 0, ceil_mode=True), size=4)
+        + functional.interpolate(functional.avg_pool2d(x, 2, divisor_override=3), size=4)
+    ),
+    "series": lambda x, m: functional.avg_pool1d(functional.max_pool1d(x.flatten(2), 3, 1, 1), 2).repeat(1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_captured(name):
+    same(net(FUNCTIONS[name]))
+
+
+LAYERS = {
+    "same": nn.Conv2d(1, 1, (4, 3), padding="same"),
+    "reflected": nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+    "grouped and dilated": nn.Sequential(
+        nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2), nn.Conv2d(4, 1, 1)
+    ),
+    "transposed": nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(4, 1, 3, 2, 1, output_padding=1, groups=1)
+    ),
+    "transposed in groups": nn.Sequential(
+        nn.Conv2d(1, 4, 2, 2), nn.ConvTranspose2d(4, 2, 2, 2, groups=2), nn.Conv2d(2, 1, 1)
+    ),
+    "series": nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2), nn.ConvTranspose1d(2, 1, 3, padding=1)
+    ),
+    "plain BatchNorm": nn.BatchNorm2d(1, affine=False),
+    "PReLU": nn.Sequential(nn.PReLU(), nn.PReLU(1, init=1.7)),
+    "upsampled": nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear")),
+    "random in training": nn.Sequential(nn.Dropout(), nn.AlphaDropout(), nn.Dropout2d(), nn.RReLU()),
+    "padded": nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.ReflectionPad2d((0, 1, 0, 1)), nn.Conv2d(1, 1, 3)),
+    "shuffled": nn.Sequential(nn.Conv2d(1, 4, 1), nn.ChannelShuffle(2), nn.Conv2d(4, 1, 1)),
+    "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)),
+    "spectral norm": nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_captured(name):
+    torch.manual_seed(0)
+    layer = LAYERS[name]
+    for module in layer.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    same(nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)).double().eval())
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x, m: x * x, "mul cannot be bounded: a product of two values"),
+        (lambda x, m: x * x.sigmoid(), "product of two values"),
+        (lambda x, m: x @ x.transpose(2, 3), "matmul cannot be bounded: a product of two values"),
+        (lambda x, m: 1 / (x + 9), "division by a value|reciprocal"),
+        (lambda x, m: x.exp(), "exp cannot be bounded"),
+        (lambda x, m: functional.layer_norm(x, (4, 4)), "layer_norm cannot be bounded: it divides by a spread"),
+        (lambda x, m: functional.group_norm(x, 1), "group_norm cannot be bounded: it divides by a spread"),
+        (lambda x, m: functional.instance_norm(x), "instance_norm"),
+        (lambda x, m: x.softmax(-1), "softmax cannot be bounded: scores are made of logits"),
+        (lambda x, m: torch.where(x > 0, x, 0.0), "it may jump"),
+        (lambda x, m: x.float().double(), "it rounds to another type"),
+        (lambda x, m: x - x.mean(), "mean cannot be bounded: without dims it goes over the batch"),
+        (lambda x, m: x - x.mean(0), "images would influence each other"),
+        (lambda x, m: torch.cat([x, x])[: len(x)], "along the batch|apart|batch alone"),
+        (lambda x, m: x.flip(0), "along the batch"),
+        (lambda x, m: x * x.shape[0], "the size of the batch"),
+        (lambda x, m: functional.dropout(x, 0.5, True), "dropout cannot be bounded: it is random"),
+        (lambda x, m: x + torch.rand(4, 4), "rand cannot be bounded: it is random"),
+        (lambda x, m: x if x.sum() > 0 else -x, "Python conditions or numbers hang on values"),
+        (lambda x, m: x + int(x.mean() * 4), "Python conditions or numbers hang on values|size of the batch"),
+        (lambda x, m: x + x.mean().item(), "mean|values"),
+        (lambda x, m: functional.softplus(x, threshold=5), "threshold other than 20"),
+        (lambda x, m: functional.batch_norm(x, None, None, training=True), "depends on the batch"),
+    ],
+)
+def test_what_cannot_be_bounded_is_refused_by_name(function, message):
+    with pytest.raises(InputError, match=message) as found:
+        capture(net(function), SHAPE)
+    assert "\n" not in str(found.value) and "\x1b" not in str(found.value)
+
+
+def test_a_refusal_says_where():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Sequential(nn.LayerNorm(4)), nn.Linear(4, 2)).eval()
+    with pytest.raises(InputError, match=r"^layer 2\.0: layer_norm cannot be bounded"):
+        capture(network, SHAPE)
+
+
+def test_capturing_leaves_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    network = net(FUNCTIONS["clamp"])
+    torch.manual_seed(5)
+    capture(network, SHAPE)
+    live_graph(network, SHAPE)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_layer_called_twice_on_the_same_value_is_computed_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(16, 4), nn.Linear(4, 2)
+
+        def forward(self, images):
+            return self.last(self.layer(images.flatten(1)).relu() + self.layer(images.flatten(1)))
+
+    assert [node.name for node in same(Twice().eval()).nodes].count("layer") == 1
+
+
+def test_capturing_is_silent(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError):
+            capture(net(lambda x, m: x if x.sum() > 0 else -x), SHAPE)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm2d(1), nn.ReLU()])
+def test_train_mode_anywhere_is_refused(layer):
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(16, 2)).eval()
+    layer.train()
+    with pytest.raises(InputError, match="train mode"):
+        capture(network, SHAPE)
+
+
+# Three ways to a false certificate: engines that follow a module instead of what it computes.
+
+
+class Conditional(nn.Module):
+    def __init__(self, rule):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.rule = nn.Linear(16, 2), rule
+
+    def forward(self, images):
+        return self.rule(images, self.layer(images.flatten(1)))
+
+
+CONDITIONS = {
+    "the mean": lambda x, y: y + 3 if x.mean() > 0.9 else y,
+    "a corner pixel": lambda x, y: y + 3 if x[0, 0, 0, 0] > 0.99 else y,
+    "a number of it": lambda x, y: y + int(x.mean() * 4),
+    "one image": lambda x, y: y + 3 if x.shape[0] == 1 else y,
+    "five images": lambda x, y: y + 3 if len(x) == 5 else y,
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("engine", [NativeNetwork, LirpaNetwork])
+def test_no_engine_follows_one_path_of_python_conditions(name, engine):
+    if engine is LirpaNetwork and lirpa_version() is None:
+        pytest.skip("auto_LiRPA is not installed")
+    with pytest.raises((InputError, RunError), match=r"hang|batch"):
+        engine(Conditional(CONDITIONS[name]).eval(), SHAPE, "crown")
+
+
+def encloses(network, point=None):
+    """Both engines' bounds hold at random points of balls and at their centres."""
+    network = network.double().eval()
+    centers = images(4)
+    ball = Ball(centers, 0.1, "linf")
+    rows = torch.eye(2, dtype=torch.float64).expand(4, -1, -1)
+    engines = [NativeNetwork] if lirpa_version() is None else [NativeNetwork, LirpaNetwork]
+    for engine in engines:
+        lower, upper = engine(network, SHAPE, "crown").relax(ball).rows(rows)
+        for _ in range(20):
+            inside = ball.lower + torch.rand_like(centers) * (ball.upper - ball.lower)
+            value = network(inside)
+            assert bool(((lower <= value + 1e-9) & (value - 1e-9 <= upper)).all())
+
+
+@pytest.mark.parametrize("when", ["forward", "pre"])
+def test_hooks_are_part_of_the_network(when):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    if when == "forward":
+        network[2].register_forward_hook(lambda module, inputs, output: output.clamp(max=0.05) + 7)
+    else:
+        network[3].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 5 + 1,))
+    encloses(network)
+    same(network)
+
+
+class LoudDropout(nn.Dropout):
+    def forward(self, values):
+        return values * 2 + 1
+
+
+class OddNormalize(Normalize):
+    def forward(self, images):
+        return super().forward(images) * 3 - 1
+
+
+class OddReLU(nn.ReLU):
+    def forward(self, values):
+        return super().forward(values) + 0.5 * values
+
+
+@pytest.mark.parametrize("layer", [LoudDropout(), OddNormalize([0.5], [0.2]), OddReLU()])
+def test_subclasses_do_what_they_do_not_what_their_base_does(layer):
+    torch.manual_seed(0)
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(16, 2)).eval()
+    encloses(network)
+    same(network)
+
+
+@pytest.mark.parametrize("version", [torchvision.transforms, torchvision.transforms.v2])
+def test_torchvision_normalisation_is_ours_if_it_is_exactly_that(version):
+    class Inverted(version.Normalize):
+        def forward(self, images):
+            return -super().forward(images)
+
+    tail = [nn.Flatten(), nn.Linear(16, 2)]
+    x = images()
+    network = nn.Sequential(version.Normalize([0.4], [0.3]), *tail).double().eval()
+    torch.testing.assert_close(
+        capture(network, SHAPE)(x), network[2](network[1]((x - 0.4) / 0.3)), rtol=1e-7, atol=1e-7
+    )
+    try:
+        graph = capture(nn.Sequential(Inverted([0.4], [0.3]), *tail).eval(), SHAPE)
+    except InputError:
+        return
+    torch.testing.assert_close(graph(x), network[2](network[1](-(x - 0.4) / 0.3)), rtol=1e-7, atol=1e-7)
+
+
+# State, randomness and memory.
+
+
+class Counting(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how, self.calls = nn.Linear(16, 2), how, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, images):
+        if self.how == "buffer":
+            self.count += 1
+        elif self.how == "attribute":
+            self.calls += 1
+            return self.layer(images.flatten(1)) + self.calls
+        elif self.how == "new buffer":
+            self.count = self.count + 1
+        return self.layer(images.flatten(1))
+
+
+@pytest.mark.parametrize("how", ["buffer", "attribute", "new buffer"])
+def test_state_that_changes_from_call_to_call_is_refused(how):
+    with pytest.raises((InputError, RunError), match=r"state|call|hangs"):
+        capture(Counting(how).eval(), SHAPE)
+
+
+def test_changes_in_place_reach_whoever_reads_the_value_later():
+    def shared(x, m):
+        view = x.view(x.size(0), 16)
+        x.relu_()
+        return view + 1
+
+    with pytest.raises(InputError, match="in place"):
+        capture(net(shared), SHAPE)
+
+    class Overwrites(nn.Module):
+        def forward(self, images):
+            return images.mul_(2).flatten(1)
+
+    with pytest.raises(InputError, match="it changes the images it was given"):
+        capture(nn.Sequential(Overwrites(), nn.Linear(16, 2)).eval(), SHAPE)
+
+
+def test_a_graph_that_differs_on_given_images_is_refused():
+    network = net(lambda x, m: x)
+    wrong = images(1)
+    original = network.forward
+
+    def forward(values):
+        found = original(values)
+        return (
+            found + (values == wrong[0, 0, 0, 0]).flatten(1).any(1, keepdim=True).to(found)
+            if not torch.compiler.is_exporting()
+            else found
+        )
+
+    network.forward = forward
+    capture(network, SHAPE)
+    with pytest.raises(RunError, match="does not reproduce the network"):
+        capture(network, SHAPE, wrong)
+
+
+def test_tied_weights_and_reused_layers():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(16, 16)
+            self.second = nn.Linear(16, 16)
+            self.second.weight = self.first.weight
+            self.last = nn.Linear(16, 2)
+
+        def forward(self, images):
+            values = self.first(images.flatten(1)).relu()
+            return self.last(self.first(self.second(values).relu()))
+
+    same(Tied().eval())
+    network = Tied()
+    graph = live_graph(network, SHAPE)
+    graph(images().float()).sum().backward()
+    expected = torch.autograd.grad(network(images().float()).sum(), network.first.weight)[0]
+    torch.testing.assert_close(network.first.weight.grad, expected)
+
+
+def test_a_live_graph_follows_training_in_eval_mode():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.PReLU(2), nn.Dropout(), nn.Flatten(), nn.Linear(32, 2)
+    )
+    optimiser = torch.optim.SGD(network.parameters(), 0.001)
+    for _ in range(3):
+        network.train()
+        network(images().float()).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        graph = live_graph(network, SHAPE)
+        assert network.training
+        got = torch.autograd.grad(graph(images().float()).sum(), list(network.parameters()))
+        network.eval()
+        expected = torch.autograd.grad(network(images().float()).sum(), list(network.parameters()))
+        for one, two in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        network.train()
+
+
+def test_an_exported_program_is_captured():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    batch = torch.export.Dim("batch")
+    moving = torch.export.export(network, (images().float(),), dynamic_shapes=({0: batch},))
+    fixed = torch.export.export(network, (images(1).float(),))
+    for program in (moving, fixed):
+        graph = capture(program, SHAPE)
+        torch.testing.assert_close(graph(images()), network.double()(images()), rtol=1e-9, atol=1e-9)
+        network.float()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(17, 2)), "does not take images of shape"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3)), "must return logits of shape"),
+        (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (16, 1)), nn.LSTM(1, 2)), "layer 2|one tensor|captured"),
+    ],
+)
+def test_what_is_no_classifier_is_refused(network, message):
+    with pytest.raises(InputError, match=message):
+        capture(network.eval(), SHAPE)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
+    with torch.no_grad():
+        network[1].weight[0, 0] = torch.nan
+    with pytest.raises(RunError, match="not finite"):
+        capture(network, SHAPE)
