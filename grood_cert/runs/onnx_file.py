@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grood_cert.errors import RunError
+from grood_cert.networks.onnx import INSTALL_COMMAND
 from grood_cert.system.files import replacing
 
-INSTALL_COMMAND = "pip install onnx"
 _OPSET = 15  # below 14, the evaluator of onnx takes BatchNorm to be training
 _AGREEMENT = 1e-4  # of float32 with float64, relative to the largest output
 

@@ -105,8 +105,8 @@ def opened(file: Path | BinaryIO) -> Any:
             warnings.simplefilter("ignore")  # on what is refused below by name
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
-        foreign = _foreign(file, beginning) if isinstance(file, Path) else None
-        raise InputError(_unsafe(str(error)) or foreign or f"damaged: {_plain(error)}") from error
+        other = foreign(file, beginning) if isinstance(file, Path) else None
+        raise InputError(_unsafe(str(error)) or other or f"damaged: {_plain(error)}") from error
     if isinstance(content, dict) and _FINGERPRINT in content:
         rest = {name: value for name, value in content.items() if name != _FINGERPRINT}
         if content[_FINGERPRINT] != fingerprint(rest):
@@ -150,7 +150,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _foreign(path: Path, beginning: bytes) -> str | None:
+def foreign(path: Path, beginning: bytes) -> str | None:
     """What a file is that torch does not open, as far as its first bytes, its parts or its pickle tell."""
     for start, what in _BEGINNINGS.items():
         if beginning.startswith(start):
