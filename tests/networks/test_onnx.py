@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import sys
 import warnings
 
@@ -110,8 +111,7 @@ def same(graph, network, shape=SHAPE, tolerance=1e-7):
         torch.testing.assert_close(graph(x), network.double()(x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("opset", [13, 17])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("name", "opset"), [*zip(FUNCTIONS, itertools.cycle((13, 17))), ("gates", 17), ("gates", 11)])
 def test_functions_exported_through_torchscript(name, opset, tmp_path):
     network = Function(FUNCTIONS[name]).eval()
     same(read_onnx(exported(network, tmp_path / "x.onnx", opset)), network)
