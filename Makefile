@@ -8,7 +8,7 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test processors lint env clean
+.PHONY: demo test models processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
@@ -19,6 +19,9 @@ test: lint
 processors: env
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
+
+models: env
+	$(BIN)/python -m benchmarks.models --out runs/models.md
 
 lint: env
 	$(BIN)/ruff check .

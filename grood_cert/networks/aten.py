@@ -113,7 +113,7 @@ def refusal(layer: str, what: str, reason: str = "") -> InputError:
     reason = reason or REASONS.get(what, "")
     return InputError(
         f"layer {layer}: {what} cannot be bounded{f': {reason}' if reason else ''}; "
-        "docs/own-model.md lists what can, and smoothing takes any network"
+        "docs/models.md lists what can, and smoothing takes any network"
     )
 
 
@@ -603,7 +603,7 @@ ATEN: dict[str, Handler] = {
     "leaky_relu": _leaky_relu,
     "rrelu": _random_leaky_relu,
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
-    **dict.fromkeys(("hardtanh", "clamp", "clamp_min", "clamp_max"), _clamp),
+    **dict.fromkeys(("hardtanh", "clamp", "clamp_min", "clamp_max", "clip"), _clamp),
     "relu6": lambda call: call.builder.clamp(call.value, 0.0, 6.0),
     "hardsigmoid": _hardsigmoid,
     "threshold": _threshold,

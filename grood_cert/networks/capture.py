@@ -109,7 +109,11 @@ def _prepared(network: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if type(child) in (TorchvisionNormalize, TorchvisionNormalizeV2):
                 statistics: Any = child
-                setattr(parent, name, Normalize(statistics.mean, statistics.std))
+                exact = Normalize(statistics.mean, statistics.std)
+                for part in ("mean", "std"):
+                    values = torch.as_tensor(getattr(statistics, part), dtype=torch.float64)
+                    setattr(exact, part, values.reshape(-1, 1, 1))
+                setattr(parent, name, exact)
     return holder.double().eval().requires_grad_(False)[0]
 
 
