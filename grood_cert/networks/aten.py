@@ -6,6 +6,7 @@ to its images with other operators cannot be bounded; `REASONS` says why for tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,8 +121,9 @@ def refusal(layer: str, what: str, reason: str = "") -> InputError:
 Handler = Callable[[Call], Value | list[Value]]
 
 
-def _constant(value: Any) -> Any:
-    return value.to(torch.float64) if isinstance(value, Tensor) and not value.is_floating_point() else value
+def _constant(call: Call, value: Any) -> Any:
+    """A number, or a tensor in the type that values have: as torch promotes it, before arithmetic among constants."""
+    return value.to(call.builder.like.dtype) if isinstance(value, Tensor) else value
 
 
 def _sum(call: Call, sign: float = 1.0, swapped: bool = False) -> Value:
@@ -135,8 +137,8 @@ def _sum(call: Call, sign: float = 1.0, swapped: bool = False) -> Value:
     if isinstance(first, Value) and isinstance(second, Value):
         return build.sum(first, second, factor)
     if isinstance(first, Value):
-        return build.scale(first, 1.0, _constant(second) * factor)
-    return build.scale(second, factor, _constant(first))
+        return build.scale(first, 1.0, _constant(call, second) * factor)
+    return build.scale(second, factor, _constant(call, first))
 
 
 def _product(call: Call) -> Value:
@@ -144,13 +146,13 @@ def _product(call: Call) -> Value:
     if isinstance(first, Value) and isinstance(second, Value):
         raise call.refused(_GATE)
     value, factor = (first, second) if isinstance(first, Value) else (second, first)
-    return call.builder.scale(value, _constant(factor))
+    return call.builder.scale(value, _constant(call, factor))
 
 
 def _quotient(call: Call) -> Value:
     if isinstance(call["other"], Value) or call.get("rounding_mode"):
         raise call.refused()
-    return call.builder.scale(call.value, 1 / _constant(call["other"]))
+    return call.builder.scale(call.value, 1 / _constant(call, call["other"]))
 
 
 def _linear(call: Call) -> Value:
@@ -440,8 +442,8 @@ def _elementwise(operation: Any) -> Handler:
 
 
 def _elu(call: Call) -> Value:
-    if call.get("input_scale", 1) != 1:
-        raise call.refused("an input scale other than 1")
+    if call.get("input_scale", 1) != 1 or not call["alpha"] > 0:
+        raise call.refused("an input scale other than 1, or an alpha that is not positive")
     value = call.builder.activation(call.value, ELU(float(call["alpha"])))
     return call.builder.scale(value, float(call["scale"])) if call.get("scale", 1) != 1 else value
 
@@ -453,6 +455,8 @@ def _selu(call: Call) -> Value:
 
 def _celu(call: Call) -> Value:
     alpha = float(call["alpha"])
+    if not alpha > 0:
+        raise call.refused("an alpha that is not positive")
     return call.builder.scale(call.builder.activation(call.builder.scale(call.value, 1 / alpha), ELU(1.0)), alpha)
 
 
@@ -474,11 +478,14 @@ def _log_sigmoid(call: Call) -> Value:
 def _clamp(call: Call) -> Value:
     names = {"hardtanh": ("min_val", "max_val"), "clamp_min": ("min", ""), "clamp_max": ("", "max")}
     low, high = (call.constant(name) if name else None for name in names.get(call.name, ("min", "max")))
-    return call.builder.clamp(call.value, _number(low), _number(high))
+    return call.builder.clamp(call.value, _limit(call, low, -math.inf), _limit(call, high, math.inf))
 
 
-def _number(value: Any) -> Any:
-    return _constant(value) if isinstance(value, Tensor) or value is None else float(value)
+def _limit(call: Call, value: Any, none: float) -> Any:
+    """A bound of a clamp; None if it is none."""
+    if isinstance(value, Tensor):
+        return _constant(call, value)
+    return None if value is None or float(value) == none else float(value)
 
 
 def _hardsigmoid(call: Call) -> Value:
@@ -511,7 +518,9 @@ def _extreme(call: Call) -> Value:
     if isinstance(first, Value) and isinstance(second, Value):
         return call.builder.maximum(first, second) if larger else call.builder.minimum(first, second)
     value, bound = (first, second) if isinstance(first, Value) else (second, first)
-    return call.builder.clamp(value, *((_number(bound), None) if larger else (None, _number(bound))))
+    if larger:
+        return call.builder.clamp(value, _limit(call, bound, -math.inf), None)
+    return call.builder.clamp(value, None, _limit(call, bound, math.inf))
 
 
 def _maximum(call: Call) -> Value | list[Value]:

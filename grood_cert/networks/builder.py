@@ -99,7 +99,7 @@ class Builder:
         Raises:
             InputError: If the result has no shape (K,), or is the image itself.
         """
-        if len(logits.shape) != 1:
+        if len(logits.shape) != 1 or not logits.shape[0]:
             raise InputError(
                 f"the network must return logits of shape (B, K), got (B, {', '.join(map(str, logits.shape))})"
             )

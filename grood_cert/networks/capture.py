@@ -31,12 +31,13 @@ from torchvision.transforms.v2 import Normalize as TorchvisionNormalizeV2
 from grood_cert.errors import InputError, RunError
 from grood_cert.interval import ROUNDING
 from grood_cert.networks.architectures import Normalize
-from grood_cert.networks.aten import ATEN, VIEWS, Call, refusal
+from grood_cert.networks.aten import ATEN, REASONS, VIEWS, Call, refusal
 from grood_cert.networks.builder import Builder, Value
 from grood_cert.networks.checks import check_eval
 from grood_cert.networks.graph import Graph
 
 _AGREEMENT = 1e-9
+_DROWNED = 1e-3  # rounding on the way, as a share of the logits
 _BATCHES = 1, 2, 5
 
 
@@ -64,6 +65,8 @@ def capture(network: nn.Module | ExportedProgram, shape: tuple[int, ...], images
         (['image', '0', '1', '2', '3'], 2)
     """
     reference: Callable[[Tensor], Tensor]
+    if not isinstance(network, nn.Module | ExportedProgram):
+        raise InputError(f"expected a torch.nn.Module or an exported program, got {type(network).__name__}")
     if isinstance(network, ExportedProgram):
         program = _Program.of(network, shape)
         reference = _function_of(network, program.batch)
@@ -102,19 +105,29 @@ def live_graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
 def _prepared(network: nn.Module) -> nn.Module:
     """A copy in eval mode and float64, with our `Normalize` for torchvision's, which cannot be exported."""
     try:
-        holder = nn.Sequential(copy.deepcopy(network))
+        holder = nn.Sequential(copy.deepcopy(network)).double().eval().requires_grad_(False)
     except Exception as error:
-        raise InputError(f"the network cannot be copied ({' '.join(str(error).split())[:160]})") from error
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"the network cannot be copied in float64 ({reason})") from error
     for parent in list(holder.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (TorchvisionNormalize, TorchvisionNormalizeV2):
-                statistics: Any = child
-                exact = Normalize(statistics.mean, statistics.std)
-                for part in ("mean", "std"):
-                    values = torch.as_tensor(getattr(statistics, part), dtype=torch.float64)
-                    setattr(exact, part, values.reshape(-1, 1, 1))
-                setattr(parent, name, exact)
-    return holder.double().eval().requires_grad_(False)[0]
+            if type(child) in (TorchvisionNormalize, TorchvisionNormalizeV2) and _is_plain(child):
+                setattr(parent, name, _normalize(child))
+    return holder[0]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class says: no hooks on it, no forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)
+
+
+def _normalize(module: Any) -> Normalize:
+    """Torchvision's normalisation with the numbers it has in float64."""
+    found = Normalize(module.mean, module.std).double()
+    for mine, theirs in ((found.mean, module.mean), (found.std, module.std)):
+        mine.copy_(torch.as_tensor(theirs, dtype=torch.float64).reshape(-1, 1, 1))
+    return found.eval()
 
 
 @contextmanager
@@ -152,7 +165,7 @@ def _explained(error: Exception) -> str:
     if "data-dependent" in text or "DataDependent" in kind:
         return "Python conditions or numbers hang on values of the image; write it without them"
     if "specialized" in text or "ConstraintViolation" in kind or "Constraints violated" in text:
-        return "it works for some sizes of the batch alone; write it for any"
+        return "it works for some sizes of the batch alone; write it for any (with x.shape[0] for len(x))"
     return f"torch.export stopped: {' '.join(text.split())[:200]}"
 
 
@@ -181,6 +194,7 @@ class _Program:
         floats: Names of the parameters and buffers in floating point.
         shape: Shape of one image.
         batch: What stands for the size of the batch in shapes.
+        kind: Type of the images.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -189,6 +203,7 @@ class _Program:
     floats: tuple[str, ...]
     shape: tuple[int, ...]
     batch: str
+    kind: torch.dtype
 
     @staticmethod
     def of(program: ExportedProgram, shape: tuple[int, ...]) -> _Program:
@@ -207,7 +222,7 @@ class _Program:
             name: value.double() if value.is_floating_point() else value for name, value in numbers.items()
         }
         floats = tuple(name for name, value in numbers.items() if value.is_floating_point())
-        return _Program(nodes, names, state, floats, shape, str(image.shape[0]))
+        return _Program(nodes, names, state, floats, shape, str(image.shape[0]), image.dtype)
 
     def graph(self, state: Mapping[str, Any]) -> Graph:
         """The graph of the network with these numbers."""
@@ -226,6 +241,8 @@ class _Translation:
         self._found: dict[fx.Node, Any] = {}
         self._memory: dict[fx.Node, fx.Node] = {}  # what a node shares its memory with
         self._made: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._kept = _memories(list(state.values()))  # memory of the network's state
+        self._read: set[int] = set()  # memory of constants that nodes read
         self._place = {node: i for i, node in enumerate(program.nodes)}
 
     def graph(self) -> Graph:
@@ -260,16 +277,24 @@ class _Translation:
         if name in ("sym_size", "_assert_tensor_metadata"):
             return _Size()
         arguments = _bound(node.target, positional, named)
-        changes: list[Any] = [
-            node.args[i]
-            for i, argument in enumerate(node.target._schema.arguments[: len(node.args)])
+        written = [
+            argument.name
+            for argument in node.target._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write and name != "detach_"
+        ]
+        if any(argument in node.kwargs for argument in written):
+            raise refusal(self._build.name, name, "it writes to out=")
+        changes: list[Any] = [
+            origin for origin, argument in zip(node.args, arguments, strict=False) if argument in written
         ]
         if not any(_holds(value, Value) for value in arguments.values()):
             if any(_holds(value, _Size) for value in arguments.values()):
                 raise refusal(self._build.name, name, "it reads the size of the batch")
-            if changes and any(self._root(origin).op == "placeholder" for origin in changes):
+            memories = _memories([arguments[argument] for argument in written])
+            if memories & self._kept:
                 raise refusal(self._build.name, name, "the network changes its own state from call to call")
+            if memories & self._read:
+                raise refusal(self._build.name, name, "it changes a constant that has been used")
             if torch.Tag.nondeterministic_seeded in node.target.tags:
                 raise refusal(self._build.name, name, "it is random")
             if name in VIEWS:
@@ -280,17 +305,26 @@ class _Translation:
         plain = name.removesuffix("_") if changes else name
         if plain not in ATEN or node.target.namespace != "aten":
             raise refusal(self._build.name, plain)
+        self._read |= _memories(list(arguments.values()))
         key = plain, *(_identity(value) for value in arguments.values())
         try:
             if key not in self._made:  # a module that is called twice on the same value computes it once
-                self._made[key] = ATEN[plain](Call(plain, arguments, self._shape(node), self._build)), arguments
+                self._made[key] = (
+                    ATEN[plain](Call(plain, arguments, self._shape(node.meta.get("val")), self._build)),
+                    arguments,
+                )
             found = self._made[key][0]
-        except (InputError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (InputError, KeyError, TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
             if isinstance(error, InputError) and str(error).startswith("layer "):
                 raise
             raise refusal(self._build.name, plain, " ".join(str(error).split())[:160]) from error
-        if isinstance(found, Value) and found.shape != self._shape(node):
-            raise refusal(self._build.name, plain, "its result does not keep the images of a batch apart")
+        value = node.meta.get("val")
+        pairs: Any = [(found, value)] if isinstance(found, Value) else zip(found, value or (), strict=False)
+        for result, expected in pairs:
+            if result.shape != self._shape(expected):
+                raise refusal(self._build.name, plain, "its result does not keep the images of a batch apart")
+            if expected.dtype != self._program.kind:
+                raise refusal(self._build.name, plain, REASONS["to"])
         if plain in VIEWS:
             self._share(node)
         for origin in changes:
@@ -309,9 +343,8 @@ class _Translation:
         except (IndexError, TypeError):
             return _Unknown()
 
-    def _shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Shape of a call's result without the batch; None where that does not lead, or there are several results."""
-        value = node.meta.get("val")
+    def _shape(self, value: Any) -> tuple[int, ...] | None:
+        """Shape of a result without the batch; None where that does not lead, or it is no tensor."""
         if not isinstance(value, Tensor) or not value.dim() or str(value.shape[0]) != self._program.batch:
             return None
         return tuple(value.shape[1:]) if all(isinstance(size, int) for size in value.shape[1:]) else None
@@ -359,6 +392,13 @@ def _identity(value: Any) -> Any:
     return ("tensor", id(value)) if isinstance(value, Tensor) else (type(value).__name__, str(value))
 
 
+def _memories(value: Any) -> set[int]:
+    """Where tensors keep their numbers."""
+    if isinstance(value, list | tuple):
+        return set().union(*map(_memories, value))
+    return {value.untyped_storage().data_ptr()} - {0} if isinstance(value, Tensor) else set()
+
+
 def _holds(value: Any, kind: type) -> bool:
     """Whether an argument is of a kind, or a list with one of it."""
     return any(_holds(part, kind) for part in value) if isinstance(value, list | tuple) else isinstance(value, kind)
@@ -398,12 +438,17 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
     with torch.no_grad():
         for batch in batches:
             expected, got = network(batch), graph(batch)
+            if not isinstance(expected, Tensor):
+                raise InputError(f"the network must return one tensor, its logits, not a {type(expected).__name__}")
             if expected.shape != got.shape:
                 raise RunError(f"the network gives logits of shape {tuple(expected.shape)} for {len(batch)} images")
             finite = torch.isfinite(expected).all(1)
             if not bool(finite.any()):
                 raise RunError("the network gives logits that are not finite; nothing about it is proved")
-            rounding = _AGREEMENT * float(expected[finite].abs().max()) + ROUNDING * graph.largest(batch[finite])
+            size, largest = float(expected[finite].abs().max()), graph.largest(batch[finite])
+            if not ROUNDING * largest <= _DROWNED * max(size, 1.0):
+                raise RunError(f"values up to {largest:.1e} on the way leave nothing of the logits; nothing is proved")
+            rounding = _AGREEMENT * size + ROUNDING * largest
             if not torch.allclose(expected[finite], got[finite], rtol=_AGREEMENT, atol=rounding):
                 raise RunError(
                     f"the captured graph does not reproduce the network on a batch of {len(batch)}: what it computes hangs "
@@ -412,10 +457,21 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
             if batch is batches[0]:
                 first = expected
         again = network(batches[0])
+    if not torch.allclose(first, _with_gradients(network, batches[0]), rtol=_AGREEMENT, atol=0.0, equal_nan=True):
+        raise InputError("the network computes something else where gradients are taken; it cannot be captured")
     if not torch.allclose(first, again, rtol=_AGREEMENT, atol=0.0, equal_nan=True) or before != _buffers(network):
         raise InputError(
             "the network changes from call to call (state, or randomness in eval mode); it cannot be captured"
         )
+
+
+def _with_gradients(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    try:
+        with torch.enable_grad():
+            return network(images.clone().requires_grad_()).detach()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"the network cannot be computed where gradients are taken ({reason})") from error
 
 
 def _buffers(network: Any) -> list[bytes]:

@@ -19,9 +19,22 @@ from torch import Tensor
 from grood_cert.errors import InputError
 from grood_cert.networks import activations, operations
 from grood_cert.networks.activations import Activation
-from grood_cert.networks.operations import Addition, LinearMap, MaxPool
+from grood_cert.networks.operations import (
+    Addition,
+    AveragePool,
+    Convolution,
+    LinearMap,
+    MaxPool,
+    Pad,
+    Permute,
+    Reshape,
+    Scale,
+    Selection,
+    Transposed,
+)
 
 Operation = LinearMap | Activation | MaxPool | Addition
+_LARGEST = 2**28  # entries of a value for one image
 _KINDS: dict[str, type[Any]] = {
     name: kind
     for module in (operations, activations)
@@ -112,7 +125,7 @@ class Graph:
 
     def largest(self, images: Tensor) -> float:
         """The largest magnitude of any value on the way, of which rounding is a share."""
-        return max(float(value.abs().max()) for value in self._run(images))
+        return max(float(value.abs().max()) for value in self._run(images) if value.numel())
 
     def _run(self, images: Tensor) -> Iterator[Tensor]:
         """The value of every node but the image, each let go after its last reader."""
@@ -167,15 +180,55 @@ class Graph:
                     raise InputError(f"node {name}: it does not read what it computes from")
                 if any(not 0 <= i < len(nodes) for i in inputs):
                     raise InputError(f"node {name}: it reads a node that does not come before it")
-                if operation is not None and shape_after(operation, [nodes[i].shape for i in inputs]) != shape:
-                    raise InputError(f"node {name}: its shape is not {shape}")
+                if min(shape, default=1) < 0 or math.prod(shape) > _LARGEST:
+                    raise InputError(f"node {name}: no value has the shape {shape}")
+                if operation is not None:
+                    _check(operation, [nodes[i].shape for i in inputs], shape, name)
                 nodes.append(Node(operation, inputs, shape, name))
-            if len(nodes) < 2 or len(nodes[-1].shape) != 1:
+            if len(nodes) < 2 or len(nodes[-1].shape) != 1 or not nodes[-1].size:
                 raise InputError("it has no logits")
             return Graph(tuple(nodes))
         except Exception as error:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             raise InputError(f"this is no graph of a network ({kind}{' '.join(str(error).split())[:160]})") from error
+
+
+def _check(operation: Operation, shapes: list[tuple[int, ...]], shape: tuple[int, ...], name: str) -> None:
+    """Refuse an operation of which forward pass, transpose and facts for proofs would not belong together.
+
+    Sizes are worked out before anything is computed: a small file must not ask for a large value.
+    """
+    source = shapes[0]
+    match operation:
+        case Activation():
+            own = {key: value for key, value in vars(operation).items() if key in ("slope", "alpha", "beta")}
+            fits = all(type(value) is float and 0 <= value < math.inf for value in own.values())
+            fits = fits and operation == type(operation)(**own)  # what follows from the function is no field of its own
+            fits = fits and own.get("slope", 0) <= 1 and min(own.get("alpha", 1), own.get("beta", 1)) > 0
+        case Convolution() | AveragePool() | MaxPool():
+            fits = tuple(operation.input_size) == source[1:]
+        case Transposed():
+            layer = operation.operation
+            fits = isinstance(layer, Convolution) and layer.bias is None and tuple(layer.input_size) == shape[1:]
+        case Reshape():
+            fits = operation.input_shape == source and operation.output_shape == shape
+        case Permute():
+            fits = sorted(operation.order) == list(range(len(source)))
+        case Pad():
+            sizes = zip(source, operation.margins, strict=True)
+            fits = shape == tuple(size + before + after for size, (before, after) in sizes)
+        case Selection():
+            axis, index = operation.axis, operation.index
+            fits = 0 <= axis < len(source) and operation.length == source[axis] and index.dtype == torch.int64
+            fits = fits and bool(((index >= 0) & (index < source[axis])).all())
+        case Scale():
+            fits = source == shape
+        case _:
+            fits = True
+    with torch.device("meta"):
+        found = shape_after(mapped(operation, lambda tensor: tensor.to("meta")), shapes) if fits else None
+    if found != shape or shape_after(operation, shapes) != shape:
+        raise InputError(f"node {name}: its {type(operation).__name__} does not lead from shape {source} to {shape}")
 
 
 def arity(operation: Operation | None) -> int:
@@ -197,11 +250,14 @@ def shape_after(operation: Operation, shapes: list[tuple[int, ...]]) -> tuple[in
     kind = tensor.dtype if tensor.is_floating_point() else torch.float64
     try:
         with torch.no_grad():
-            return tuple(operation(torch.zeros(1, *shapes[0], dtype=kind, device=tensor.device)).shape[1:])
+            found = operation(torch.zeros(1, *shapes[0], dtype=kind, device=tensor.device))
     except (RuntimeError, IndexError) as error:
         raise InputError(
             f"{type(operation).__name__} does not take a value of shape {shapes[0]} ({str(error).splitlines()[0]})"
         ) from error
+    if len(found) != 1:
+        raise InputError(f"{type(operation).__name__} does not keep the images of a batch apart")
+    return tuple(found.shape[1:])
 
 
 def _tensors(operation: Operation | None) -> list[Tensor]:
@@ -242,6 +298,15 @@ def _revived(value: Any) -> Any:
         return _KINDS[value["kind"]](**fields)
     if isinstance(value, list):
         return tuple(_revived(part) for part in value)
-    if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise InputError("it holds numbers that are not finite")
+    if isinstance(value, Tensor):
+        if (
+            type(value) is not Tensor
+            or value.layout != torch.strided
+            or value.dtype not in (torch.float64, torch.int64)
+        ):
+            raise InputError(f"it holds a tensor of another kind, {value.dtype}")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise InputError("it holds a tensor larger than its numbers")
+        if not bool(torch.isfinite(value).all()):
+            raise InputError("it holds numbers that are not finite")
     return value

@@ -102,6 +102,13 @@ FUNCTIONS = {
         + functional.interpolate(functional.max_pool2d(x, 3, 2, 0, ceil_mode=True), size=4)
         + functional.interpolate(functional.avg_pool2d(x, 2, divisor_override=3), size=4)
     ),
+    "numbers in float32": lambda x, m: (
+        x / torch.full((4, 4), 0.7, dtype=torch.float32)
+        + torch.add(x, torch.full((4, 4), 0.1, dtype=torch.float32), alpha=0.3)
+    ),
+    "no limits": lambda x, m: x.clamp(-torch.inf, 0.1) + x.clamp(min=-torch.inf) + x.clamp(max=torch.inf),
+    "no entries": lambda x, m: torch.cat([x[:, :0], x], 1),
+    "constants in place": lambda x, m: x * torch.full((4, 4), 2.0).mul_(3).add_(torch.tensor([1.0]).neg_()),
     "series": lambda x, m: functional.avg_pool1d(functional.max_pool1d(x.flatten(2), 3, 1, 1), 2).repeat(1, 1, 2),
 }
 
@@ -147,9 +154,37 @@ def test_layers_are_captured(name):
     same(nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)).double().eval())
 
 
+def changed_constant(x, m):
+    limit = torch.full((4, 4), 5.0, dtype=x.dtype)
+    first = (x - limit).relu()  # 0 on every image that is tried
+    limit.fill_(-5.0)
+    return x + first
+
+
+def written_out(x, m):
+    found = x.relu()
+    torch.mul(x, 2.0, out=found)
+    return found
+
+
+def own_state(x, m):
+    m.matrix.detach().t().fill_(1.0)
+    return x @ m.matrix
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (changed_constant, "fill_ cannot be bounded: it changes a constant that has been used"),
+        (written_out, "mul cannot be bounded: it writes to out="),
+        (own_state, "cannot be bounded: the network changes its own state"),
+        (lambda x, m: functional.elu(x, -1.0), "alpha that is not positive"),
+        (lambda x, m: functional.celu(x, -1.0), "alpha that is not positive"),
+        (lambda x, m: x + (x - 9).relu().sum((2, 3), True, dtype=torch.int64), "sum cannot be bounded: it rounds"),
+        (lambda x, m: x.mean((2, 3), True, dtype=torch.float32) + x, "mean cannot be bounded: it rounds"),
+        (lambda x, m: x + 1 if torch.is_grad_enabled() else x, "something else where gradients are taken"),
+        (lambda x, m: x + 1 if x.requires_grad else x, "something else where gradients are taken"),
+        (lambda x, m: torch.cat([x[:, :0].repeat(1, 2, 1, 1), x], 1), "repeat cannot be bounded"),
         (lambda x, m: x * x, "mul cannot be bounded: a product of two values"),
         (lambda x, m: x * x.sigmoid(), "product of two values"),
         (lambda x, m: x @ x.transpose(2, 3), "matmul cannot be bounded: a product of two values"),
@@ -323,6 +358,51 @@ def test_torchvision_normalisation_is_ours_if_it_is_exactly_that(version):
     except InputError:
         return
     torch.testing.assert_close(graph(x), network[2](network[1](-(x - 0.4) / 0.3)), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("version", [torchvision.transforms, torchvision.transforms.v2])
+@pytest.mark.parametrize("how", ["nothing", "hook", "pre-hook", "forward"])
+def test_torchvision_normalisation_is_replaced_with_what_hangs_on_it(version, how):
+    network = nn.Sequential(version.Normalize([0.485], [0.229]), nn.Flatten(), nn.Linear(16, 2)).double().eval()
+    if how == "hook":
+        network[0].register_forward_hook(lambda module, inputs, output: output.relu())
+    elif how == "pre-hook":
+        network[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+    elif how == "forward":
+        network[0].forward = lambda values: values * 3
+    try:
+        graph = capture(network, SHAPE)
+    except InputError:
+        assert how != "nothing"
+        return
+    torch.testing.assert_close(graph(images()), network(images()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda y: {"logits": y}, "one tensor, its logits, not a dict"),
+        (lambda y: (y,), "not a tuple"),
+        (lambda y: (y, y), "one tensor"),
+        (lambda y: y[:, :0], "logits of shape"),
+        (lambda y: y + 1e13 - 1e13, "leave nothing of the logits"),
+    ],
+)
+def test_answers_that_are_no_logits_are_refused(wrap, message):
+    class Wrapped(nn.Linear):
+        def forward(self, images):
+            return wrap(super().forward(images.flatten(1)))
+
+    with pytest.raises((InputError, RunError), match=message):
+        capture(Wrapped(16, 2).eval(), SHAPE)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(InputError, match=r"expected a torch\.nn\.Module or an exported program, got function"):
+        capture(lambda x: x, SHAPE)
+    scripted = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval())
+    with pytest.raises(InputError, match="cannot be copied in float64"):
+        capture(scripted, SHAPE)
 
 
 # State, randomness and memory.

@@ -1,5 +1,7 @@
 """Graphs as plain data, and bounds of pre-activations against hand arithmetic, sampling and auto_LiRPA."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,20 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.hidden import logit_rows, preactivations
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.bound import best_of, local_lipschitz
+from grood_cert.networks.activations import ELU, LeakyReLU, Sigmoid
 from grood_cert.networks.architectures import build
 from grood_cert.networks.capture import capture
-from grood_cert.networks.graph import Graph
+from grood_cert.networks.graph import Graph, Node
+from grood_cert.networks.operations import (
+    Convolution,
+    Dense,
+    MaxPool,
+    Pad,
+    Permute,
+    Reshape,
+    Scale,
+    Selection,
+)
 from grood_cert.networks.rebuild import Rebuilt
 
 
@@ -100,6 +113,56 @@ def test_what_is_no_graph_is_refused(case):
     plain = capture(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), (1, 2, 2)).to_plain()
     with pytest.raises(InputError, match="no graph of a network"):
         Graph.from_plain(broken(plain, case))
+
+
+def plain_of(operation, source, target):
+    """A file of one operation and a linear head."""
+    head = Dense(torch.ones(2, math.prod(target), dtype=torch.float64), None)
+    nodes = [Node(None, (), source, "image"), Node(operation, (0,), target, "it")]
+    nodes += [Node(Reshape(target, (math.prod(target),)), (1,), (math.prod(target),), "flat")]
+    return Graph((*nodes, Node(head, (2,), (2,), "head"))).to_plain()
+
+
+ONE = torch.ones((), dtype=torch.float64)
+INDEX = torch.tensor([0, 1])
+KERNEL = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+ODD = {
+    "slope": (LeakyReLU(1.5), (1, 4, 4), (1, 4, 4)),
+    "alpha": (ELU(-1.0), (1, 4, 4), (1, 4, 4)),
+    "a claimed derivative": (Sigmoid(steepest=0.0), (1, 4, 4), (1, 4, 4)),
+    "input size": (Convolution(KERNEL, None, (1, 1), (0, 0), (1, 1), 1, (5, 4)), (1, 4, 4), (1, 4, 4)),
+    "pool size": (MaxPool((2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1), (6, 4)), (1, 4, 4), (1, 2, 2)),
+    "shapes": (Reshape((4, 4), (16,)), (1, 4, 4), (16,)),
+    "a split batch": (Reshape((1, 4, 4), (8,)), (1, 4, 4), (8,)),
+    "order": (Permute((0, 0, 1)), (1, 4, 4), (1, 1, 4)),
+    "index": (Selection(1, INDEX + 3, 4), (1, 4, 4), (1, 2, 4)),
+    "negative index": (Selection(1, INDEX - 1, 4), (1, 4, 4), (1, 2, 4)),
+    "length": (Selection(1, INDEX, 5), (1, 4, 4), (1, 2, 4)),
+    "a growing factor": (Scale(ONE.expand(3, 1, 1).clone(), None), (1, 4, 4), (3, 4, 4)),
+    "a bias over the batch": (Scale(ONE, ONE.expand(3, 1, 4, 4).clone()), (1, 4, 4), (1, 4, 4)),
+    "huge": (Pad(((0, 0), (0, 0), (0, 10**9))), (1, 4, 4), (1, 4, 10**9 + 4)),
+    "huge and hidden": (Pad(((0, 0), (0, 0), (0, 10**12))), (1, 4, 4), (1, 4, 4)),
+    "float32": (Scale(ONE.float(), None), (1, 4, 4), (1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_operations_whose_proofs_would_not_be_about_them_are_refused(case):
+    operation, source, target = ODD[case]
+    if case.startswith("huge"):
+        plain = plain_of(LeakyReLU(), source, source)
+        plain[1] |= {"shape": list(target), "operation": {"kind": "Pad", "margins": operation.margins, "bias": None}}
+    else:
+        plain = plain_of(operation, source, target)
+    with pytest.raises(InputError, match="no graph of a network"):
+        Graph.from_plain(plain)
+
+
+def test_a_small_file_cannot_ask_for_much_memory():
+    plain = plain_of(Scale(ONE, None), (1, 4, 4), (1, 4, 4))
+    plain[1]["operation"]["factor"] = ONE.expand(10**6, 10**6)
+    with pytest.raises(InputError, match="larger than its numbers"):
+        Graph.from_plain(plain)
 
 
 def small_graph():
