@@ -24,17 +24,21 @@ from grood_cert import recipe
 from grood_cert.errors import InputError
 from grood_cert.metrics import calibrated_threshold
 from grood_cert.networks import architectures
+from grood_cert.networks.capture import capture
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
+from grood_cert.networks.graph import Graph
+from grood_cert.networks.rebuild import Rebuilt
 from grood_cert.recipe import Recipe
 from grood_cert.scores import ENERGY, Score, parse
+from grood_cert.sections import DataSection
 from grood_cert.system.files import replacing
 from grood_cert.system.torch_files import Format
 
 _FORMAT = Format(
     "grood-cert checkpoint",
     version=2,
-    expected="a model.pt written by grood-cert train",
-    absent="no such checkpoint; train one with: grood-cert train RECIPE --out FOLDER",
+    expected="a model.pt written by grood-cert train or import",
+    absent="no such checkpoint; make one with grood-cert train RECIPE --out FOLDER, or grood-cert import",
 )
 _BATCH = 256
 _PROBES = 4
@@ -136,6 +140,27 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Where a detector came from that was trained elsewhere.
+
+    Attributes:
+        name: What it is called.
+        source: What the network was made of, as a line.
+        data: Images that it is calibrated and tested on; `auxiliary` and what is about training play no part.
+        calibration: Number of calibration samples and the level asked for.
+        metrics: What was measured on its test sets.
+        versions: Software used.
+    """
+
+    name: str
+    source: str
+    data: DataSection
+    calibration: dict[str, int]
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a detector says about images.
 
@@ -159,8 +184,8 @@ class Detector:
         gamma: Threshold, calibrated on held-out ID data.
         shape: Channels, height and width of an image.
         class_names: One name a logit, or none at all.
-        architecture: How the network is built again; None: a network that no checkpoint can hold.
-        provenance: The training run; None: not one of ours.
+        architecture: How the network is built again; None: a checkpoint holds it as a graph of operations.
+        provenance: The training run, or the import; None: made in Python.
         score: S.
 
     Raises:
@@ -173,7 +198,7 @@ class Detector:
     shape: tuple[int, int, int]
     class_names: tuple[str, ...] = ()
     architecture: Architecture | None = None
-    provenance: Provenance | None = None
+    provenance: Provenance | Import | None = None
     score: Score = ENERGY
 
     def __post_init__(self) -> None:
@@ -239,20 +264,20 @@ class Detector:
 
     @property
     def name(self) -> str:
-        """The recipe's name, or that of the network's class."""
+        """The recipe's name, that given at its import, or that of the network's class."""
+        if isinstance(self.provenance, Import):
+            return self.provenance.name
         return self.provenance.recipe.name if self.provenance else type(self.network).__name__
 
     @property
     def origin(self) -> Provenance:
-        """The provenance, where one is needed.
+        """The training run, where one is needed.
 
         Raises:
             InputError: If there is none.
         """
-        if self.provenance is None:
-            raise InputError(
-                "this detector came without a recipe, so its image sets are unknown; use grood_cert.certify_sets"
-            )
+        if not isinstance(self.provenance, Provenance):
+            raise InputError("this detector came without a recipe: it was not trained by grood-cert")
         return self.provenance
 
     @property
@@ -281,27 +306,21 @@ class Detector:
         """Write the checkpoint; weights as float32 where that loses nothing, as after training.
 
         Raises:
-            InputError: If the detector could not be loaded again, or the file cannot be written.
+            InputError: If the network cannot be captured as a graph, which a network that is none of the package's must
+                be, the detector could not be loaded again, or the file cannot be written.
         """
-        if self.architecture is None:
-            raise InputError(
-                f"{path}: a checkpoint cannot hold a network of your own ({self.name}); keep its weights with "
-                "torch.save(network.state_dict(), FILE), and make the detector again in Python"
-            )
-        content = {
-            "architecture": {**vars(self.architecture), "shape": list(self.shape)},
+        content: dict[str, Any] = {
+            "shape": list(self.shape),
             "class_names": list(self.class_names),
-            "state_dict": {name: _single(tensor.cpu()) for name, tensor in self.network.state_dict().items()},
             "score": str(self.score),
             "gamma": self.gamma,
         }
-        if self.provenance:
-            content |= {
-                "calibration": self.provenance.calibration,
-                "recipe": self.provenance.recipe.to_dict(),
-                "metrics": self.provenance.metrics,
-                "versions": self.provenance.versions,
-            }
+        if self.architecture:
+            content["architecture"] = {**vars(self.architecture), "shape": list(self.shape)}
+            content["state_dict"] = {name: _single(value.cpu()) for name, value in self.network.state_dict().items()}
+        else:
+            content["graph"] = capture(self.network, self.shape).map(_single).to_plain()
+        content |= _plain(self.provenance)
         images = probes(self.shape)
         try:
             found = _detector_of(content, Path(path)).scores(images)
@@ -310,7 +329,7 @@ class Detector:
         except InputError as error:
             raise InputError(f"this detector cannot be saved, because it could not be loaded again: {error}") from error
         if not _difference(self.scores(images), found) <= _AGREEMENT:
-            raise InputError("this detector cannot be saved: its network is not the one that its architecture builds")
+            raise InputError("this detector cannot be saved: what would be loaded again is not its network")
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(stream.getbuffer())
 
@@ -338,41 +357,71 @@ def _single(tensor: Tensor) -> Tensor:
     return single if tensor.is_floating_point() and torch.equal(single.to(tensor), tensor) else tensor
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _plain(provenance: Provenance | Import | None) -> dict[str, Any]:
+    if provenance is None:
+        return {}
+    parts = {item.name: getattr(provenance, item.name) for item in dataclasses.fields(provenance)}
+    if isinstance(provenance, Provenance):
+        return parts | {"recipe": provenance.recipe.to_dict()}
+    data = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(provenance.data).items()}
+    return {"imported": parts | {"data": data}}
+
+
+def _provenance(content: Mapping[str, Any], path: Path) -> Provenance | Import | None:
+    if "imported" in content:
+        given: dict[str, Any] = dict(content["imported"])
+        data: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given["data"].items()
+        }
+        return Import(**{**given, "data": DataSection(**data)})
+    if not {item.name for item in dataclasses.fields(Provenance)} & set(content):
+        return None
+    return Provenance(
+        recipe=recipe.from_dict(content["recipe"], f"{path}: recipe"),
+        calibration=dict(content["calibration"]),
+        metrics=dict(content["metrics"]),
+        versions=dict(content["versions"]),
+    )
+
+
+def _architecture(fields: Mapping[str, Any]) -> Architecture:
+    return Architecture(
+        name=fields["name"],
+        shape=tuple(fields["shape"]),
+        classes=int(fields["classes"]),
+        mean=tuple(fields["mean"]),
+        std=tuple(fields["std"]),
+        options=dict(fields["options"]),
+    )
+
+
 def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
     """The detector that a checkpoint describes."""
     try:
-        fields = content["architecture"]
-        architecture = Architecture(
-            name=fields["name"],
-            shape=tuple(fields["shape"]),
-            classes=int(fields["classes"]),
-            mean=tuple(fields["mean"]),
-            std=tuple(fields["std"]),
-            options=dict(fields["options"]),
-        )
-        with torch.random.fork_rng(devices=[]):
-            network = architecture.build().double()
-        network.load_state_dict(content["state_dict"], strict=True)
-        gamma = float(content["gamma"])
+        shape = tuple(int(size) for size in content["shape"])
+        gamma, architecture = float(content["gamma"]), None
+        if "graph" in content:
+            network: nn.Module = Rebuilt(Graph.from_plain(content["graph"]).map(_double))
+        else:
+            architecture = _architecture(content["architecture"])
+            with torch.random.fork_rng(devices=[]):
+                network = architecture.build().double()
+            network.load_state_dict(content["state_dict"], strict=True)
         if not all(
             bool(torch.isfinite(value).all()) for value in (*network.state_dict().values(), torch.tensor(gamma))
         ):
             raise InputError("it holds weights or a gamma that are not finite")
-        provenance = None
-        if {item.name for item in dataclasses.fields(Provenance)} & set(content):
-            provenance = Provenance(
-                recipe=recipe.from_dict(content["recipe"], f"{path}: recipe"),
-                calibration=dict(content["calibration"]),
-                metrics=dict(content["metrics"]),
-                versions=dict(content["versions"]),
-            )
         return Detector(
             network=network.eval().requires_grad_(False),
             gamma=gamma,
-            shape=architecture.shape,
+            shape=(shape[0], shape[1], shape[2]),
             class_names=tuple(content["class_names"]),
             architecture=architecture,
-            provenance=provenance,
+            provenance=_provenance(content, path),
             score=parse(content["score"]),
         )
     except Exception as error:

@@ -18,6 +18,7 @@ from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
 from grood_cert.cli.export import export
+from grood_cert.cli.imports import import_
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.predict import predict
@@ -56,8 +57,9 @@ def _root(
     options.help_without_command(context)
 
 
+app.command()(train)
+app.command("import")(import_)
 for _command in (
-    train,
     predict,
     certify,
     smooth,

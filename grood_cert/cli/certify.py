@@ -92,7 +92,7 @@ def certify(
         per_logit=per_logit,
     )
     settings.check(loaded.shape)
-    experiment = options.experiment(loaded, ood, data_dir, download)
+    experiment = options.image_sets(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if not grid:
         settings = replace(settings, eps=certification.automatic_eps(loaded, sets, ball, seed))

@@ -58,7 +58,7 @@ def lipschitz(
         seed=seed,
     )
     settings.check(loaded.shape)
-    images = options.experiment(loaded, ood, data_dir, download)
+    images = options.image_sets(loaded, ood, data_dir, download)
     folder = out or model.parent
     part = options.shard_of(shard)
     sets = [images.test, *images.ood]

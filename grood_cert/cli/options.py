@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from grood_cert.ball import Norm as Norm_
-    from grood_cert.data import Experiment
+    from grood_cert.data import Evaluation
     from grood_cert.detector import Detector
     from grood_cert.results.table import Table
     from grood_cert.runs import shards
@@ -142,16 +142,26 @@ def byte_count(text: str) -> int:
         raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
 
 
-def experiment(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> Experiment:
-    """The images of the detector's recipe, perhaps with other OOD sets in place of the recipe's."""
+def image_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> Evaluation:
+    """The images that the detector was calibrated and tested on, perhaps with other OOD sets in place of its own."""
     import dataclasses
 
-    from grood_cert.data import experiment_of
+    from grood_cert.data import experiment_of, load_evaluation
+    from grood_cert.detector import Import
+    from grood_cert.errors import InputError
 
-    recipe = loaded.origin.recipe
+    origin = loaded.provenance
+    if origin is None:
+        raise InputError(
+            "this detector came without a recipe, so its image sets are unknown; use grood_cert.certify_sets"
+        )
+    data = origin.data if isinstance(origin, Import) else origin.recipe.data
     if ood:
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, ood=tuple(ood)))
-    found = experiment_of(recipe, data_dir, download)
+        data = dataclasses.replace(data, ood=tuple(ood))
+    if isinstance(origin, Import):
+        found = load_evaluation(data, data_dir, download)
+    else:
+        found = experiment_of(dataclasses.replace(origin.recipe, data=data), data_dir, download)
     for note in found.notes if shard_of("").leads else ():
         typer.echo(note, err=True)
     return found

@@ -71,7 +71,7 @@ def smooth(
         seed=seed,
     )
     settings.check(loaded.shape)
-    experiment = options.experiment(loaded, ood, data_dir, download)
+    experiment = options.image_sets(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if dry_run:
         output.say(run_smoothing.plan(loaded, experiment.calibration, sets, settings, limit=limit, shard=part))

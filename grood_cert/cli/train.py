@@ -50,7 +50,7 @@ def _events(folder: Path) -> Iterator[Callable[[Epoch], None]]:
         yield write
 
 
-_DETECTION = {"kind": "kind", "samples": "samples", "auroc": "AUROC", "fpr95_id": "fpr95_id", "fpr95_ood": "fpr95_ood"}
+DETECTION = {"kind": "kind", "samples": "samples", "auroc": "AUROC", "fpr95_id": "fpr95_id", "fpr95_ood": "fpr95_ood"}
 
 
 def train(
@@ -107,5 +107,5 @@ def train(
     found = detector.origin.metrics
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
     title = f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}"
-    output.print_across(sets, "set", _DETECTION, title)
+    output.print_across(sets, "set", DETECTION, title)
     typer.echo(f"wrote {out / 'model.pt'} and {out / 'log.csv'}")

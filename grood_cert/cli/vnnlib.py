@@ -37,7 +37,7 @@ def vnnlib(
     read = Table.read(rows, "certification")
     properties.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
-    images = options.experiment(loaded, ood, data_dir, download)
+    images = options.image_sets(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
     bounded = build("auto", loaded.network, loaded.shape, cast(Method, method)).bounded
     instances = properties.export(
@@ -61,7 +61,7 @@ def verdicts(
     from grood_cert.runs.verdicts import write_verdicts
 
     loaded = detector.load(model, options.device_name(device))
-    images = options.experiment(loaded, ood, data_dir, download)
+    images = options.image_sets(loaded, ood, data_dir, download)
     sets = [images.test, *images.ood]
     records = write_verdicts(loaded, model, out, sets, results, verifier)
     certified = sum(record["certified_external"] for record in records)

@@ -23,7 +23,7 @@ Every set comes out as float32 (N, C, H, W) with pixels in [0, 1]. Small sets ar
 are read as they are indexed, from the mapped file or the pictures (`StoredImages`).
 """
 
-from grood_cert.data.experiment import Experiment, experiment_of, load_experiment
+from grood_cert.data.experiment import Evaluation, Experiment, experiment_of, load_evaluation, load_experiment
 from grood_cert.data.images import ImageSet, StoredImages
 from grood_cert.data.sources import load_pictures, load_set, splits_of
 from grood_cert.data.spec import FOLDERS, NOISE, SOURCES, TORCHVISION, parse_spec
@@ -33,10 +33,12 @@ __all__ = [
     "NOISE",
     "SOURCES",
     "TORCHVISION",
+    "Evaluation",
     "Experiment",
     "ImageSet",
     "StoredImages",
     "experiment_of",
+    "load_evaluation",
     "load_experiment",
     "load_pictures",
     "load_set",

@@ -17,33 +17,43 @@ from grood_cert.data.spec import SOURCES, name_of, parse_spec
 from grood_cert.data.splits import Part, chosen
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe
+from grood_cert.sections import DataSection
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """The sets of one experiment; all images have the shape of the ID images.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The sets that a detector is calibrated and tested on; all images have the shape of the ID images.
 
     Attributes:
-        train: ID images to train on.
         calibration: ID images that set thresholds and temperatures.
         test: ID images for evaluation.
-        auxiliary: Outliers seen in training.
-        auxiliary_heldout: Outliers of the same source, kept for the training log.
         ood: OOD test sets, those of noise (kind ``noise``) included.
-        auxiliary_removed: How many images the auxiliary source shared with an OOD test set, by the name of that set;
-            they were removed from the auxiliary set. Sets that share none are not listed.
         notes: Lines on what the parts of the ID set come from, where it has splits or sets of its own for them, and on
             images that were left out, converted or resized.
     """
 
-    train: ImageSet
     calibration: ImageSet
     test: ImageSet
+    ood: tuple[ImageSet, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Evaluation):
+    """The sets of one experiment.
+
+    Attributes:
+        train: ID images to train on.
+        auxiliary: Outliers seen in training.
+        auxiliary_heldout: Outliers of the same source, kept for the training log.
+        auxiliary_removed: How many images the auxiliary source shared with an OOD test set, by the name of that set;
+            they were removed from the auxiliary set. Sets that share none are not listed.
+    """
+
+    train: ImageSet
     auxiliary: ImageSet
     auxiliary_heldout: ImageSet
-    ood: tuple[ImageSet, ...]
     auxiliary_removed: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def load_experiment(
@@ -164,6 +174,77 @@ def load_experiment(
 def experiment_of(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -> Experiment:
     """Load the images a recipe asks for; see `load_experiment`."""
     return load_experiment(**asdict(recipe.data), data_dir=data_dir, download=download)
+
+
+def load_evaluation(data: DataSection, data_dir: Path | None = None, download: bool = False) -> Evaluation:
+    """Load the images that a network of unknown training is calibrated and tested on.
+
+    Test images are, in this order, the set `data.test`, the split of the ID set for the test, or the ID set; calibration
+    images the set `data.calibration`, the split of the ID set for it, or a seeded cut, stratified by class, of the test
+    images of the share `data.calibration_share`. A split to train on is never used: the network may have seen it.
+
+    Args:
+        data: Specs, shares and seed; the auxiliary set and what is about training play no part.
+        data_dir: As for `load_experiment`.
+        download: As for `load_experiment`.
+
+    Raises:
+        InputError: As for `load_experiment`.
+
+    >>> sets = load_evaluation(DataSection(id="digits:0-5", ood=("digits:8,9",), calibration_share=0.5))
+    >>> len(sets.calibration), len(sets.test), len(sets.ood[0])
+    (542, 541, 354)
+    """
+    check_seed(data.seed)
+    if not 0 < data.calibration_share < 1:
+        raise InputError(f"the calibration share must lie between 0 and 1, not {data.calibration_share}")
+    roles = [("ID set", data.id), ("test set", data.test), ("calibration set", data.calibration)]
+    for spec in data.ood:
+        for role, other in roles:
+            if other:
+                _check_sources("OOD set", spec, role, other)
+
+    def load(spec: str, split: Part, shape: tuple[int, int, int] | None) -> ImageSet:
+        return load_set(spec, split=split, shape=shape, data_dir=data_dir, download=download, seed=data.seed)
+
+    splits = splits_of(data.id, data_dir)
+    test = replace(load(data.test or data.id, "test", None), kind="id")
+    notes = _said(test)
+    if data.calibration or "calibration" in splits:
+        whole = load(data.calibration or data.id, "calibration", test.shape)
+        whole = _numbered("calibration", replace(whole, kind="id"), test)
+        calibration, _, shared = _without_repeats(whole, set(test.image_keys()))
+        notes += _said(whole)
+        origin = f"'{data.calibration}'" if data.calibration else f"its split '{splits['calibration']}'"
+    else:
+        pool, _, shared = _without_repeats(test, set())
+        test, calibration = _cut(
+            pool, {"calibration": data.calibration_share}, 0, np.random.default_rng([data.seed, 1])
+        )
+        origin = "a cut of the test images"
+    if not len(calibration):
+        raise InputError("the calibration set holds nothing but images of the test set")
+    if shared:
+        notes.append(f"{shared} images are not calibrated on, because the test set holds them too")
+    source = f"'{data.test or data.id}'"
+    if not data.test and "test" in splits:
+        source += f", split '{splits['test']}'"
+    notes.insert(
+        0, f"ID images: {len(test)} for the test from {source}; {len(calibration)} for calibration from {origin}"
+    )
+    keys = {*test.image_keys(), *calibration.image_keys()}
+    ood: list[ImageSet] = []
+    found: dict[frozenset[bytes], str] = {}
+    for spec in data.ood:
+        images = load(spec, "test", test.shape)
+        notes += _said(images, "test", chosen(splits_of(spec, data_dir), "test"))
+        own = images.image_keys()
+        _refuse_shared("OOD set", images, own, test.name, keys)
+        other = found.setdefault(frozenset(own), images.name)
+        if other != images.name or images.name in [one.name for one in ood]:
+            raise InputError(f"OOD sets '{other}' and '{images.name}' hold the same images; give each set once")
+        ood.append(images)
+    return Evaluation(calibration=calibration, test=test, ood=tuple(ood), notes=tuple(notes))
 
 
 def _id_parts(

@@ -13,7 +13,7 @@ import torch
 
 from grood_cert.bounds.engine import lirpa_version
 from grood_cert.data import ImageSet
-from grood_cert.detector import Detector, logits, versions
+from grood_cert.detector import Detector, Import, Provenance, logits, versions
 from grood_cert.results.columns import SCHEMAS
 from grood_cert.system.files import sha256
 
@@ -31,7 +31,8 @@ def manifest(
             "sha256": sha256(model) if model else _hash_of(detector),
             "name": detector.name,
         },
-        "recipe": origin.recipe.to_dict() if origin else None,
+        "recipe": origin.recipe.to_dict() if isinstance(origin, Provenance) else None,
+        "imported": origin.source if isinstance(origin, Import) else None,
         "score": str(detector.score),
         "gamma": detector.gamma,
         "calibration": origin.calibration if origin else None,

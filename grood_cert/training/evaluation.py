@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grood_cert import metrics
-from grood_cert.data import Experiment, ImageSet
+from grood_cert.data import Evaluation, Experiment, ImageSet
 from grood_cert.detector import logits
 from grood_cert.recipe import Recipe
 from grood_cert.scores import ENERGY, SCORES, Score, gradient_norm_estimate, named
@@ -72,7 +72,7 @@ def _separation(score: Score, inside: Tensor, outside: Tensor) -> dict[str, floa
 
 
 def evaluate(
-    network: nn.Module, experiment: Experiment, score: Score = ENERGY, temperature: float = 1.0
+    network: nn.Module, experiment: Evaluation, score: Score = ENERGY, temperature: float = 1.0
 ) -> dict[str, Any]:
     """Accuracy, detection metrics of every OOD set, and mean gradient norms, all on the test sets.
 
