@@ -40,6 +40,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.certification.stages import Means, stages_of
 from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
+from grood_cert.errors import SoundnessError
 from grood_cert.scores import score_gradient
 
 
@@ -147,6 +148,7 @@ class Cascade:
         images = images.to(next(network.parameters()))
         with torch.no_grad():
             logits = network(images)
+        self._check_graph(images, logits)
         score = self.detector.score.value(logits)
         accepted = score <= gamma
         right = accepted if kind == "id" else ~accepted
@@ -169,6 +171,8 @@ class Cascade:
         adversary.check_envelope(envelope)
         for name, radius in {"radius_certified": envelope.radius, **state.radii}.items():
             adversary.check_radius(name, radius)
+        with torch.no_grad():
+            self._check_graph(adversary.points, network(adversary.points))
         unknown = torch.full_like(score, torch.nan)
         slope = dual_norm(score_gradient(network, images, self.detector.score)[1], settings.norm)
         return Certificates(
@@ -191,6 +195,16 @@ class Cascade:
             s_attack_min=torch.stack([seen.minimum for seen in adversary.seen], 1),
             s_attack_max=torch.stack([seen.maximum for seen in adversary.seen], 1),
         )
+
+    def _check_graph(self, images: Tensor, logits: Tensor) -> None:
+        """Proofs are about the graph, attacks about the network: both must be the same function."""
+        wrong = ~self.choice.bounded.graph.agrees(images, logits)
+        if bool(wrong.any()):
+            raise SoundnessError(
+                f"the network and the graph that was captured of it disagree on {int(wrong.sum())} images: nothing that "
+                "was proved in this run can be trusted",
+                {"image": images[wrong].cpu().numpy(), "logits": logits[wrong].cpu().numpy()},
+            )
 
     def probe(self, images: Tensor) -> None:
         """Bound some balls together as `certify` does, to see how much memory that takes."""

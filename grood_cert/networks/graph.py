@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grood_cert.errors import InputError
+from grood_cert.interval import ROUNDING
 from grood_cert.networks import activations, operations
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.operations import (
@@ -35,6 +36,7 @@ from grood_cert.networks.operations import (
 
 Operation = LinearMap | Activation | MaxPool | Addition
 _LARGEST = 2**28  # entries of a value for one image
+_AGREEMENT = 1e-9
 _KINDS: dict[str, type[Any]] = {
     name: kind
     for module in (operations, activations)
@@ -126,6 +128,25 @@ class Graph:
     def largest(self, images: Tensor) -> float:
         """The largest magnitude of any value on the way, of which rounding is a share."""
         return max(float(value.abs().max()) for value in self._run(images) if value.numel())
+
+    def agrees(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Where the graph gives these logits, up to rounding; where they are not finite, nothing is asked.
+
+        Args:
+            images: Shape (B, C, H, W), float64.
+            logits: What the network gives for them, shape (B, K).
+
+        Returns:
+            Shape (B,), bool.
+        """
+        finite = torch.isfinite(logits).all(1)
+        same = torch.ones_like(finite)
+        if bool(finite.any()):
+            expected = logits[finite]
+            rounding = _AGREEMENT * float(expected.abs().max()) + ROUNDING * self.largest(images[finite])
+            close = torch.isclose(self(images[finite]), expected, rtol=_AGREEMENT, atol=rounding)
+            same[finite] = close.all(1) & math.isfinite(rounding)
+        return same
 
     def _run(self, images: Tensor) -> Iterator[Tensor]:
         """The value of every node but the image, each let go after its last reader."""

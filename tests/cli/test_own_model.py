@@ -1,13 +1,17 @@
 """The tour of a stranger with a network of his own (docs/own-model.md), and what `import` refuses."""
 
 import json
+import re
+import shlex
+import shutil
 import sys
-import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
@@ -15,26 +19,14 @@ import grood_cert as gc
 from grood_cert.detector import Import, load
 from grood_cert.networks.architectures import build
 
-NETWORK = """
-    import torch
-    from torch import nn
+DOCS = (Path(__file__).parents[2] / "docs" / "own-model.md").read_text(encoding="utf-8")
+NETWORK, COMMANDS = (re.findall(rf"```{kind}\n(.*?)```", DOCS, re.DOTALL)[0] for kind in ("python", "sh"))
+MORE = """
+def broken():
+    raise KeyError("nothing")
 
 
-    class Net(nn.Module):
-        def __init__(self, width=4):
-            super().__init__()
-            self.first, self.last = nn.Conv2d(1, width, 3, stride=2, padding=1), nn.Linear(16 * width, 10)
-
-        def forward(self, images):
-            hidden = torch.relu(self.first((images - 0.3) / 0.4))
-            return self.last(hidden.view(hidden.size(0), -1))
-
-
-    def broken():
-        raise KeyError("nothing")
-
-
-    number = 3
+number = 3
 """
 
 
@@ -42,7 +34,7 @@ NETWORK = """
 def trained(tmp_path_factory):
     """A folder with a network's code, its weights, the same as ONNX and as a program, and images it was not trained on."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "their_net.py").write_text(textwrap.dedent(NETWORK))
+    (folder / "their_net.py").write_text(NETWORK + MORE)
     sys.path.insert(0, str(folder))
     try:
         from their_net import Net
@@ -113,25 +105,38 @@ def test_a_network_from_anywhere_scores_as_it_did_there(origin, trained, there, 
     assert detector.class_names == tuple("0123456789")
 
 
-def test_the_tour(trained, there, call):
-    model = there / "model.pt"
-    assert call("import", *ORIGINS["code"], *SETS, "--out", model, "--score", "msp", "--temperature", "2")[0] == 0
-    assert str(load(model).score) == "msp:T=2"
-    assert call("import", *ORIGINS["code"], *SETS, "--out", model, "--force")[0] == 0
-    code, out, err = call(
-        "certify", model, "--eps", "0.01,0.03", "--effort", "fast", "--limit", 6, "--out", there / "rows"
-    )
-    assert code == 0, err
-    table = gc.Table.read(there / "rows" / "rows.csv")
+def test_the_tour_of_the_docs(trained, there, call, monkeypatch):
+    folder, _, images = trained
+    for name in ("their_net.py", "weights.pt", "held.npz"):
+        shutil.copy(folder / name, there / name)
+    Image.fromarray((images[0, 0] * 255).round().byte().numpy()).save(there / "picture.png")
+    monkeypatch.chdir(there)
+    for line in COMMANDS.splitlines():
+        program, command, *arguments = shlex.split(line)
+        assert program == "grood-cert"
+        code, out, err = call(command, *arguments, *(["--limit", 6] if command == "certify" else []))
+        assert code == 0, err
+        if command == "predict":
+            assert "picture.png" in out and "gamma" in out
+    assert Path("figure.pdf").stat().st_size > 1000
+    table = gc.Table.read("rows/rows.csv")
     assert len(table) == 12 and bool((table["radius_certified"] <= table["radius_attack"]).all())
-    assert json.loads((there / "rows" / "rows.json").read_text())["imported"] == "their_net:Net with weights weights.pt"
-    code, out, err = call("predict", model, "held.npz", "--format", "csv")
-    assert code == 0 and out.count("\n") == 598, err
-    code, out, err = call("curve", there / "rows" / "rows.csv", "--out", there / "figure.png")
-    assert code == 0, err
-    assert call("smooth", model, "--n", 100, "--limit", 2, "--calibration-limit", 20, "--out", there / "smooth")[0] == 0
-    assert call("lipschitz", model, "--eps", 0.01, "--limit", 2, "--out", there / "lipschitz")[0] == 0
-    assert call("export", model, "--format", "state-dict", "--out", there / "again.pth")[0] == 0
+    assert json.loads(Path("rows/rows.json").read_text())["imported"] == "their_net:Net with weights weights.pt"
+
+
+def test_every_command_takes_the_detector(trained, there, call):
+    model = there / "model.pt"
+    scored = ("--score", "msp", "--temperature", "2")
+    assert call("import", *ORIGINS["code"], *SETS, "--out", model, *scored)[0] == 0
+    assert str(load(model).score) == "msp:T=2"
+    for arguments in (
+        ("smooth", model, "--n", 100, "--limit", 2, "--calibration-limit", 20, "--out", there / "smooth"),
+        ("lipschitz", model, "--eps", 0.01, "--limit", 2, "--out", there / "lipschitz"),
+        ("export", model, "--format", "state-dict", "--out", there / "again.pth"),
+        ("certify", model, "--eps", 0.01, "--effort", "fast", "--limit", 2, "--ood", "uniform-noise", "--out", there),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 0, err
 
 
 def test_normalisation_goes_in_front(trained, there, call):
