@@ -71,7 +71,6 @@ class Certified:
         upper: Proved upper bound.
         outcome: What became of the ball of each eps.
         certificates: All that was found, see `grood_cert.certification.cascade`.
-        note: Why the engine "auto" did not take the native one, and what that costs; empty if it did.
         failures: Messages of exceptions in bound engines, with the number of balls left unproved by each.
     """
 
@@ -84,7 +83,6 @@ class Certified:
     upper: Tensor
     outcome: list[Outcome] | list[list[Outcome]]
     certificates: Certificates
-    note: str
     failures: Mapping[str, int]
 
 
@@ -167,7 +165,6 @@ def certify(
         upper=found.s_ub[:, 0] if single else found.s_ub,
         outcome=[row[0] for row in found.outcomes] if single else found.outcomes,
         certificates=found,
-        note=cascade.note,
         failures=cascade.failures,
     )
 

@@ -152,8 +152,8 @@ def predict(
                 seed=query.seed,
             )
             failures = [f"not proved because a bound engine failed: {message}" for message in found.failures]
-            for note in (found.note, *failures):
-                if note and note not in notes:
+            for note in failures:
+                if note not in notes:
                     notes.add(note)
                     reporter.say(note)
             radii = zip(found.radius.tolist(), found.attack_radius.tolist(), found.outcome, strict=True)

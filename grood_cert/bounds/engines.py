@@ -24,12 +24,10 @@ class Choice:
     Attributes:
         engine: "native" or "auto_lirpa".
         bounded: The network.
-        note: Why "auto" did not take the native engine, as a line; empty if it did.
     """
 
     engine: Engine
     bounded: BoundedNetwork
-    note: str = ""
 
 
 def build(
@@ -38,7 +36,7 @@ def build(
     """Put a network into an engine.
 
     Args:
-        engine: "native", "auto_lirpa", or "auto": the native one where it takes the network, else auto_LiRPA.
+        engine: "native", "auto_lirpa", or "auto": the native one, which takes every graph; runs have it cross-checked.
         network: The model f: (B, C, H, W) -> (B, K) in eval mode, normalisation included.
         shape: Shape (C, H, W) of one image.
         method: How to bound it.

@@ -24,7 +24,7 @@ and S_lb <= S(x') <= S_ub for every point that an attack reports are checked on 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,9 +103,8 @@ class Cascade:
         together: Most balls bounded at once, None: all of a batch.
 
     Attributes:
-        settings: As given; the refining stages are left out where "auto" took auto_LiRPA and no stages were named.
+        settings: As given.
         choice: The engine of the linear bounds.
-        note: A line on why "auto" did not take the native engine, and what that costs; empty if it did.
         stages: What proves, in this order.
         failures: Messages of exceptions in bound engines with the number of balls lost to each; those balls count as
             not proved.
@@ -119,13 +118,6 @@ class Cascade:
         settings.check(detector.shape)
         check_network(detector.network)
         self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1])
-        self.note = self.choice.note
-        if self.note and not settings.stages:
-            left_out = [stage for stage in settings.cascade if stage not in settings.linear]
-            if left_out:
-                self.note += f"; nor can the stages that stand on it, left out: {', '.join(left_out)}"
-            settings = replace(settings, stages=settings.linear)
-            settings.check(detector.shape)
         self.detector, self.settings = detector, settings
         guard = Guard(together)
         self.failures = guard.failures

@@ -56,7 +56,7 @@ class Settings:
         norm: Norm of the balls.
         effort: "fast", "default" or "max", a key of `EFFORTS`.
         stages: Stages of the cascade in place of the effort's; empty: the effort's.
-        engine: Who gives linear bounds: "native", "auto_lirpa", or "auto": the native one where it takes the network.
+        engine: Who gives linear bounds: "native", "auto_lirpa", or "auto": the native one, cross-checked by the other in runs.
         precision: Relative precision at which a radius search stops.
         batch_size: Samples bounded together.
         seed: Seed of the attacks' starting points and of the choice of samples.

@@ -45,7 +45,7 @@ class AnalysisSettings:
         eps: Radii in pixel units, ascending, without repetition.
         norm: Norm of the balls.
         method: Engine method for the pre-activation bounds.
-        engine: Who gives them: "native", "auto_lirpa", or "auto": the native one where it takes the network.
+        engine: Who gives them: "native", "auto_lirpa", or "auto": the native one.
         samples: Points sampled in each ball.
         clever_batches: Batch maxima of CLEVER; 0 leaves CLEVER out.
         ascents: Starting points of the gradient ascent.

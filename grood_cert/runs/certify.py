@@ -233,8 +233,6 @@ def run(
         except SoundnessError as error:
             save_evidence(error, out)
             raise
-        if shard.leads and cascade.note:
-            reporter.say(cascade.note)
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
@@ -279,11 +277,10 @@ def plan(
     """
     settings.check(detector.shape)
     cascade = Cascade(detector, settings)
-    note = [cascade.note] if cascade.note else []
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     own = shard.of(batches(sets, limit, settings.batch_size, settings.seed))
-    return note + outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
+    return outline("certifying", own, settings.eps, lambda batch: certify(cascade, batch))
 
 
 def agreement(check: Mapping[str, Any]) -> str:

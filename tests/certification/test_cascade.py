@@ -267,3 +267,13 @@ def test_outcomes_are_sentences(loaded, images):
         assert [outcome.certifies for outcome in outcomes] == [radius >= 0.001, radius >= 0.3]
     assert all(Outcome.of(outcome.word) is outcome and Outcome.numbered(outcome) is outcome for outcome in Outcome)
     assert {outcome.word for outcome in Outcome if outcome.certifies} == {*STAGES, "envelope"}
+
+
+def test_a_network_that_is_no_longer_what_was_captured_ends_the_run(loaded, images):
+    """Proofs are about the graph: a network that has changed since must not be attacked in its place."""
+    changed = dataclasses.replace(loaded, network=copy.deepcopy(loaded.network))
+    cascade = Cascade(changed, Settings(eps=(0.01,), effort="fast"))
+    with torch.no_grad():
+        changed.network[-1].bias[0] += 1e-6
+    with pytest.raises(SoundnessError, match="the network and the graph that was captured of it disagree on 2 images"):
+        cascade.certify(images[:2], "id", torch.Generator().manual_seed(0))

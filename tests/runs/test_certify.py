@@ -25,7 +25,6 @@ from grood_cert.results.columns import SCHEMAS, header
 from grood_cert.results.table import Table, manifest_path
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import subset
-from tests.recorder import Recorder
 
 # Real runs
 
@@ -191,33 +190,24 @@ def test_a_cross_check_of_nothing_is_none(loaded, monkeypatch, tmp_path, model):
 
 
 class Reshaped(torch.nn.Module):
-    """The same function, with an operation that the native engine does not take."""
+    """The same function, written otherwise."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, images):
-        return self.network(images.reshape(-1, 1, 8, 8))
+        return self.network(images.reshape(-1, 1, 8, 8).transpose(2, 3).transpose(3, 2) * 1.0)
 
 
-def test_where_the_native_engine_cannot_auto_lirpa_bounds_and_the_run_says_so(loaded, tmp_path, model):
-    images, heard = experiment_of(loaded.origin.recipe).test, Recorder()
-    strange = dataclasses.replace(loaded, network=Reshaped(loaded.network).eval())
-    settings = Settings(eps=(0.01, 0.03))
-    found = certification.run(strange, model, [images], settings, tmp_path / "auto", limit=4, reporter=heard)
-    assert heard.lines[0].startswith("bounds by auto_LiRPA, since the native engine cannot take the network: ")
-    assert heard.lines[0].endswith("left out: alpha-crown, branch-and-bound")
-    with pytest.raises(InputError, match="there are none among ibp, crown"):  # which a limit would have stopped
-        certification.run(strange, model, [images], dataclasses.replace(settings, time_limit=5.0), tmp_path / "late")
-    assert found.manifest["bounded_by"] == "auto_lirpa" and found.manifest["stages"] == ["ibp", "crown"]
-    assert found.manifest["cross_check"] == {"left_out": "auto_LiRPA itself gives the bounds"}
-    named = dataclasses.replace(settings, engine="auto_lirpa", stages=("ibp", "crown"))
-    again = certification.run(loaded, model, [images], named, tmp_path / "named", limit=4)
-    np.testing.assert_allclose(found["radius_certified"], again["radius_certified"], rtol=1e-6)
+def test_how_a_network_is_written_changes_nothing(loaded, tmp_path, model):
+    images, settings = experiment_of(loaded.origin.recipe).test, Settings(eps=(0.01, 0.03), effort="fast")
+    strange = dataclasses.replace(loaded, network=Reshaped(loaded.network).eval(), architecture=None)
+    found = certification.run(strange, model, [images], settings, tmp_path / "strange", limit=4)
+    plain = certification.run(loaded, model, [images], settings, tmp_path / "plain", limit=4)
+    assert found.manifest["bounded_by"] == "native" and found.manifest["cross_check"]["balls"] > 0
+    np.testing.assert_allclose(found["radius_certified"], plain["radius_certified"], rtol=1e-6)
     assert (found["radius_certified"] > 0).any()
-    with pytest.raises(InputError, match="reshape cannot be bounded"):
-        certification.run(strange, model, [images], dataclasses.replace(settings, engine="native"), tmp_path / "native")
 
 
 def test_existing_rows_are_not_overwritten(loaded, model, tmp_path):
