@@ -12,6 +12,7 @@ leaves its buffers alone.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import operator
@@ -151,9 +152,13 @@ def _export(module: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"the network does not take images of shape {shape} in float64 ({reason})") from error
+    shapes: Any = {0: Dim("batch")}
+    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # wrappers that pass all arguments on
+        shapes = (shapes,)
     try:
         with _quiet(), torch.no_grad():
-            return export(module, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+            return export(module, (images,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise InputError(f"the network cannot be captured: {_explained(error)}") from error
 
@@ -212,6 +217,9 @@ class _Program:
         images = [name for name, target in names.items() if target is None]
         if len(images) != 1:
             raise InputError(f"the network must take one argument, the images; it takes {len(images)}")
+        answer = program.call_spec.out_spec
+        if answer is not None and not answer.is_leaf():
+            raise InputError(f"the network must return one tensor, its logits, not a {answer.type.__name__}")
         nodes = tuple(program.graph.nodes)
         image = next(node for node in nodes if node.name == images[0]).meta["val"]
         if tuple(image.shape[1:]) != shape:
@@ -437,8 +445,6 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
     with torch.no_grad():
         for batch in batches:
             expected = network(batch)
-            if not isinstance(expected, Tensor):
-                raise InputError(f"the network must return one tensor, its logits, not a {type(expected).__name__}")
             if expected.shape != (len(batch), graph.classes):
                 raise RunError(f"the network gives logits of shape {tuple(expected.shape)} for {len(batch)} images")
             if not bool(torch.isfinite(expected).all(1).any()):

@@ -396,6 +396,24 @@ def test_answers_that_are_no_logits_are_refused(wrap, message):
     with pytest.raises((InputError, RunError), match=message):
         capture(Wrapped(16, 2).eval(), SHAPE)
 
+    program = torch.export.export(Wrapped(16, 2).eval(), (images(2).float(),))
+    with pytest.raises((InputError, RunError), match=message):
+        capture(program, SHAPE)
+
+
+class Passing(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Passing, nn.DataParallel])
+def test_wrappers_that_pass_all_arguments_on_are_seen_through(wrap):
+    same(wrap(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 2))).eval())
+
 
 def test_what_is_no_module_is_refused():
     with pytest.raises(InputError, match=r"expected a torch\.nn\.Module or an exported program, got function"):
