@@ -300,15 +300,14 @@ def _torchvision(name: str, **options: object) -> nn.Module:
 def _classifiers() -> list[Model]:
     # By how deep they are: what intervals blow up to is no measure of anything, so the balls are small.
     light = "resnet18", "alexnet", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5"
-    sides = {"alexnet": 64, "inception_v3": 80, "vit_b_16": 32}
+    sides = {"alexnet": 64, "vit_b_16": 32}
     options: dict[str, dict[str, object]] = {
         "googlenet": {"init_weights": False, "aux_logits": False},
-        "inception_v3": {"init_weights": False, "aux_logits": False},
         "vit_b_16": {"image_size": 32},
     }
     names = (
-        *("alexnet", "vgg11", "vgg11_bn", "resnet18", "resnet34", "resnext50_32x4d", "wide_resnet50_2", "densenet121"),
-        *("mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5", "googlenet", "inception_v3", "mnasnet0_5"),
+        *("alexnet", "vgg11", "vgg11_bn", "resnet18", "resnet34", "resnext50_32x4d", "densenet121"),
+        *("mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5", "googlenet", "mnasnet0_5"),
         *("regnet_x_400mf", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16"),
         *("swin_t",),
     )

@@ -22,6 +22,7 @@ from grood_cert.networks.operations import AveragePool, Convolution, LinearMap, 
 _DENSE_RATIO = 4
 _DENSE_FREE = 2**14
 _DENSE_LARGEST = 2**22
+_DENSE_ROWS = 8  # a matrix is made of as many rows as the layer has outputs
 
 
 def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, dimensions: int) -> Tensor:
@@ -123,7 +124,8 @@ class Transposes:
         else:
             channels, reads = shape[0], math.prod(operation.kernel)
         inputs = channels * math.prod(operation.input_size)
-        if outputs * inputs > min(_DENSE_RATIO * outputs * reads + _DENSE_FREE, _DENSE_LARGEST):
+        dear = outputs * inputs > min(_DENSE_RATIO * outputs * reads + _DENSE_FREE, _DENSE_LARGEST)
+        if dear or _DENSE_ROWS * len(rows) < outputs:
             return operation.transpose(rows)
         key = (number, *shape, *operation.input_size, *operation.padding)
         if key not in self._matrices:

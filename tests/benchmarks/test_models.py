@@ -57,9 +57,11 @@ def test_refusals_say_why(name):
     assert "refused" in row.markdown() and row.markdown().count("|") == len(benchmark.COLUMNS) + 1
 
 
-def test_there_are_enough_models():
+def test_there_are_enough_models_and_the_docs_name_each():
     names = [model.name for model in models()]
+    text = (Path(benchmark.__file__).parents[1] / "docs" / "models.md").read_text()
     assert len(names) == len(set(names)) >= 45
+    assert [name for name in names if f"| {name} |" not in text] == []
 
 
 def test_the_docs_name_every_operator():
