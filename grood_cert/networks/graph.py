@@ -35,6 +35,7 @@ from grood_cert.networks.operations import (
 )
 
 Operation = LinearMap | Activation | MaxPool | Addition
+_NUMBERS = ("weight", "factor", "rows", "columns", "bias")  # fields that are tensors
 _LARGEST = 2**28  # entries of a value for one image
 _AGREEMENT = 1e-9
 _KINDS: dict[str, type[Any]] = {
@@ -246,6 +247,12 @@ def _check(operation: Operation, shapes: list[tuple[int, ...]], shape: tuple[int
             fits = source == shape
         case _:
             fits = True
+    for part in (operation, operation.operation) if isinstance(operation, Transposed) else (operation,):
+        numbers = {key: value for key, value in vars(part).items() if key in _NUMBERS}
+        fits = fits and all(
+            (isinstance(value, Tensor) and value.is_floating_point()) or (value is None and key == "bias")
+            for key, value in numbers.items()
+        )
     with torch.device("meta"):
         found = shape_after(mapped(operation, lambda tensor: tensor.to("meta")), shapes) if fits else None
     if found != shape or shape_after(operation, shapes) != shape:

@@ -142,6 +142,8 @@ ODD = {
     "a bias over the batch": (Scale(ONE, ONE.expand(3, 1, 4, 4).clone()), (1, 4, 4), (1, 4, 4)),
     "huge": (Pad(((0, 0), (0, 0), (0, 10**9))), (1, 4, 4), (1, 4, 10**9 + 4)),
     "huge and hidden": (Pad(((0, 0), (0, 0), (0, 10**12))), (1, 4, 4), (1, 4, 4)),
+    "a number for a bias": (Scale(ONE, torch.nan), (1, 4, 4), (1, 4, 4)),
+    "whole numbers": (Scale(INDEX[1], None), (1, 4, 4), (1, 4, 4)),
     "float32": (Scale(ONE.float(), None), (1, 4, 4), (1, 4, 4)),
 }
 
