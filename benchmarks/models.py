@@ -278,7 +278,7 @@ def large(side: int, seconds: float) -> Iterator[str]:
 def _smoothed(model: Model, images: int = 19, n: int = 16) -> str:
     """How many noisy images smoothing took: calibration, then one image certified."""
     center = torch.rand(images + 1, *model.shape, generator=torch.Generator().manual_seed(0))
-    detector = gc.Detector(model.build(), 0.0, model.shape)
+    detector = gc.Detector(model.build().double(), 0.0, model.shape)
     smoothed = gc.smooth(detector, 0.1, calibration=center[1:], n=n, alpha=0.1)
     smoothed.certify(center[:1], eps=0.05)
     return f"{n * (images + 1)} passes"
