@@ -142,6 +142,15 @@ def byte_count(text: str) -> int:
         raise InputError(f"memory {text!r}: expected a size such as 64M or 1G") from None
 
 
+def bounds_note(network: str) -> str:
+    """What is to be said of an architecture whose bounds prove nothing; empty for the others."""
+    from grood_cert.networks.architectures import DEEP
+
+    if network not in DEEP:
+        return ""
+    return f"{network}: bounds through so many layers prove nothing; certify this detector with grood-cert smooth"
+
+
 def image_sets(loaded: Detector, ood: list[str] | None, data_dir: Path | None, download: bool) -> Evaluation:
     """The images that the detector was calibrated and tested on, perhaps with other OOD sets in place of its own."""
     import dataclasses

@@ -39,7 +39,10 @@ def show(name: _Name) -> None:
     """Print every setting of a recipe, those of its base and the defaults included, as a recipe file."""
     from grood_cert.recipe import find, load
 
-    typer.echo(load(find(name)).to_toml(), nl=False)
+    found = load(find(name))
+    if note := options.bounds_note(found.network.name):
+        typer.echo(f"# {note}")
+    typer.echo(found.to_toml(), nl=False)
 
 
 @recipe.command()

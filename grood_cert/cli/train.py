@@ -84,6 +84,8 @@ def train(
         place = stack.enter_context(processes.joined(options.device_name(device)))
         write = stack.enter_context(_events(out / "tensorboard")) if tensorboard else lambda epoch: None
         bar = stack.enter_context(output.Bar())
+        if note := options.bounds_note(chosen.network.name):
+            bar.say(note)
 
         def report(epoch: Epoch) -> None:
             bar.say(_epoch_line(epoch))

@@ -381,6 +381,9 @@ NETWORKS: dict[str, Callable[..., Classifier]] = {
     "good-xl": good_xl,
 }
 
+# Bounds of these networks are true and say nothing, however they are trained: intervals grow at every layer.
+DEEP = frozenset({"resnet18", "resnet18-imagenet", "wrn-40-2", "densenet-bc-100", "densenet121"})
+
 
 def build(
     name: str, shape: _Shape, classes: int, mean: Sequence[float], std: Sequence[float], **options: Any

@@ -432,3 +432,9 @@ def test_export(call, model, tmp_path):
     before = model.read_bytes()
     code, _, err = call("export", model, "--format", "onnx", "--out", model, "--force")
     assert code == 2 and "is the model itself" in err and model.read_bytes() == before
+
+
+def test_recipes_of_networks_that_bounds_say_nothing_of_say_so(call):
+    code, out, _ = call("recipe", "show", "cifar10-densenet-bc-100-greg")
+    assert code == 0 and out.startswith("# densenet-bc-100: bounds through so many layers prove nothing; certify this")
+    assert "grood-cert smooth" not in call("recipe", "show", "digits-greg")[1]
