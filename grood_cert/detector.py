@@ -319,7 +319,7 @@ class Detector:
             content["architecture"] = {**vars(self.architecture), "shape": list(self.shape)}
             content["state_dict"] = {name: _single(value.cpu()) for name, value in self.network.state_dict().items()}
         else:
-            content["graph"] = capture(self.network, self.shape).map(_single).to_plain()
+            content["graph"] = capture(self.network, self.shape).to_plain()
         content |= _plain(self.provenance)
         images = probes(self.shape)
         try:
@@ -355,10 +355,6 @@ def _difference(scores: Tensor, others: Tensor) -> float:
 def _single(tensor: Tensor) -> Tensor:
     single = tensor.float()
     return single if tensor.is_floating_point() and torch.equal(single.to(tensor), tensor) else tensor
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _plain(provenance: Provenance | Import | None) -> dict[str, Any]:
@@ -405,7 +401,7 @@ def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
         shape = tuple(int(size) for size in content["shape"])
         gamma, architecture = float(content["gamma"]), None
         if "graph" in content:
-            network: nn.Module = Rebuilt(Graph.from_plain(content["graph"]).map(_double))
+            network: nn.Module = Rebuilt(Graph.from_plain(content["graph"]))
         else:
             architecture = _architecture(content["architecture"])
             with torch.random.fork_rng(devices=[]):

@@ -163,12 +163,11 @@ class Graph:
                 if last[origin] == number:
                     found.pop(origin, None)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Graph:
-        """The graph with every tensor changed, such as moved to a device."""
-        return Graph(tuple(replace(node, operation=mapped(node.operation, change)) for node in self.nodes))
-
     def to_plain(self) -> list[dict[str, Any]]:
-        """The nodes as plain containers, numbers and tensors on the CPU, as `from_plain` reads them."""
+        """The nodes as plain containers, numbers and tensors on the CPU, as `from_plain` reads them.
+
+        Tensors are float32 where that loses nothing, as after training.
+        """
         return [
             {
                 "name": node.name,
@@ -314,7 +313,9 @@ def _plain(value: Any) -> Any:
         fields = {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        value = value.detach().cpu()
+        single = value.float() if value.is_floating_point() else value
+        return single.clone() if torch.equal(single.to(value.dtype), value) else value.clone()
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
@@ -330,11 +331,12 @@ def _revived(value: Any) -> Any:
         if (
             type(value) is not Tensor
             or value.layout != torch.strided
-            or value.dtype not in (torch.float64, torch.int64)
+            or value.dtype not in (torch.float64, torch.float32, torch.int64)
         ):
             raise InputError(f"it holds a tensor of another kind, {value.dtype}")
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise InputError("it holds a tensor larger than its numbers")
         if not bool(torch.isfinite(value).all()):
             raise InputError("it holds numbers that are not finite")
+        return value.double() if value.is_floating_point() else value
     return value

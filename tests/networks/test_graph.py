@@ -144,7 +144,7 @@ ODD = {
     "huge and hidden": (Pad(((0, 0), (0, 0), (0, 10**12))), (1, 4, 4), (1, 4, 4)),
     "a number for a bias": (Scale(ONE, torch.nan), (1, 4, 4), (1, 4, 4)),
     "whole numbers": (Scale(INDEX[1], None), (1, 4, 4), (1, 4, 4)),
-    "float32": (Scale(ONE.float(), None), (1, 4, 4), (1, 4, 4)),
+    "complex": (Scale(ONE.to(torch.complex128), None), (1, 4, 4), (1, 4, 4)),
 }
 
 
