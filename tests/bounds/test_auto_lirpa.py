@@ -14,6 +14,8 @@ from grood_cert.bounds.auto_lirpa_repair import is_old
 from grood_cert.bounds.engine import METHODS
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks.architectures import Normalize, _Residual, build
+from grood_cert.networks.capture import capture
+from grood_cert.networks.operations import Dense
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 SHAPE = (1, 4, 4)
@@ -524,15 +526,19 @@ def test_degenerate_networks(name, method):
 def test_overflow_is_nan_and_stays_in_its_sample(method, activation):
     """0.3 itself answers a NaN constant term with 0, for the whole batch: a wrong bound for the healthy sample."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), activation, nn.Linear(2, CLASSES)).double().eval()
+    graph = capture(network, SHAPE)  # which would refuse the numbers that follow
+    first, last = (node.operation for node in graph.nodes if isinstance(node.operation, Dense))
     with torch.no_grad():
-        network[1].weight.fill_(1.5e307)
-        network[1].bias.copy_(torch.tensor([-7.2e307, -7.3e307], dtype=torch.float64))
-        network[3].weight.copy_(torch.tensor([[1e-308, -1e-308], [1e-308, 2e-308], [-1e-308, 0]], dtype=torch.float64))
+        for one, other in ((network[1], network[3]), (first, last)):
+            one.weight.fill_(1.5e307)
+            one.bias.copy_(torch.tensor([-7.2e307, -7.3e307], dtype=torch.float64))
+            other.weight.copy_(torch.tensor([[1e-308, -1e-308], [1e-308, 2e-308], [-1e-308, 0]], dtype=torch.float64))
+        last.bias.copy_(network[3].bias)
     center = torch.full((2, *SHAPE), 0.3, dtype=torch.float64)
     ball = Ball(center, torch.tensor([1.0, 0.01], dtype=torch.float64), "linf")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        relaxation = LirpaNetwork(network, SHAPE, method).relax(ball)
+        relaxation = LirpaNetwork(network, SHAPE, method, graph=graph).relax(ball)
     lower, upper = relaxation.rows(rows_of(2))
     assert torch.isnan(lower[0]).all() and torch.isnan(upper[0]).all()
     assert any(not torch.isfinite(bound[0]).all() for pair in relaxation.preactivations() for bound in pair)
