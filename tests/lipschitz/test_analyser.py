@@ -137,7 +137,7 @@ def test_a_network_in_train_mode_or_with_dropout_is_refused(loaded):
     with pytest.raises(InputError, match="is in train mode; call network"):
         analysis.Analyser(replace(loaded, network=network), SETTINGS)
     strange = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 6)).double().eval()
-    with pytest.raises(InputError, match="LayerNorm"):
+    with pytest.raises(InputError, match="layer_norm"):
         analysis.Analyser(replace(loaded, network=strange), SETTINGS)
 
 
