@@ -10,6 +10,7 @@ from grood_cert.lipschitz.bound import METHODS, local_lipschitz
 from grood_cert.lipschitz.estimates import _norms, ascended_gradient_norm_estimate, secant_estimate, uniform_in_ball
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.capture import capture
+from grood_cert.scores import ENERGY
 
 NETWORKS = 216
 GROUPS = 7
@@ -123,7 +124,7 @@ def test_nothing_found_exceeds_a_bound(group):
             ball = make_ball(images, eps * (shape[0] * 6 if norm == "l1" else 1), norm)
             bounds = local_lipschitz(graph, ball, methods=METHODS if seed % 4 == 0 else METHODS[:-1])
             points = uniform_in_ball(ball, 12, generator)
-            found = _norms(graph, points.flatten(0, 1), norm).reshape(len(points), -1).amax(0)
+            found = _norms(graph, points.flatten(0, 1), norm, ENERGY).reshape(len(points), -1).amax(0)
             ascended, argument = ascended_gradient_norm_estimate(graph, ball, generator, restarts=1, steps=3)
             secant = secant_estimate(graph, ball, torch.cat([points, argument[None], ball.project(1 - images)[None]]))
             # a secant carries the rounding of S divided by the distance; distances are close to eps
