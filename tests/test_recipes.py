@@ -46,7 +46,14 @@ def random_experiment(shape: tuple[int, int, int], classes: int) -> Experiment:
             class_names=tuple(map(str, range(names))),
         )
 
-    return Experiment(images(2, classes), images(1, classes), images(1, classes), images(4, 1), images(1, 1), ())
+    return Experiment(
+        train=images(2, classes),
+        calibration=images(1, classes),
+        test=images(1, classes),
+        auxiliary=images(4, 1),
+        auxiliary_heldout=images(1, 1),
+        ood=(),
+    )
 
 
 def test_the_recipes_are_here():

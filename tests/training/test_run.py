@@ -7,11 +7,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from grood_cert import detector as detectors
 from grood_cert import metrics
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
+from grood_cert.networks import architectures
 from grood_cert.recipe import from_dict
 from grood_cert.scores import energy
 from grood_cert.training import run as training
@@ -145,10 +147,18 @@ def test_a_run_does_not_overwrite_another(tmp_path):
         {"certified": "both", "certified_eps": 0.01, "certified_method": "crown-ibp"},
     ],
 )
-def test_force_keeps_a_run_when_the_network_cannot_be_bounded(tmp_path, objective):
+def test_force_keeps_a_run_when_the_network_cannot_be_bounded(tmp_path, objective, monkeypatch):
+    def normed(normalize, shape, classes):
+        size = shape[0] * shape[1] * shape[2]
+        return architectures.Classifier(normalize, nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, classes))
+
+    monkeypatch.setitem(architectures.NETWORKS, "mlp", normed)
     (tmp_path / "model.pt").write_text("finished")
-    recipe = small(network={"name": "densenet-bc-100"}, objective=objective)
-    with pytest.raises(InputError, match=r"layer cat: .* cannot be bounded"):
+    recipe = small(network={"name": "mlp"}, objective=objective)
+    monkeypatch.setattr(
+        training, "architecture_of", lambda *given: dataclasses.replace(architecture_of(*given), options={})
+    )
+    with pytest.raises(InputError, match="layer 2: layer_norm cannot be bounded"):
         training.run(recipe, tmp_path, force=True)
     assert os.listdir(tmp_path) == ["model.pt"] and (tmp_path / "model.pt").read_text() == "finished"
 
