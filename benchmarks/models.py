@@ -258,11 +258,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([", ".join(counts) + f"; {points} points, none outside.", *lines])
 
 
-def large(side: int, seconds: float) -> Iterator[str]:
+def large(names: Sequence[str], side: int, seconds: float) -> Iterator[str]:
     """Lines of a table: capture, one image by IBP and CROWN-IBP, smoothing of torchvision's classifiers at a size."""
-    for name in LARGE:
+    for name in names:
         model = next(each for each in models() if each.name == f"torchvision {name}")
-        model = Model(name, model.group, model.make, (3, side, side), model.native, (), model.eps, 1)
+        model = Model(name, model.group, model.make, (3, side, side), ("ibp", "crown-ibp"), (), model.eps, 1)
         row = row_of(model, seconds)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         cells = [
@@ -296,10 +296,15 @@ def main(
     """Print the table."""
     resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]))
     if sizes:
+        if out:
+            raise InputError("--large prints its table alone; leave out --out")
+        large_names = [name for name in LARGE if not names or any(part in name for part in names)]
+        if not large_names:
+            raise InputError(f"no large model has {' or '.join(names or [])} in its name; there are {', '.join(LARGE)}")
         columns = ("network", "pixels", "nodes (capture)", "ibp", "crown-ibp", "memory so far", "smoothing")
         typer.echo("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         for side in (32, 224):
-            for line in large(side, seconds):
+            for line in large(large_names, side, seconds):
                 typer.echo(line)
         return
     chosen = [model for model in models() if not names or any(name in f"{model.group} {model.name}" for name in names)]
