@@ -168,7 +168,7 @@ def cross_checked(
     if lirpa_version() is None:
         return {"left_out": "auto_LiRPA is not installed"}
     try:
-        other = build("auto_lirpa", native.network, native.shape, native.method).bounded
+        other = build("auto_lirpa", native.network, native.shape, native.method, native.graph).bounded
     except (InputError, RunError) as error:
         return {"left_out": str(error)}
     images = [
