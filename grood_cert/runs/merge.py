@@ -79,7 +79,7 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
     )
     check_target(out, paths, force)
     check_writable(out.parent)
-    with locked(out):
+    with locked(out, manifest_path(out)):
         write_json(
             manifest_path(out),
             {**description, **dataclasses.asdict(replace(merged, batches=0, samples_done=0, rows=0))},

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import distributed
 
-from grood_cert.errors import InputError, RunError, SoundnessError
+from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.table import manifest_path, read_cells
 from grood_cert.runs.batches import Batch, extent
 from grood_cert.runs.merge import merge
@@ -29,10 +28,8 @@ from grood_cert.runs.progress import FORCE, Progress, command_line, difference
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.system.files import appending, check_writable, csv_text, locked, replacing, write_json
 from grood_cert.system.memory import peak_memory
-from grood_cert.system.processes import leave
+from grood_cert.system.processes import joined, wait
 from grood_cert.system.reporting import SILENT, Reporter
-
-_WAIT = datetime.timedelta(days=365)  # the other shards may have far more to do; one that dies ends the wait at once
 
 
 def execute(
@@ -89,7 +86,7 @@ def execute(
             return target
     path, own = shard.file(target), shard.of(batches)
     check_writable(path.parent)
-    with _merged(target, shard, force) if shard.joint else contextlib.nullcontext(), locked(path):
+    with _merged(target, shard, force) if shard.joint else contextlib.nullcontext(), locked(path, manifest_path(path)):
         found = None if force else _saved(path, columns, description)
         earlier, records = found or (Progress(shard=None if shard == WHOLE else str(shard)), [])
         if earlier.complete:
@@ -210,26 +207,15 @@ def _merged(target: Path, shard: Shard, force: bool) -> Iterator[None]:
     Raises:
         RunError: If another process has died.
     """
-
-    def wait() -> None:
-        try:
-            distributed.monitored_barrier(timeout=_WAIT)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"another process of this run has stopped ({reason}); the same command goes on") from error
-
-    distributed.init_process_group("gloo")
-    try:
+    with joined("cpu"):
         wait()  # until every process has seen what is there
         if shard.leads and force:
             _remove(target)
         yield
-        wait()
+        wait()  # the other shards may have far more to do
         if shard.leads:
             parts = [Shard(index, shard.count).file(target) for index in range(shard.count)]
             merge(parts, target, force=True)
             for part in parts:
                 _remove(part)
         wait()
-    finally:
-        leave()

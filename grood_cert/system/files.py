@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from grood_cert.errors import InputError
 
 _TRIES, _PAUSE = 10, 0.02  # to get a lock; seconds between them
+_TOKEN = 8  # bytes that tell the temporary files of one target apart
 
 
 @contextlib.contextmanager
@@ -46,9 +49,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             raise InputError(f"cannot write {path}: there is something there that is not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{secrets.token_hex(8)}{path.suffix}"
+        temporary = target.parent / f".{target.stem}-{secrets.token_hex(_TOKEN)}{target.suffix}"
         yield temporary
-        with temporary.open("rb") as stream:
+        with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())  # the name must never outlive the content
         temporary.replace(target)
     except OSError as error:
@@ -96,11 +99,16 @@ def appending(path: Path, size: int) -> Iterator[Callable[[str], int]]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *others: Path) -> Iterator[None]:
     """Keep every other process that locks `path` away while the block runs.
 
-    The lock is held on a file beside it, `.NAME.lock`. The kernel releases it with the process, however that ends, so
+    The lock is held on a file beside it, `.NAME.lock`. The system releases it with the process, however that ends, so
     no lock is ever stale; a file left behind by a killed process locks nothing.
+
+    Args:
+        path: What is locked.
+        others: What else is replaced under this lock. Temporary files that killed processes left of any of them are
+            removed.
 
     Raises:
         InputError: If another process holds the lock, or the folder cannot be written to.
@@ -111,35 +119,41 @@ def locked(path: Path) -> Iterator[None]:
             tries = 0
             while True:
                 stream = stack.enter_context(lock.open("ab"))
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not lock_descriptor(stream.fileno(), blocking=False):
                     tries += 1
                     if tries < _TRIES:  # `is_locked` holds it for an instant
                         time.sleep(_PAUSE)
                         continue
-                    raise InputError(
-                        f"another process is writing {path}; wait until it ends, or choose another --out"
-                    ) from None
+                    raise InputError(f"another process is writing {path}; wait until it ends, or choose another --out")
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
                         break  # otherwise its last holder has removed the file in the meantime
+            for file in (path, *others):
+                _remove_temporaries(file)
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                lock.unlink(missing_ok=True)
+
+
+def _remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `replacing(path)`."""
+    target = path.resolve()
+    pattern = re.compile(rf"\.{re.escape(target.stem)}-[0-9a-f]{{{2 * _TOKEN}}}{re.escape(target.suffix)}")
+    for entry in target.parent.iterdir():
+        if pattern.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on `path` at this moment."""
+    lock = path.with_name(f".{path.name}.lock")
     try:
-        with path.with_name(f".{path.name}.lock").open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with lock.open("r+b" if os.access(lock, os.W_OK) else "rb") as stream:
+            return not lock_descriptor(stream.fileno(), blocking=False)
     except OSError:
         return False
-    return False
 
 
 @contextlib.contextmanager

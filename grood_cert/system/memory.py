@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def peak_memory(device: str | torch.device = "cpu") -> int:
     """Most bytes this process has held so far: resident memory of the host, or memory that tensors took on a GPU.
 
     Linux hands the peak that `getrusage` reports on from a parent process to its child, so there it is read from the
-    kernel's account of this process alone.
+    kernel's account of this process alone. Windows has no `getrusage`; psutil tells the peak there.
 
     Args:
         device: "cpu" or a CUDA device.
@@ -34,7 +34,10 @@ def peak_memory(device: str | torch.device = "cpu") -> int:
         found = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii", errors="replace"))
         if found:
             return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "win32":
+        return int(importlib.import_module("psutil").Process().memory_info().peak_wset)
+    resource = importlib.import_module("resource")
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -8,8 +8,10 @@ passes and compiled networks need no special care.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 from torch import Tensor
 from torch import distributed as groups
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, RunError
+
+_WAIT = datetime.timedelta(days=365)  # however long a download or the other shards take
+_waiting: groups.ProcessGroup | None = None  # beside the group that exchanges tensors, which gives up after minutes
 
 
 def count() -> int:
@@ -49,6 +54,7 @@ def joined(device: str) -> Iterator[str]:
         ...     device, rank(), count()
         ('cpu', 0, 1)
     """
+    global _waiting
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
@@ -61,17 +67,46 @@ def joined(device: str) -> Iterator[str]:
     if groups.is_initialized():
         yield device
         return
-    groups.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    with _exchange_failures_told():
+        groups.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
+        with _exchange_failures_told():
+            _waiting = groups.new_group(backend="gloo", timeout=_WAIT)
         yield device
     finally:
-        leave()
+        _waiting = None
+        groups.destroy_process_group()
+        gc.collect()  # a group that lived on in a reference cycle would abort the process at its exit
 
 
-def leave() -> None:
-    """Part from the other processes. A group that lived on in a reference cycle would abort this one at its exit."""
-    groups.destroy_process_group()
-    gc.collect()
+@contextlib.contextmanager
+def _exchange_failures_told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of NCCL, gloo or the store: a connection was closed, or a timeout passed
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without the line of torch's code
+        raise RunError(
+            f"another process of this run has stopped ({reason}); the same command goes on (train: with --resume)"
+        ) from error
+
+
+def wait() -> None:
+    """Wait until every process has come here, however long that takes.
+
+    Raises:
+        RunError: If another process has died.
+    """
+    if count() == 1:
+        return
+    with _exchange_failures_told():
+        group = _waiting or groups.new_group(
+            backend="gloo", timeout=_WAIT
+        )  # where somebody else gathered the processes
+        try:
+            groups.monitored_barrier(group, timeout=_WAIT)
+        finally:
+            if group is not _waiting:
+                groups.destroy_process_group(group)
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -93,7 +128,8 @@ def _as_one(tensors: Iterable[Tensor], exchange: Callable[[Tensor], object]) -> 
         kinds.setdefault(tensor.dtype, []).append(tensor.detach())
     for parts in kinds.values():
         flat = torch.cat([part.reshape(-1) for part in parts])
-        exchange(flat)
+        with _exchange_failures_told():
+            exchange(flat)
         for part, value in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(value.view_as(part))
 
@@ -103,15 +139,23 @@ def value_of_first(value: Any) -> Any:
     if count() == 1:
         return value
     box = [value]
-    groups.broadcast_object_list(box, src=0)
+    with _exchange_failures_told():
+        groups.broadcast_object_list(box, src=0)
     return box[0]
 
 
 @contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """A block that the first process leaves before the others enter it, so that one alone downloads what is missing."""
-    if count() > 1 and rank() > 0:
-        groups.barrier()
+    """A block that the first process leaves before the others enter it, so that one alone downloads what is missing.
+
+    All leave it together: however long one of them takes, no exchange of tensors is kept waiting.
+
+    Raises:
+        RunError: If another process has died.
+    """
+    if rank() > 0:
+        wait()
     yield
-    if count() > 1 and rank() == 0:
-        groups.barrier()
+    if rank() == 0:
+        wait()
+    wait()

@@ -131,7 +131,7 @@ class _Files:
     def held(self, resume: bool) -> Iterator[None]:
         """Keep other runs out of the folder, and clear away what this one replaces."""
         check_writable(self.out)
-        with locked(self.model):
+        with locked(self.model, self.log, self.last, self.best):
             for old in () if resume else (self.model, self.log, self.last, self.best):
                 try:
                     old.unlink(missing_ok=True)

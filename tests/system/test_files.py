@@ -256,6 +256,25 @@ def test_who_only_looks_at_a_lock_keeps_nobody_out(tmp_path, monkeypatch):
     assert not is_locked(tmp_path / "rows.csv")
 
 
+def test_what_a_killed_process_left_half_written_is_removed_under_the_lock(tmp_path):
+    """But nothing of other targets, whose writers may be alive, and no file of the user's."""
+    kept = [
+        *(".rows-2-of-3-0123456789abcdef.csv", ".rows.csv", ".rows-0123456789abcde.csv", ".rows-0123456789abcdeg.csv"),
+        *(".rows-0123456789abcdef.json", "rows-0123456789abcdef.csv", ".rowsx-0123456789abcdef.csv"),
+    ]
+    for name in (*kept, ".rows-0123456789abcdef.csv", ".log-00000000ffffffff.csv"):
+        (tmp_path / name).write_text("half of")
+    with locked(tmp_path / "rows.csv", tmp_path / "log.csv"):
+        assert set(os.listdir(tmp_path)) == {*kept, ".rows.csv.lock"}
+
+
+def test_a_temporary_file_is_one_that_the_lock_removes(tmp_path):
+    with locked(tmp_path / "rows.csv"), pytest.raises(InputError), replacing(tmp_path / "rows.csv") as temporary:
+        temporary.write_text("half of")
+        with locked(tmp_path / "other.csv", tmp_path / "rows.csv"):
+            assert not temporary.exists()
+
+
 def test_a_lock_in_an_unusable_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*\.lock: No such file"), locked(tmp_path / "missing/rows.csv"):
         pass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,64 @@ with processes.joined("cpu") as device:
     assert parts[0].tolist() == [3.0] * 3 and parts[1].tolist() == [[3.0] * 2] * 2
     assert processes.value_of_first({"rank": rank}) == {"rank": 0}
 """
+
+
+PATIENT = """
+import datetime, json, os, signal, socket, sys, time
+import torch
+from torch import distributed
+from grood_cert.cli import run_script
+from grood_cert.system import processes
+
+folder, dies = sys.argv.pop(), ""
+
+def main() -> None:
+    with processes.joined("cpu"):
+        distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), distributed.group.WORLD)
+        rank = processes.rank()
+        with processes.first_goes_ahead():
+            if rank == 0 and dies == "first":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not dies:
+                time.sleep(4)  # a download of the first process, a folder that the second one reads
+        if rank == 1 and dies == "second":
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.add_up([total := torch.ones(1)])
+    assert total.item() == 2
+
+found = {}
+for dies in ("", "first", "second"):  # one import of torch for all of them
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            os.environ["RANK"] = str(rank)
+            os.dup2(os.open(f"{folder}/{dies}-{rank}", os.O_CREAT | os.O_WRONLY), 2)
+            run_script(main)
+        children.append(child)
+    found[dies] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+print(json.dumps(found))
+"""
+
+
+def test_who_waits_outlasts_the_timeout_of_the_exchange(tmp_path):
+    """Three seconds in place of NCCL's ten minutes; a process that dies meanwhile ends the other with a line."""
+    (tmp_path / "script.py").write_text(PATIENT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert json.loads(done.stdout) == {"": [0, 0], "first": [-signal.SIGKILL, 1], "second": [1, -signal.SIGKILL]}
+    for survivor in ("first-1", "second-0"):
+        said = (tmp_path / survivor).read_text()
+        (line,) = (line for line in said.splitlines() if line.startswith("script.py: error: "))
+        assert "another process of this run has stopped (" in line and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +231,11 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: called.append(f"{backend} beside it"))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: called.append("left"))
     with processes.joined(options.device_name(device)) as place:
-        assert place == "cuda:1" and called == ["cuda:1", "nccl"]
-    assert called[2:] == ["left"]
+        assert place == "cuda:1" and called == ["cuda:1", "nccl", "gloo beside it"]
+    assert called[3:] == ["left"]
 
 
 @pytest.mark.parametrize(
