@@ -8,7 +8,7 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test models processors lint env clean
+.PHONY: demo test models mutants processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
@@ -22,6 +22,9 @@ processors: env
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md
+
+mutants: env
+	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -61,3 +61,5 @@ def test_search_on_bounds_that_misbehave():
     assert 0.099 < float(gone) <= 0.1
     wrong_side, tried = search(lambda eps: eps * 0, [0.0])
     assert wrong_side.tolist() == [0] and not tried
+    equal, _ = search(lambda eps: torch.full_like(eps, 0.5), [0.5])
+    assert equal.tolist() == [0]  # S = gamma is not proved

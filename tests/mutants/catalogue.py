@@ -1,0 +1,8 @@
+"""All planted bugs."""
+
+from __future__ import annotations
+
+from tests.mutants import certification, lipschitz, networks, scores
+from tests.mutants.runner import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (*certification.MUTANTS, *lipschitz.MUTANTS, *networks.MUTANTS, *scores.MUTANTS)
