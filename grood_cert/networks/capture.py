@@ -6,7 +6,8 @@ cannot be recorded is refused by `torch.export` (Python conditions on values), w
 
 Trust, but verify: a graph is handed out only if it equals the network on random, constant and corner images, and on
 images given, in batches of one, two and five, in float64; and if the network answers the same when asked again and
-leaves its buffers alone.
+leaves its numbers alone. It is also run on an image by itself and followed (`taint`): it must not read the image's numbers,
+and must do, operator for operator, what was exported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import logging
 import operator
 import warnings
@@ -36,6 +38,7 @@ from grood_cert.networks.aten import ATEN, REASONS, VIEWS, Call, refusal
 from grood_cert.networks.builder import Builder, Value
 from grood_cert.networks.checks import check_eval
 from grood_cert.networks.graph import Graph
+from grood_cert.networks.taint import attributes, state, steps
 
 _AGREEMENT = 1e-9
 _DROWNED = 1e-3  # rounding on the way, as a share of the logits
@@ -73,20 +76,28 @@ def capture(network: nn.Module | ExportedProgram, shape: tuple[int, ...], images
     else:
         check_eval(network)
         reference = module = _prepared(network)
-        program = _Program.of(_export(module, shape), shape)
+        exported = _export(module, shape)
+        program = _Program.of(exported, shape)
     graph = program.graph(dict(program.state))
+    if isinstance(network, nn.Module):
+        _watch(module, exported, shape)
     _verify(graph, reference, shape, images)
+    if isinstance(network, nn.Module):
+        _verify_original(graph, network)
     return graph
 
 
-_LIVE: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], _Program]] = weakref.WeakKeyDictionary()
+_LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[tuple[int, ...], _Program]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def live_graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
     r"""The graph over the network's own parameters, as in eval mode whatever the mode, for use inside training.
 
     Gradients flow to the parameters. BatchNorm reads its running statistics and dropout is the identity: the graph
-    is that of the network that will be certified. The network is exported once; take the graph again after each step.
+    is that of the network that will be certified. The network is exported once, and again when its modules, their hooks or
+    attributes are others; take the graph again after each step.
 
     Args:
         network: The network in training.
@@ -95,11 +106,22 @@ def live_graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
     Returns:
         A graph that shares the parameters.
     """
-    programs = _LIVE.setdefault(network, {})
+    written, programs = _LIVE.get(network, ([], {}))
+    if written != (now := _written(network)):
+        programs = {}
+        _LIVE[network] = now, programs
     if shape not in programs:
         programs[shape] = _Program.of(_export(_prepared(network), shape), shape)
     own = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
     return programs[shape].graph({**programs[shape].state, **own})
+
+
+def _written(network: nn.Module) -> list[Any]:
+    """How a network is written, but for its numbers."""
+    return [
+        (name, id(module), type(module), *module._forward_hooks, *module._forward_pre_hooks, attributes(module))
+        for name, module in network.named_modules(remove_duplicate=False)
+    ]
 
 
 def _prepared(network: nn.Module) -> nn.Module:
@@ -109,6 +131,8 @@ def _prepared(network: nn.Module) -> nn.Module:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"the network cannot be copied in float64 ({reason})") from error
+    if set(map(id, holder.modules())) & set(map(id, network.modules())):
+        raise InputError("the network cannot be copied: a module of it returns itself as its copy")
     for parent in list(holder.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (TorchvisionNormalize, TorchvisionNormalizeV2) and _is_plain(child):
@@ -117,9 +141,9 @@ def _prepared(network: nn.Module) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its class says: no hooks on it, no forward of its own."""
+    """Whether a module does what its class says, and leaves its images alone: no hooks, no forward of its own."""
     hooks = module._forward_hooks, module._forward_pre_hooks
-    return not any(hooks) and "forward" not in vars(module)
+    return not any(hooks) and "forward" not in vars(module) and not getattr(module, "inplace", False)
 
 
 def _normalize(module: Any) -> Normalize:
@@ -441,7 +465,7 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
     batches = list(made.split([1, 2, 5]))
     if images is not None:
         batches += list(images.detach().to(made).split(64))
-    before, answers = _buffers(network), []
+    before, answers = _state(network), []
     with torch.no_grad():
         for batch in batches:
             expected = network(batch)
@@ -460,7 +484,7 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
                 )
             answers.append(expected)
         again = network(batches[0])
-    if not torch.allclose(answers[0], again, rtol=_AGREEMENT, atol=0.0, equal_nan=True) or before != _buffers(network):
+    if not torch.allclose(answers[0], again, rtol=_AGREEMENT, atol=0.0, equal_nan=True) or before != _state(network):
         raise InputError(
             "the network changes from call to call (state, or randomness in eval mode); it cannot be captured"
         )
@@ -477,5 +501,41 @@ def _with_gradients(network: Callable[[Tensor], Tensor], images: Tensor) -> Tens
         raise InputError(f"the network cannot be computed where gradients are taken ({reason})") from error
 
 
-def _buffers(network: Any) -> list[bytes]:
-    return [buffer.cpu().numpy().tobytes() for buffer in network.buffers()] if isinstance(network, nn.Module) else []
+def _watch(module: nn.Module, program: ExportedProgram, shape: tuple[int, ...]) -> None:
+    """Refuse a network that does something else with an image than what was exported of it."""
+    weight = next(module.parameters(), next(module.buffers(), torch.zeros(())))
+    image = torch.rand(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(weight.device)
+    with _quiet():
+        done, exported = steps(module, image), steps(program.module(), image)
+    for i, (step, other) in enumerate(itertools.zip_longest(done, exported)):
+        if step is None or other is None or not step.equals(other):
+            raise InputError(
+                f"the network does something else with one image than what was exported of it (operator {i + 1}, "
+                f"{(step or other).name}): it asks for the size of the batch, or whether it is being exported or compiled; "
+                "it cannot be captured"
+            )
+
+
+def _verify_original(graph: Graph, network: nn.Module) -> None:
+    """Compare with the network as it was given, in its own type: copying it and making it float64 may change it."""
+    kinds = [tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    kind = next((weight.dtype for weight in network.parameters()), torch.float64)
+    rounding = max((torch.finfo(found).eps for found in kinds), default=0.0) ** 0.5
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(3, *graph.shape, dtype=torch.float64, generator=generator).to(graph.device).to(kind)
+    try:
+        with _quiet(), torch.no_grad():
+            logits = network(images.clone()).double()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"the network cannot be computed in its own type, {kind} ({reason})") from error
+    exact = graph(images.double())
+    if not bool(((logits - exact).abs() <= rounding * max(1.0, graph.largest(images.double()))).all()):
+        raise InputError(
+            f"a copy of the network in float64 computes something else than the network in its own type, {kind}; it "
+            "cannot be captured"
+        )
+
+
+def _state(network: Any) -> list[Any]:
+    return state(network) if isinstance(network, nn.Module) else []

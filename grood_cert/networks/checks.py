@@ -36,13 +36,15 @@ def count_classes(network: nn.Module, shape: tuple[int, ...]) -> int:
     weight = next(network.parameters(), torch.zeros(()))
     try:
         with torch.no_grad():
-            found = tuple(network(weight.new_zeros(1, *shape)).shape)
+            found = network(weight.new_zeros(1, *shape))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"the network does not take images of shape {shape} ({reason})") from error
-    if len(found) != 2:
-        raise InputError(f"the network must return logits of shape (B, K), got {found} for one image")
-    return int(found[1])
+    if not isinstance(found, Tensor):
+        raise InputError(f"the network must return one tensor, its logits, not a {type(found).__name__}")
+    if found.dim() != 2:
+        raise InputError(f"the network must return logits of shape (B, K), got {tuple(found.shape)} for one image")
+    return int(found.shape[1])
 
 
 def check_pixels(images: Tensor, shape: tuple[int, ...] | None = None, name: str = "images") -> None:
