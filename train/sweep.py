@@ -3,7 +3,7 @@
     python train/sweep.py train/digits-greg.toml --out runs/sweep
     python analysis/objective_vs_constant.py runs/sweep/*/lipschitz.csv --out runs/sweep/constant.png
 
-Runs that are there already are not repeated.
+What is there already is not repeated; what is unfinished goes on.
 """
 
 from __future__ import annotations
@@ -38,15 +38,12 @@ def main(
         chosen = recipe.load(source, [f"objective.lambda_grad={value!r}", f"name=lambda_grad={value:g}"])
         folder = out / f"{value:g}"
         model = folder / "model.pt"
-        trained = (
-            detector.load(model)
-            if model.exists()
-            else training.run(chosen, folder, resume=(folder / "last.pt").exists())
-        )
-        if not (folder / "lipschitz.csv").exists():
-            experiment = experiment_of(chosen)
-            sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
-            analyse.run(trained, model, sets, settings, folder, limit=limit)
+        unfinished = (folder / "last.pt").exists()
+        done = model.exists() and not unfinished
+        trained = detector.load(model) if done else training.run(chosen, folder, resume=unfinished)
+        experiment = experiment_of(chosen)
+        sets = [experiment.test, *(images for images in experiment.ood if images.kind == "ood")]
+        analyse.run(trained, model, sets, settings, folder, limit=limit)
         typer.echo(f"{folder}: accuracy {trained.origin.metrics['accuracy']:.4f}")
 
 

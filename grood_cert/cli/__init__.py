@@ -5,8 +5,12 @@ torch and matplotlib are imported inside the commands, so that `--help` answers 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +42,11 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM: whoever runs the jobs of this machine wants this one to end."""
 
 
 def _version(value: bool) -> None:
@@ -89,6 +98,32 @@ def run_script(function: Callable[..., None]) -> None:
     _run(script, Path(sys.argv[0]).name)
 
 
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what is being written is written whole or not at all."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    together = os.environ.get("WORLD_SIZE", "1") != "1"  # torchrun must be able to end those that wait for one another
+    if together or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from grood_cert.system.memory import is_memory_error
+
+    return is_memory_error(error)
+
+
 def _run(application: typer.Typer, program: str) -> None:
     from grood_cert.errors import InputError, RunError, SoundnessError
 
@@ -97,7 +132,8 @@ def _run(application: typer.Typer, program: str) -> None:
         return code
 
     try:
-        code = application(standalone_mode=False)
+        with _termination_raised():
+            code = application(standalone_mode=False)
         if code == _INTERRUPTED:  # newer typer turns Ctrl-C into this code
             raise KeyboardInterrupt
     except InputError as error:
@@ -107,10 +143,17 @@ def _run(application: typer.Typer, program: str) -> None:
     except SoundnessError as error:
         saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
         code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)
+    except _Terminated:
+        code = fail("terminated; the same command goes on (train: with --resume)", _TERMINATED)
     except (KeyboardInterrupt, typer.Abort):
         code = fail("interrupted; the same command goes on (train: with --resume)", _INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):  # a usage error of click, or of the copy of it that typer carries
+            code = fail(error.format_message(), 2)
+        elif _out_of_memory(error):
+            code = fail(
+                "out of memory; smaller batches need less, and the same command goes on (train: with --resume)", 1
+            )
+        else:
             raise
-        code = fail(error.format_message(), 2)  # a usage error of click, or of the copy of it that typer carries
     sys.exit(code if isinstance(code, int) else 0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.networks.capture import capture
 from grood_cert.networks.onnx import read_onnx
+from grood_cert.networks.programs import read_program
 from grood_cert.networks.rebuild import Rebuilt
 from grood_cert.networks.weights import load_into
 
@@ -74,14 +74,7 @@ def from_file(path: Path, shape: tuple[int, int, int]) -> Foreign:
         if graph.shape != shape:
             raise InputError(f"{path}: it takes images of shape {graph.shape}, the ID set has images of shape {shape}")
     elif path.suffix == ".pt2":
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that its tensors lie in memory that cannot be written
-                program = torch.export.load(path)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise InputError(f"{path}: not a program saved by torch.export.save ({reason})") from error
-        graph = capture(program, shape)
+        graph = capture(read_program(path), shape)
     else:
         raise InputError(f"{path}: expected a file of the kind {' or '.join(FILES)}; weights go with --network")
     return Foreign(Rebuilt(graph), path.stem, f"file {path.name}")

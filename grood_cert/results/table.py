@@ -2,8 +2,8 @@ r"""One result in memory, column by column, and the two files it is kept in: a C
 
 The manifest says what the rows are: `kind` names a schema of `grood_cert.results.columns` and `schema` its version; a
 file's name decides nothing. Rows can be read while the run is still writing them, and after it was killed: the manifest
-says how many bytes of the rows count (`bytes`), how many rows those hold (`rows`) and whether they are all of the run
-(`complete`).
+says how many bytes of the rows count (`bytes`), how many rows those hold (`rows`), whether they are all of the run
+(`complete`), and what the checksum of all of it is (`sha256`).
 
 Missing numbers are written as `NaN`, which pandas and polars both take for a float; an empty cell, as pandas and polars
 write it, is read as NaN in a column of numbers and as empty text in a column of texts.
@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError, RunError
+from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.columns import SCHEMAS, Column, Schema, grid_column, header
-from grood_cert.system.files import as_json, replacing, write_csv, write_json
+from grood_cert.system.files import as_json, csv_text, replacing, write_json
 
 if TYPE_CHECKING:
     import pandas
@@ -101,6 +102,7 @@ class Table:
                 _check(name, column, values)
             if table.kind == "certification" and (table["radius_certified"] > table["radius_attack"]).any():
                 raise ValueError("holds certified radii beyond the attack radius")
+            check_sum(manifest, records)
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
             reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
             raise InputError(f"{path}: not {words} ({reason})") from None
@@ -165,9 +167,8 @@ class Table:
             InputError: If a file cannot be written.
         """
         wide = {name: values.tolist() for name, values in self._wide().items()}
-        manifest_path(path).unlink(missing_ok=True)  # it must never stand beside rows that it does not describe
-        write_csv(path, list(wide), (dict(zip(wide, row, strict=True)) for row in zip(*wide.values(), strict=True)))
-        write_json(manifest_path(path), {**self.manifest, "rows": len(self), "bytes": path.stat().st_size})
+        records = (dict(zip(wide, row, strict=True)) for row in zip(*wide.values(), strict=True))
+        write_rows(path, csv_text(list(wide), records, header=True), {**self.manifest, "rows": len(self)})
 
     def to_pandas(self) -> pandas.DataFrame:
         """A `pandas.DataFrame` with the columns of the CSV.
@@ -212,6 +213,31 @@ class Table:
             for position, eps in enumerate(self.eps)
             for name, values in self.grid.items()
         }
+
+
+def write_rows(path: Path, text: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write rows and the manifest that describes them.
+
+    Where there were none, a process that is killed on the way leaves a manifest alone, which nothing takes for a result.
+    Where others are replaced, it may leave rows beside a manifest whose checksum is not theirs.
+
+    Args:
+        path: The CSV.
+        text: All of it.
+        manifest: What to say of the rows; their length and the checksum are added.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        InputError: If a file cannot be written.
+    """
+    whole = {**manifest, "bytes": len(text.encode())}
+    whole[KEY] = Checksum(csv.DictReader(io.StringIO(text, newline=""))).of(whole)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        write_json(manifest_path(path), whole)
+    return whole
 
 
 def check_target(target: Path, inputs: Sequence[Path], force: bool) -> None:

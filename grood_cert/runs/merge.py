@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError
-from grood_cert.results.table import check_target, manifest_path, read_cells
+from grood_cert.results.checksum import check_sum
+from grood_cert.results.table import check_target, manifest_path, read_cells, write_rows
 from grood_cert.runs.progress import Progress, difference
 from grood_cert.runs.shards import Shard
-from grood_cert.system.files import check_writable, locked, write_csv, write_json
+from grood_cert.system.files import check_writable, csv_text, locked
 
 
 def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
             progress = Progress.of(manifest)
             order = {(entry["set"], entry["kind"]): number for number, entry in enumerate(manifest["data"])}
             placed = [((order[record["set"], record["kind"]], int(record["index"])), record) for record in records]
+            check_sum(manifest, records)
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
         if not progress.shard:
@@ -77,14 +80,17 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
         shards=count,
         command=progresses[0].command,
     )
-    check_target(out, paths, force)
+    check_target(out, paths, force or _left_by_a_killed_merge(out, description))
     check_writable(out.parent)
     with locked(out, manifest_path(out)):
-        write_json(
-            manifest_path(out),
-            {**description, **dataclasses.asdict(replace(merged, batches=0, samples_done=0, rows=0))},
-        )
-        write_csv(out, list(rows[0]), rows)
-        whole = {**description, **dataclasses.asdict(replace(merged, complete=True, bytes=out.stat().st_size))}
-        write_json(manifest_path(out), whole)
-    return whole
+        text = csv_text(list(rows[0]), rows, header=True)
+        return write_rows(out, text, {**description, **dataclasses.asdict(replace(merged, complete=True))})
+
+
+def _left_by_a_killed_merge(out: Path, description: Mapping[str, Any]) -> bool:
+    """Whether there is a manifest of the same run, and no rows."""
+    try:
+        found = json.loads(manifest_path(out).read_text(encoding="utf-8"))
+        return not out.exists() and found["complete"] and found["shards"] > 1 and difference(description, found) is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

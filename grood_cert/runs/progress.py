@@ -37,6 +37,7 @@ class Progress:
         shard: Which part of a run this is, such as "1/4"; None: all of it.
         shards: From how many parts it was merged.
         command: The command line that went on with it last.
+        sha256: Checksum of manifest and rows.
     """
 
     complete: bool = False
@@ -53,6 +54,7 @@ class Progress:
     shard: str | None = None
     shards: int = 1
     command: str | None = None
+    sha256: str | None = None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Progress:
@@ -159,6 +161,8 @@ def status(folder: Path) -> list[Status]:
             manifest, saved = json.loads(page.read_text(encoding="utf-8")), page.stat().st_mtime
             if {"batches", "complete"} <= manifest.keys():
                 progress = Progress.of(manifest)
+                if progress.complete and not rows.is_file():
+                    continue  # left by a merge that was killed
                 idle = max(0.0, time.time() - saved)
                 found.append(Status(rows, str(manifest.get("kind", "?")), progress, is_locked(rows), idle))
         except (OSError, ValueError, AttributeError, TypeError):
@@ -187,10 +191,10 @@ def _lines(folder: Path) -> list[str]:
     model = folder / "model.pt"
     if is_locked(model):
         lines.append("model.pt: a process is training it")
-    elif (folder / "last.pt").exists():
-        lines.append("model.pt: training is unfinished; its command with --resume goes on")
     elif model.exists():
         lines.append("model.pt: trained")
+    elif (folder / "last.pt").exists():
+        lines.append("model.pt: training is unfinished; its command with --resume goes on")
     return lines
 
 

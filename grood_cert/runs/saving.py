@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from grood_cert.errors import InputError, SoundnessError
+from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.table import manifest_path, read_cells
 from grood_cert.runs.batches import Batch, extent
 from grood_cert.runs.merge import merge
@@ -100,7 +102,7 @@ def execute(
             if earlier.batches:
                 reporter.say(f"{path} holds {earlier.batches} of {len(own)} batches; the run continues after them")
                 reporter.advance(sum(map(len, own[: earlier.batches])), counts)
-            with _evidence(path), _saving(path, columns, description, failures, earlier) as save:
+            with _evidence(path), _saving(path, columns, description, failures, earlier, records) as save:
                 for batch in own[earlier.batches :]:
                     added = work(batch)
                     save(batch, added)
@@ -116,13 +118,14 @@ def _saving(
     description: Mapping[str, Any],
     failures: Callable[[], Mapping[str, int]],
     earlier: Progress,
+    records: Iterable[Mapping[str, str]],
 ) -> Iterator[Callable[[Batch, list[dict[str, Any]]], None]]:
-    """Rows and manifest from some progress on; the run is complete when the block ends well.
+    """Rows and manifest from some progress and its records on; the run is complete when the block ends well.
 
     Yields:
         A function that saves the records of the next batch.
     """
-    started, progress = time.perf_counter(), earlier
+    started, progress, checksum = time.perf_counter(), earlier, Checksum(records)
 
     def note(**changes: Any) -> None:
         nonlocal progress
@@ -133,10 +136,13 @@ def _saving(
             peak_memory=max(earlier.peak_memory, peak_memory(description["device"])),
             **changes,
         )
-        write_json(manifest_path(path), {**description, **dataclasses.asdict(progress)})
+        manifest = {**description, **dataclasses.asdict(progress)}
+        write_json(manifest_path(path), {**manifest, KEY: checksum.of(manifest)})
 
     def save(batch: Batch, records: list[dict[str, Any]]) -> None:
-        size = append(csv_text(columns, records))
+        text = csv_text(columns, records)
+        size = append(text)
+        checksum.add(csv.DictReader(io.StringIO(text, newline=""), columns))
         rows, samples = progress.rows + len(records), progress.samples_done + len(batch)
         note(batches=progress.batches + 1, samples_done=samples, rows=rows, bytes=size)
 
@@ -167,6 +173,8 @@ def _saved(
         different = difference(manifest, description)
         if not different and records and list(records[0]) != list(columns):
             raise ValueError("other columns than this version writes")
+        if not different:
+            check_sum(manifest, records)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path} exists already and cannot be continued ({reason}); {FORCE}") from None

@@ -106,7 +106,7 @@ def opened(file: Path | BinaryIO) -> Any:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
         other = foreign(file, beginning) if isinstance(file, Path) else None
-        raise InputError(_unsafe(str(error)) or other or f"damaged: {_plain(error)}") from error
+        raise InputError(unsafe(str(error)) or other or f"damaged: {_plain(error)}") from error
     if isinstance(content, dict) and _FINGERPRINT in content:
         rest = {name: value for name, value in content.items() if name != _FINGERPRINT}
         if content[_FINGERPRINT] != fingerprint(rest):
@@ -121,7 +121,7 @@ def _plain(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {text}", 120, placeholder=" ...")
 
 
-def _unsafe(message: str) -> str | None:
+def unsafe(message: str) -> str | None:
     """What torch found in a pickle and did not run."""
     found = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", message)
     return _would_run(found[1]) if found else None

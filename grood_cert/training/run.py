@@ -105,9 +105,9 @@ def _check_folder(out: Path, force: bool, resume: bool) -> None:
     target, state = out / "model.pt", out / "last.pt"
     if force and resume:
         raise InputError("--force begins a run again and --resume continues it; give one of the two")
-    if target.exists() and resume:
+    if target.exists() and resume and not state.exists():
         raise InputError(f"{target} exists: this run is finished, there is nothing to resume")
-    if target.exists() and not force:
+    if target.exists() and not (force or resume):
         raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
     if state.exists() and not (force or resume):
         raise InputError(f"{state} is of an unfinished run; add --resume to continue it, or --force to begin again")

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import stages
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
+from grood_cert.system.files import replacing
 from tests.recorder import Recorder
 
 # Help
@@ -405,6 +407,36 @@ def test_a_missing_engine_says_how_to_get_it(call, model, tmp_path, monkeypatch)
     assert code == 0 and "no cross-check of the bounds: auto_LiRPA is not installed\n" in out
     manifest = json.loads((tmp_path / "rows.json").read_text())
     assert manifest["versions"]["auto_LiRPA"] is None and manifest["bounded_by"] == "native"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+)
+def test_running_out_of_memory_is_one_line(call, model, tmp_path, monkeypatch, error):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(certification, "run", full)
+    code, out, err = call("certify", model, "--out", tmp_path)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith("grood-cert: error: out of memory; smaller batches need less, and the same command goes on")
+
+
+def test_termination_is_one_line_and_undone_work_is_cleared_away(call, model, tmp_path, monkeypatch):
+    def terminated(*arguments, **options):
+        with replacing(tmp_path / "rows.csv") as temporary:
+            temporary.write_text("half of")
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(certification, "run", terminated)
+    code, out, err = call("certify", model, "--out", tmp_path)
+    assert (code, out, err) == (
+        143,
+        "",
+        "grood-cert: error: terminated; the same command goes on (train: with --resume)\n",
+    )
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):

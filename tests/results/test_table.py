@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -208,12 +210,54 @@ def test_lines_of_another_length_are_refused(tmp_path):
 
 def test_of_a_run_that_goes_on_only_the_saved_bytes_count(tmp_path):
     path = tmp_path / "rows.csv"
-    random_certification(0, samples=2).write(path)
-    manifest = json.loads(manifest_path(path).read_text()) | {"complete": False}
-    manifest_path(path).write_text(json.dumps(manifest))
+    table = random_certification(0, samples=2)
+    Table({**table.manifest, "complete": False}, table.columns, table.grid).write(path)
     with path.open("a") as stream:
         stream.write("torn")
     assert len(Table.read(path)) == len(read_cells(path)[1]) == 8 and not Table.read(path).complete
+
+
+def test_every_changed_number_is_noticed(tmp_path):
+    """A digit of the rows or of the manifest that a disk has turned into another one."""
+    path, table = tmp_path / "rows.csv", random_certification(0, samples=2)
+    table.write(path)
+    contents = {file: file.read_bytes() for file in (path, manifest_path(path))}
+    changed = 0
+    for file, content in contents.items():
+        for position in [i for i, byte in enumerate(content) if 0x30 <= byte <= 0x38]:
+            file.write_bytes(content[:position] + bytes([content[position] + 1]) + content[position + 1 :])
+            try:
+                assert Table.read(path)._wide().keys() == table._wide().keys()
+                for name, values in Table.read(path)._wide().items():  # 0.30000000000000005 is 0.30000000000000004
+                    np.testing.assert_array_equal(values, table._wide()[name])
+            except InputError:
+                changed += 1
+        file.write_bytes(content)
+    assert changed > 500 and len(Table.read(path)) == 8
+
+
+def test_rows_without_a_checksum_are_read(tmp_path):
+    """As earlier versions and other programs write them."""
+    path = tmp_path / "rows.csv"
+    random_certification(0, samples=2).write(path)
+    manifest = json.loads(manifest_path(path).read_text())
+    del manifest["sha256"]
+    manifest_path(path).write_text(json.dumps(manifest))
+    assert len(Table.read(path)) == 8
+
+
+def test_a_result_that_is_replaced_stays_whole_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    random_certification(0, samples=2).write(path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
+        random_certification(1, samples=3).write(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_sets_and_kinds():

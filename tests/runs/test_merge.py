@@ -7,7 +7,9 @@ import pytest
 
 from grood_cert.cli.merge import merge as merge_command
 from grood_cert.errors import InputError
+from grood_cert.results.table import read_cells
 from grood_cert.runs.merge import merge
+from grood_cert.runs.progress import status
 from grood_cert.runs.shards import Shard
 from tests.runs.work import DESCRIPTION, Worker, execute, manifest
 
@@ -23,7 +25,7 @@ def test_shards_merge_to_the_bytes_of_the_whole(whole, tmp_path, count):
     assert (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
     assert merged == manifest(tmp_path / "rows.csv")
     for key, value in manifest(whole).items():
-        if key not in ("seconds", "peak_memory", "finished", "shards"):
+        if key not in ("seconds", "peak_memory", "finished", "shards", "sha256"):
             assert merged[key] == value, key
     assert merged["shards"] == count and merged["failures"] == {"boom": 10}
     assert abs(merged["seconds"] - sum(manifest(path)["seconds"] for path in paths)) < 1e-9
@@ -83,3 +85,19 @@ def test_what_is_no_division_is_not_merged(whole, tmp_path):
     assert out.read_text() == "precious"
     merge([one, two], out, force=True)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_killed_merge_goes_on(whole, tmp_path):
+    """It leaves a manifest alone, and neither a reader nor `status` takes that for a result."""
+    paths = [execute(tmp_path / "parts", shard=Shard(index, 2)) for index in range(2)]
+    merge(paths, tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").unlink()
+    assert not status(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        read_cells(tmp_path / "rows.csv")
+    merge(paths, tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_bytes() == whole.read_bytes()
+    (tmp_path / "rows.csv").unlink()
+    (tmp_path / "rows.json").write_text('{"complete": true, "shards": 2, "model": "another"}')
+    with pytest.raises(InputError, match=r"rows\.json exists already"):
+        merge(paths, tmp_path / "rows.csv")

@@ -17,6 +17,7 @@ import torch
 
 from grood_cert.errors import InputError, RunError
 from grood_cert.recipe import Recipe, from_dict
+from grood_cert.runs.progress import describe
 from grood_cert.training import checkpoint
 from grood_cert.training import run as training
 from grood_cert.training.evaluation import best_epoch
@@ -152,6 +153,24 @@ def test_a_run_killed_in_the_evaluation_resumes_with_it(tmp_path, whole, monkeyp
     training.run(recipe_of(), tmp_path, resume=True, report=epochs.append)
     assert not epochs
     assert_same(tmp_path, whole)
+
+
+def test_a_run_killed_after_its_model_was_written_is_finished_by_resume(tmp_path, whole, monkeypatch):
+    """Between the last two touches of its folder: the model is there, and so is the state."""
+
+    def written(files, detector):
+        detector.save(files.model)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training._Files, "finish", written)
+        training.run(recipe_of(), tmp_path)
+    assert {"model.pt", "last.pt"} <= set(os.listdir(tmp_path))
+    assert describe(tmp_path) == ["model.pt: trained"]
+    training.run(recipe_of(), tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+    with pytest.raises(InputError, match="this run is finished"):
+        training.run(recipe_of(), tmp_path, resume=True)
 
 
 def test_resume_with_another_recipe_names_the_difference(begun):
