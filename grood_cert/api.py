@@ -33,6 +33,7 @@ from grood_cert.errors import InputError, SoundnessError
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.networks.capture import capture
 from grood_cert.networks.checks import check_eval, check_pixels, count_classes
+from grood_cert.networks.graph import Deployment
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.runs.batches import generator
@@ -98,6 +99,7 @@ def certify(
     truth: Literal["id", "ood"] | None = None,
     seed: int = 0,
     time_limit: float = 0.0,
+    deployment: Deployment = "float64",
 ) -> Certified:
     """Prove that the decisions of a detector hold on whole balls around images; an attack brackets them.
 
@@ -112,6 +114,7 @@ def certify(
         truth: What all images are; the others are misdecided, with radius 0. None: the decision at x is the right one.
         seed: Seed of the attacks.
         time_limit: Seconds a sample may take on average; 0: no limit.
+        deployment: "float64" or "float32": where the network will be evaluated; bounds cover what it rounds.
 
     Raises:
         InputError: If images or settings make no sense, or no engine can bound the network.
@@ -140,6 +143,7 @@ def certify(
         engine=engine,
         seed=seed,
         time_limit=time_limit,
+        deployment=deployment,
     )
     cascade = Cascade(detector, settings)
     inside = accepted if truth is None else torch.full_like(accepted, truth == "id")
@@ -411,6 +415,7 @@ def certify_sets(
     limit: int = 0,
     batch_size: int = 64,
     seed: int = 0,
+    deployment: Deployment = "float64",
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> Table:
@@ -429,6 +434,7 @@ def certify_sets(
         limit: Most images of each set, 0 for all.
         batch_size: Images bounded together.
         seed: Seed of the attacks and of the choice of images.
+        deployment: "float64" or "float32": where the network will be evaluated; bounds cover what it rounds.
         force: Start afresh, whatever is in the folder.
         reporter: Hears how far it has got.
 
@@ -466,5 +472,6 @@ def certify_sets(
         engine=engine,
         batch_size=batch_size,
         seed=seed,
+        deployment=deployment,
     )
     return certification.run(detector, None, chosen, settings, Path(out), limit=limit, force=force, reporter=reporter)

@@ -36,6 +36,7 @@ from grood_cert.ball import Norm, dual_norm
 from grood_cert.errors import InputError
 
 _LARGEST_ORDER = 750.0  # e^750 is infinite
+_STEPS = 16  # roundings of an elementary function and what is around it
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,6 +72,19 @@ class Score(ABC):
     @abstractmethod
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """The order that one class a sample gives, never below `order`; logits (B, K) and classes (B,) to (B,)."""
+
+    @abstractmethod
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
+        """How far an evaluation of S from given logits may be off, in units of roundoff.
+
+        It covers that of a threshold near S as well. Powers e^-t with an argument rounded by u (t + |m|) weigh at most
+        e^-t t <= 1 in a sum, hence a number for each class.
+
+        Args:
+            value: S, shape (...).
+            classes: K.
+            largest: max_k |f_k|, shape (...).
+        """
 
     def order(self, logits: Tensor) -> Tensor:
         """An increasing function of S that does not saturate, shape (...)."""
@@ -117,6 +131,11 @@ class Energy(Score):
         """S of logits of shape (..., K)."""
         return energy(logits, self.temperature)
 
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
+        """4 (|S| + T (K + 16))."""
+        del largest
+        return 4 * (value.abs() + self.temperature * (classes + _STEPS))
+
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """-f_k."""
         return -_of_class(logits, classes)
@@ -136,6 +155,11 @@ class MaxLogit(Score):
     def value(self, logits: Tensor) -> Tensor:
         """S of logits of shape (..., K)."""
         return -logits.amax(-1)
+
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
+        """2 |S|, for the threshold alone."""
+        del classes, largest
+        return 2 * value.abs()
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """-f_k."""
@@ -165,6 +189,11 @@ class MSP(Score):
     def value(self, logits: Tensor) -> Tensor:
         """S of logits of shape (..., K)."""
         return -torch.softmax(logits / self.temperature, -1).amax(-1)
+
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
+        """4 (K + 16), and 4 max |f| / T unless T = 1, where a quotient is rounded."""
+        count = torch.full_like(value, 4.0 * (classes + _STEPS))
+        return count if self.temperature == 1 else count + 4 * largest / self.temperature
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Q_k."""

@@ -17,7 +17,7 @@ holds, with c = -p, d = -t - H(p) by U1's argument (for S >= t, V = {S <= t} and
 d = sum_k e^(u_k - M) - kappa . u - e^(-t - M) by L1's). Near the robust radius V is a small corner of the ball, hence
 the gain of tightening on it.
 
-Bounds are moved outward by 1e-12 of the size of what was summed.
+Bounds are moved outward by what rounding can do (`rounding`).
 
 References:
     Xu et al., "Fast and Complete: Enabling Complete Verification with Rapid and Massively Parallel Incomplete
@@ -48,6 +48,7 @@ from grood_cert.bounds.domains import (
 from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import Preactivations
 from grood_cert.bounds.reduction import Reduction, reduction, worst
+from grood_cert.bounds.rounding import largest_of, of_score
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper
 from grood_cert.interval import ROUNDING, Interval
 from grood_cert.networks.graph import Graph
@@ -126,7 +127,7 @@ class ScoreProof:
         rows = self._head.rows(row.unsqueeze(1), self.pullback.graph.classes)
         bound = self.pullback.upper({self._node: rows}, lines, passage)
         if passage is not None:
-            bound = bound + self.pullback.margin(passage)
+            bound = bound + passage.margin
         return bound.squeeze(1)
 
     def rate(self, values: Tensor) -> Tensor:
@@ -272,4 +273,5 @@ def optimised_bounds(
         proved[sample[empty]] = False  # a ball is not empty: something is wrong
         bound = torch.minimum(bound, optimise(ScoreProof(domains, reduced), steps)[0])
     found = reduced.outer(worst(bound, sample, count))
+    found = found + of_score(score, graph, found, largest_of(*whole.outputs))
     return torch.where(proved & torch.isfinite(found), sign_of(side) * found, torch.nan)

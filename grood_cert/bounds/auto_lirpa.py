@@ -17,6 +17,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from grood_cert.ball import Ball, support
 from grood_cert.bounds.auto_lirpa_repair import is_old, library, running, version
 from grood_cert.bounds.engine import Method, Source, way_of
 from grood_cert.bounds.folding import folded
+from grood_cert.bounds.rounding import Rounding
 from grood_cert.errors import InputError, RunError
-from grood_cert.interval import Interval
+from grood_cert.interval import Interval, intersect, ordered
 from grood_cert.networks.capture import capture
 from grood_cert.networks.graph import Graph
 from grood_cert.networks.rebuild import Rebuilt
@@ -136,12 +138,11 @@ class _Engine:
         module.check_IBP_first_linear = lambda _: False
         return module
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the value of every node by name."""
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits."""
         with torch.no_grad(), running():
-            logits = self._module(images)
-        values = {name: getattr(node, "forward_value", None) for name, node in self._module._modules.items()}
-        return logits, {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            logits: Tensor = self._module(images)
+        return logits
 
     def nonlinear(self) -> list[tuple[str, str]]:
         """(name, name of its input) of every node that needs bounds of its input, in the order of execution."""
@@ -237,21 +238,23 @@ class LirpaNetwork:
         try:
             with torch.no_grad():
                 logits = self.network(images)
-            if not _close(logits, self._engine.forward(images)[0]):
+            if not _close(logits, self._engine.forward(images)):
                 return "other logits"
             images, logits = images[:2], logits[:2]
-            _, values = self._engine.forward(images)
+            values, numbers = self.graph.values(images), self.graph.nonlinear
+            names = [name for _, name in self._engine.nonlinear()]
+            read = {name: values[self.graph.nodes[i].inputs[0]] for name, i in zip(names, numbers, strict=True)}
             identity = torch.eye(logits.shape[1]).to(images).expand(len(images), -1, -1)
-            bounds: list[tuple[str, Tensor, tuple[Tensor, Tensor]]] = []
             eps = torch.zeros(len(images)).to(images)
             self.relax(Ball(images, eps, "l2")).rows(identity)  # another way through 0.3
             relaxation = self.relax(Ball(images, eps, "linf"))
             hidden = relaxation.intermediate(way_of(self.method).hidden)
-            bounds += [(name, values[name], pair) for name, pair in hidden.items()]
-            bounds.append(("the logits", logits, relaxation.rows(identity)))
+            bounds = [(name, read[name], pair, hidden.errors[name]) for name, pair in hidden.bounds.items()]
+            bounds.append(("the logits", logits, relaxation.rows(identity), hidden.of_logits))
         except Exception as error:  # noqa: BLE001 (whatever it is, the network is refused)
             return _first_line(error)
-        wrong = [name for name, value, pair in bounds if not _encloses(*pair, value)]
+        depth = len(bounds)  # intervals are moved at each layer, by no more than at the last
+        wrong = [name for name, value, pair, moved in bounds if not _encloses(*pair, value, depth * moved)]
         return f"bounds of {wrong[0]} on a ball of radius 0" if wrong else ""
 
     def relax(self, ball: Ball) -> LirpaRelaxation:
@@ -272,12 +275,27 @@ def _close(expected: Tensor, got: Tensor) -> bool:
     return expected.shape == got.shape and bool(((expected - got).abs() <= _rounding(expected)).all())
 
 
-def _encloses(lower: Tensor, upper: Tensor, value: Tensor) -> bool:
-    """Bounds on a ball of radius 0 hold, and are as close as the library's own clamps of 1e-8 let them be."""
+def _encloses(lower: Tensor, upper: Tensor, value: Tensor, moved: Tensor) -> bool:
+    """Bounds on a ball of radius 0 hold, and are as close as rounding and the library's own clamps of 1e-8 let them be."""
     if not lower.shape == upper.shape == value.shape:
         return False
     sound = (lower <= value + _rounding(value)) & (value - _rounding(value) <= upper)
-    return bool((sound & (upper - lower <= _TOLERANCE * (1 + value.abs().max()))).all())
+    return bool((sound & (upper - lower <= _TOLERANCE * (1 + value.abs().max()) + 2 * moved)).all())
+
+
+@dataclass(frozen=True)
+class _Intermediate:
+    """Bounds of the inputs of the nonlinear nodes over a batch of balls, moved outward for rounding.
+
+    Attributes:
+        bounds: By name of the input, in the order of execution.
+        errors: By how much they were moved.
+        of_logits: By how much bounds of the logits have to be moved, shape (B, K).
+    """
+
+    bounds: Intervals
+    errors: Mapping[str, Tensor]
+    of_logits: Tensor
 
 
 class LirpaRelaxation:
@@ -294,22 +312,30 @@ class LirpaRelaxation:
         self._bounded = bounded
         center, eps = (value.detach().to(bounded.device, torch.float64) for value in (ball.center, ball.eps))
         self._ball = Ball(center, eps, ball.norm)
-        self._intermediate: dict[Source, dict[str, Interval]] = {}
+        self._intermediate: dict[Source, _Intermediate] = {}
 
-    def intermediate(self, source: Source) -> Intervals:
-        """Bounds of the inputs of the nonlinear nodes, by name of the input, in the order of execution."""
-        engine = self._bounded._engine
+    def intermediate(self, source: Source) -> _Intermediate:
+        """Bounds of the inputs of the nonlinear nodes."""
+        engine, graph = self._bounded._engine, self._bounded.graph
         if source not in self._intermediate:
             known: dict[str, Interval] = {}
+            errors: dict[str, Tensor] = {}
+            values: dict[int, Interval] = {}  # of nonlinear nodes; what is 0 at least is so however it is rounded
+            rounding = Rounding(graph, self._ball, forwards=True)
             for node, name in engine.nonlinear():
-                if name in known:
-                    continue
-                lower, upper = engine.bounds(self._ball, "ibp", known, node=name)
-                if source == "crown" or (self._ball.norm != "linf" and not known):
-                    linear_lower, linear_upper = engine.input_bounds(self._ball, node, known)
-                    lower, upper = torch.maximum(lower, linear_lower), torch.minimum(upper, linear_upper)
-                known[name] = lower.detach(), upper.detach()
-            self._intermediate[source] = known
+                number = rounding.advance()
+                if name not in known:
+                    lower, upper = engine.bounds(self._ball, "ibp", known, node=name)
+                    if source == "crown" or (self._ball.norm != "linf" and not known):
+                        linear_lower, linear_upper = engine.input_bounds(self._ball, node, known)
+                        lower, upper = torch.maximum(lower, linear_lower), torch.minimum(upper, linear_upper)
+                    origin = graph.nodes[number].inputs[0]
+                    errors[name] = rounding.error(origin)
+                    moved = lower.detach() - errors[name], upper.detach() + errors[name]
+                    known[name] = intersect(moved, values[origin]) if origin in values else moved
+                values[number] = rounding.nonlinear(*known[name])
+            last = rounding.advance() - 1
+            self._intermediate[source] = _Intermediate(known, errors, rounding.error(last))
         return self._intermediate[source]
 
     def rows(self, coefficients: Tensor, method: Method | None = None) -> Interval:
@@ -320,26 +346,28 @@ class LirpaRelaxation:
             method: Method for these rows if it differs from the network's own.
 
         Returns:
-            lower, upper: Shape (B, S) each, float64, `lower <= c . f(x') <= upper` for all x' in the ball in exact
-            arithmetic. NaN where the engine could not give a bound, or a hidden bound was not finite.
+            lower, upper: Shape (B, S) each, float64, `lower <= c . f(x') <= upper` for all x' in the ball. NaN where the
+            engine could not give a bound, or this or a hidden bound is not finite or crosses its partner.
         """
         way = way_of(method or self._bounded.method)
-        known = self.intermediate(way.hidden)
+        hidden = self.intermediate(way.hidden)
         coefficients = coefficients.detach().to(self._ball.center)
-        lower, upper = self._bounded._engine.bounds(self._ball, way.rows, known, coefficients)
-        finite = torch.ones(len(lower), 1, dtype=torch.bool, device=lower.device)
-        for bound in (bound for pair in known.values() for bound in pair):
-            finite &= torch.isfinite(bound).flatten(1).all(1, keepdim=True)
-        return torch.where(finite, lower, torch.nan), torch.where(finite, upper, torch.nan)
+        lower, upper = self._bounded._engine.bounds(self._ball, way.rows, hidden.bounds, coefficients)
+        margin = (coefficients.abs() @ hidden.of_logits.unsqueeze(-1)).squeeze(-1)
+        lower, upper = lower - margin, upper + margin
+        proved = torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)
+        for pair in hidden.bounds.values():
+            proved &= ordered(*pair).unsqueeze(1)
+        return torch.where(proved, lower, torch.nan), torch.where(proved, upper, torch.nan)
 
     def preactivations(self) -> list[Interval]:
         """Bounds of the input of every nonlinear layer (ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool).
 
         Returns:
             One pair (lower, upper) a nonlinear layer, in the order of execution, each with the shape (B, ...) of that
-            layer's input. As the engine gives them: NaN stays NaN.
+            layer's input. NaN stays NaN.
         """
-        known = self.intermediate(way_of(self._bounded.method).hidden)
+        known = self.intermediate(way_of(self._bounded.method).hidden).bounds
         return [known[name] for _, name in self._bounded._engine.nonlinear()]
 
 

@@ -48,15 +48,20 @@ class Pullback:
         self._transposes = transposes or Transposes()
         self._inputs: dict[int, Interval] = {}
         self._lines: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
+        self._charges: dict[int, Tensor] = {}
 
-    def add(self, number: int, lower: Tensor, upper: Tensor) -> None:
-        """Tell the bounds of the input of a nonlinear node."""
+    def add(self, number: int, lower: Tensor, upper: Tensor, charge: Tensor | None = None) -> None:
+        """Tell the bounds of the input of a nonlinear node, and by how much to move its lines outward for rounding."""
         self._inputs[number] = lower, upper
         operation = self._graph.nodes[number].operation
         if isinstance(operation, Activation):
             slope_low, constant_low, slope_high, constant_high = operation.lines(lower, upper)
+            if charge is not None:
+                constant_low, constant_high = constant_low - charge, constant_high + charge
             flat = bool((constant_low == 0).all())
             self._lines[number] = slope_low, None if flat else constant_low, slope_high, constant_high
+        elif charge is not None:
+            self._charges[number] = charge
 
     def part(self, samples: Tensor | slice) -> Pullback:
         """The same for some samples of the batch."""
@@ -66,6 +71,7 @@ class Pullback:
         for number, (slope_low, constant_low, slope_high, constant_high) in self._lines.items():
             low = None if constant_low is None else constant_low[samples]
             part._lines[number] = slope_low[samples], low, slope_high[samples], constant_high[samples]
+        part._charges = {number: charge[samples] for number, charge in self._charges.items()}
         return part
 
     def upper(self, node: int, rows: Tensor, units: UnitRows | None = None) -> Tensor:
@@ -221,6 +227,8 @@ class Pullback:
             else:
                 assert isinstance(operation, MaxPool)
                 row, (lower, upper) = row.own(), self._inputs[number]
+                if number in self._charges:
+                    total = total + row.with_values(row.values.abs()).dot(row.view(self._charges[number]))
                 entries = row.values.reshape(*row.values.shape[:2], row.shape[0], -1)
                 spread, constant = through_pool(operation, entries, upper, *operation.leaders(lower, upper))
                 total = total + constant

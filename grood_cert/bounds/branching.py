@@ -38,7 +38,8 @@ from grood_cert.bounds.domains import Domains, Passage, cases, emptied, root, ti
 from grood_cert.bounds.engine import Side, sign_of
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction, worst
-from grood_cert.errors import InputError
+from grood_cert.bounds.rounding import largest_of, of_score
+from grood_cert.errors import InputError, RunError
 from grood_cert.interval import Interval
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.graph import Graph
@@ -152,7 +153,7 @@ class _Search:
     ) -> None:
         self.graph, self.ball, self.batch, self.steps = graph, ball, batch, steps
         self.gamma, self.score, self.side, self.reduction = gamma, score, side, reduction(score, side)
-        self.goal = self.reduction.inner(gamma)
+        self.goal = self.reduction.inner(gamma - sign_of(side) * _slack(graph, score, gamma))
         self.level = self.goal - _STRICTNESS * (1 + abs(self.goal))
         self.layers = len(graph.nonlinear)
         self.shapes = [graph.nodes[number].shape for number in graph.nonlinear]
@@ -302,6 +303,11 @@ class _Search:
         return worst.scatter_reduce(0, open_.sample, open_.bound, "amax"), used, late
 
 
+def _slack(graph: Graph, score: Score, gamma: float) -> float:
+    """What an evaluation of S near gamma may be off, so that a goal this far below proves S < gamma."""
+    return float(of_score(score, graph, torch.tensor(gamma, dtype=torch.float64), torch.tensor(0.0)))
+
+
 def _maximiser(ball: Ball, passage: Passage) -> Tensor:
     """Where the linear function that a row became is largest on the ball: the derivative of the support function."""
     assert passage.image is not None
@@ -372,6 +378,7 @@ def branch_and_bound(
 
     Raises:
         InputError: If the network has other nonlinear layers, or an argument makes no sense.
+        RunError: If a whole ball is proved empty, which shows that bounds are wrong.
 
     Example:
         >>> from grood_cert.networks.capture import capture
@@ -397,7 +404,7 @@ def branch_and_bound(
         domains, sample = cases(whole, reduced)
         value = plain(domains, reduced)
         bound = torch.where(proved, reduced.outer(worst(value, sample, count)), torch.inf)
-        index = (proved & ~(bound < sign * gamma)).nonzero().squeeze(1)
+        index = (proved & ~(bound < sign * gamma - _slack(graph, score, gamma))).nonzero().squeeze(1)
     if len(index):
         place = torch.full_like(used, -1)
         place[index] = torch.arange(len(index), device=index.device)
@@ -407,6 +414,7 @@ def branch_and_bound(
             search, domains.at(own), place[sample[own]], value[own], nodes, deadline
         )
         bound[index], refuted[index], points[index] = reduced.outer(found), search.refuted, search.points
+    bound = bound + of_score(score, graph, bound, largest_of(*whole.outputs))
     bound = torch.where(torch.isfinite(bound), sign * bound, torch.nan)
     decided = bound < gamma if side == "upper" else bound > gamma
     return Branched(bound, decided, refuted, points, used, timed_out & ~decided & ~refuted)
@@ -420,7 +428,9 @@ def _below_root(
     Returns:
         The worst case of every ball, numbers of domains bounded, and who ran out of time.
     """
-    domains, _ = emptied(tightened(domains, search.outputs(), _LOGIT_STEPS))
+    domains, empty = emptied(tightened(domains, search.outputs(), _LOGIT_STEPS))
+    if bool(empty.any()):
+        raise RunError(f"{int(empty.sum())} whole balls were proved empty: their bounds cannot be trusted")
     count = len(search.refuted)
     depth = torch.zeros_like(sample)
     leaves = search.solve(sample, domains, depth, None, _ROOT_STEPS)

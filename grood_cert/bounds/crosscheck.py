@@ -3,10 +3,10 @@ r"""Both engines bound the same balls: they share no code, so an error in one of
 Compared are, by the same method, S_lb, S_ub and the bounds l_k, u_k of every logit.
 
 * *The same lines.* Where rows are pulled back to the image through (leaky) ReLUs whose inputs are bounded alike, both
-  engines compute the same numbers and differ by rounding only, in both directions: the native margins, 1e-12 of the
-  magnitude m of what was summed, enter at each of n layers, directly and through the lines around it, so
+  engines compute the same numbers and differ by what they are moved outward for rounding, in both directions: directly and
+  through the lines around each of n layers, at most by the errors E carried forwards (`rounding`), so
 
-      |a - b| <= 1e-8 (1 + |b|) + 2e-12 n m.
+      |a - b| <= 1e-8 (1 + |b|) + 2 n max E.
 
   Typical are 1e-13 to 1e-10. Not so for a sample with a neuron whose two lower lines are equally good, where rounding chooses, or whose interval ends so
   near 0 that the library's clamps of 1e-8 matter; nor, for l_2 and l_1 balls, in a network that adds paths, whose
@@ -31,9 +31,10 @@ from grood_cert import attacks
 from grood_cert.ball import Ball
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
+from grood_cert.bounds.rounding import follow
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import SoundnessError
-from grood_cert.interval import ROUNDING, Interval
+from grood_cert.interval import Interval
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.operations import Addition
 from grood_cert.scores import ENERGY, Score, score_gradient
@@ -126,7 +127,8 @@ def _same_lines(native: NativeNetwork, ball: Ball, method: Method) -> tuple[Tens
     """Whether both engines take the same lines for a sample, and what the native margins may add, shape (B,) each."""
     nodes, nonlinear = native.folded.nodes, native.folded.nonlinear
     hidden = native.relax(ball).hidden(method)
-    rounding = 2 * len(nodes) * ROUNDING * hidden.magnitudes[-1].amax(1)
+    errors = follow(native.folded, hidden.ball, tuple(hidden.inputs.values()), forwards=True)
+    rounding = 2 * len(nodes) * errors.error(len(nodes) - 1).amax(1)
     alike = torch.ones_like(ball.eps, dtype=torch.bool)
     if way_of(method).rows == "ibp" or not all(isinstance(nodes[i].operation, LeakyReLU) for i in nonlinear):
         return ~alike, rounding

@@ -9,7 +9,8 @@ linear, convolution, BatchNorm, pooling and addition layers with ReLU or leaky R
 
 For l_2 and l_1 balls whatever depends on the image linearly is bounded over the ball itself, not over its box, by every
 method. Bounds are never looser than auto_LiRPA's by more than rounding, but for smooth activations, whose lines here lie
-within a few per cent of the best ones and are tighter as a rule. They are computed in float64 and moved outward by 1e-12 of the magnitudes summed; other precisions are not offered.
+within a few per cent of the best ones and are tighter as a rule. They are computed in float64 and moved outward by what
+rounding can do to them and to the network's evaluation (`rounding`).
 
 Speed comes from four things: hidden units of convolutional layers are bounded on the window of each layer that they can
 see (`windows`), other layers only where a bound can matter, diagonal layers are folded away (`folding`), and rows are
@@ -29,7 +30,7 @@ from grood_cert.bounds.folding import folded
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.errors import InputError
-from grood_cert.interval import ROUNDING, Interval
+from grood_cert.interval import Interval
 from grood_cert.networks.capture import capture
 from grood_cert.networks.graph import Graph
 
@@ -150,7 +151,7 @@ class NativeRelaxation:
         )
         with torch.no_grad():
             lower, upper = hidden.relaxed.linear(len(graph.nodes) - 1, coefficients, self._bounded.memory, closed)
-            margin = ROUNDING * (coefficients.abs() @ hidden.magnitudes[-1].unsqueeze(-1)).squeeze(-1)
+            margin = (coefficients.abs() @ hidden.rounding.margin(len(graph.nodes) - 1).unsqueeze(-1)).squeeze(-1)
             lower, upper = lower - margin, upper + margin
             proved = hidden.proved.unsqueeze(1) & torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)
             return torch.where(proved, lower, torch.nan), torch.where(proved, upper, torch.nan)

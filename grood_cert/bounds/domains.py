@@ -16,7 +16,8 @@ the domain on which a linear condition c . f + d >= 0 holds,
 
 and a crossed interval proves V empty (INVPROP).
 
-Bounds are moved outward by 1e-12 of the size of what was summed.
+Bounds are moved outward by what rounding can do (`rounding`): lines by their charges, a multiplier's term beta s_j z_j by
+beta times how far z_j may be off. A sign is that of the neuron as it is evaluated.
 
 References:
     Wang et al., "Beta-CROWN", NeurIPS 2021; Kotha et al., "Provably Bounding Neural Network Preimages", NeurIPS 2023
@@ -36,6 +37,7 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.linear_rows import over_rows, through_pool
 from grood_cert.bounds.reduction import Head, Reduction
+from grood_cert.bounds.rounding import follow
 from grood_cert.errors import InputError
 from grood_cert.interval import ROUNDING, Interval, crossed, ordered
 from grood_cert.networks.activations import Activation, LeakyReLU
@@ -98,12 +100,12 @@ class Passage:
     Attributes:
         image: Its coefficients at the image, shape (B, R, d).
         coefficients: Its coefficients behind every nonlinear layer it crossed, shape (B, R, *layer) each.
-        biases: Sum of |a| |b| over the biases b it met, shape (B, R).
+        margin: What rounding can do beyond the charges of lines, shape (B, R).
     """
 
     image: Tensor | None = None
     coefficients: dict[int, Tensor] = field(default_factory=dict)
-    biases: Tensor | float = 0.0
+    margin: Tensor | float = 0.0
 
 
 class FreePullback:
@@ -116,6 +118,7 @@ class FreePullback:
         signs: Fixed signs, see `Domains`.
 
     Attributes:
+        rounding: How far every node may be off on the domains.
         start: CROWN's parameters, shape (B, N): a slope for an unstable neuron, 0 for any other.
         largest: Largest admissible parameters: 1, infinity for multipliers, 0 where there is nothing to choose.
         smallest: Smallest admissible parameters.
@@ -124,6 +127,7 @@ class FreePullback:
     def __init__(self, graph: Graph, ball: Ball, inputs: Sequence[Interval], signs: Tensor) -> None:
         self.graph, self.ball, self.signs = graph, ball, signs
         self.inputs = dict(zip(graph.nonlinear, inputs, strict=False))
+        self.rounding = follow(graph, ball, inputs)
         self.lines: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.places: dict[int, slice] = {}
         self.unstable: dict[int, Tensor] = {}
@@ -135,7 +139,9 @@ class FreePullback:
             operation = graph.nodes[number].operation
             if not isinstance(operation, Activation):
                 continue
-            self.lines[number] = operation.lines(lower, upper)
+            below, constant_low, above, constant_high = operation.lines(lower, upper)
+            charge = self.rounding.charges[number]
+            self.lines[number] = below, constant_low - charge, above, constant_high + charge
             if not isinstance(operation, LeakyReLU):
                 continue
             part = slice(place, place + graph.nodes[number].size)
@@ -165,6 +171,9 @@ class FreePullback:
         graph = self.graph
         pending = dict(rows)
         constants: Tensor | float = 0.0
+        if passage is not None:
+            for number, row in rows.items():
+                self._note(passage, number, row)
         for number in range(max(pending), 0, -1):
             if number not in pending:
                 continue
@@ -173,22 +182,21 @@ class FreePullback:
             operation, dimensions = current.operation, len(current.shape)
             if isinstance(operation, LinearMap):
                 if operation.bias is not None:
-                    axes = tuple(range(-dimensions, 0))
-                    constants = constants + (row * operation.bias).sum(axes)
-                    if passage is not None:
-                        passage.biases = passage.biases + (row.abs() * operation.bias.abs()).sum(axes)
+                    constants = constants + (row * operation.bias).sum(tuple(range(-dimensions, 0)))
                 row = over_rows(operation.transpose, row, dimensions)
             elif not isinstance(operation, Addition):
                 if passage is not None:
                     passage.coefficients[number] = row
                 if isinstance(operation, MaxPool):
-                    lower, upper = self.inputs[number]
+                    passed, (lower, upper) = row, self.inputs[number]
                     alone = (operation.routing(lower, upper)[0] > 0).any(2)
                     row, term = through_pool(
                         operation, row.flatten(3), upper, operation.leaders(lower, upper)[0], alone
                     )
+                    charge = self.rounding.charges[number].flatten(1).unsqueeze(-1)
+                    term = term + (passed.abs().flatten(2) @ charge).squeeze(-1)
                 else:
-                    row, term = self._through_activation(number, row, values)
+                    row, term = self._through_activation(number, row, values, passage)
                 constants = constants + term
             for target in current.inputs:
                 pending[target] = pending[target] + row if target in pending else row
@@ -197,31 +205,26 @@ class FreePullback:
             passage.image = image
         return (image @ self.ball.center.flatten(1).unsqueeze(-1)).squeeze(-1) + self.ball.support(image) + constants
 
-    def _through_activation(self, number: int, row: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _through_activation(
+        self, number: int, row: Tensor, values: Tensor, passage: Passage | None
+    ) -> tuple[Tensor, Tensor]:
         slope_low, constant_low, slope_high, constant_high = (line.unsqueeze(1) for line in self.lines[number])
         positive, negative = row.clamp(min=0), row.clamp(max=0)
         constant = (positive.flatten(2) @ constant_high.flatten(2).mT).squeeze(-1)
+        constant = constant + (negative.flatten(2) @ constant_low.flatten(2).mT).squeeze(-1)
         if number not in self.places:
-            constant = constant + (negative.flatten(2) @ constant_low.flatten(2).mT).squeeze(-1)
             return positive * slope_high + negative * slope_low, constant
-        shape = self.graph.nodes[number].shape
+        node = self.graph.nodes[number]
         push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)
-        row = positive * slope_high + negative * self.slopes(number, values) + push.unflatten(-1, shape)
-        return row, constant
+        push = push.unflatten(-1, node.shape)
+        if passage is not None:
+            self._note(passage, node.inputs[0], push)
+        return positive * slope_high + negative * self.slopes(number, values) + push, constant
 
-    def margin(self, passage: Passage) -> Tensor:
-        """Rounding: 1e-12 of the size of what was summed on the way, shape (B, R)."""
-        farthest = torch.maximum(self.ball.lower.abs(), self.ball.upper.abs()).flatten(1)
-        assert passage.image is not None
-        size = (passage.image.abs() @ farthest.unsqueeze(-1)).squeeze(-1) + passage.biases
-        for number, row in passage.coefficients.items():
-            lower, upper = self.inputs[number]
-            reach = torch.maximum(lower.abs(), upper.abs()).flatten(1)
-            if isinstance(self.graph.nodes[number].operation, MaxPool):
-                size = size + row.abs().flatten(2).sum(2) * reach.amax(1, keepdim=True)
-            else:
-                size = size + (row.abs().flatten(2) @ reach.unsqueeze(-1)).squeeze(-1)
-        return ROUNDING * size
+    def _note(self, passage: Passage, number: int, rows: Tensor) -> None:
+        """Rows that start at a node: it may be off."""
+        margin = self.rounding.margin(number).flatten(1).unsqueeze(-1)
+        passage.margin = passage.margin + (rows.abs().flatten(2) @ margin).squeeze(-1)
 
 
 def descend(
@@ -351,7 +354,7 @@ def _row_bounds(
             sources[output] = sources[output] + pushed if node == output else pushed
             extra = price * constant.unsqueeze(1)
         value = pullback.upper(sources, parameters[..., :lines], passage) + extra
-        return value if passage is None else value + pullback.margin(passage) + ROUNDING * extra.abs()
+        return value if passage is None else value + passage.margin + ROUNDING * extra.abs()
 
     def extended(part: Tensor, price: float) -> Tensor:
         return functional.pad(part, (0, 1), value=price).unsqueeze(1).expand(-1, rows.shape[1], -1)

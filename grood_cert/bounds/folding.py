@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from grood_cert.networks.builder import reached
 from grood_cert.networks.graph import Graph, Node
-from grood_cert.networks.operations import Convolution, Dense, Reshape, Scale, channelwise
+from grood_cert.networks.operations import Convolution, Dense, LinearMap, Reshape, Scale, channelwise
 
 _Layer = Convolution | Dense | Scale
 
@@ -32,6 +33,27 @@ def _times(factor: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else factor * bias
 
 
+def _reshaped(part: Tensor | None, source: tuple[int, ...], target: tuple[int, ...]) -> Tensor | None:
+    return None if part is None else part.expand(source).reshape(target)
+
+
+def _shift(operation: LinearMap, bias: Tensor | None, shape: tuple[int, ...], alike: bool) -> Tensor:
+    """W s for a shift s; the same number for all places of a channel if they are alike."""
+    assert bias is not None
+    shift = operation.linear(bias.expand(shape).unsqueeze(0)).squeeze(0)
+    return shift[:, :1, :1] if alike else shift
+
+
+def _constants(
+    bias: Tensor | None, summed: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """A bias and what was summed to get it, of the same shape."""
+    bias, summed = _constant(bias, shape), _constant(summed, shape)
+    if bias is not None and summed is not None:
+        summed = summed.expand(torch.broadcast_shapes(bias.shape, summed.shape))
+    return bias, summed
+
+
 def _constant(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """A bias as layers hold it, (K,) or (C, 1, 1), where it is one number a channel."""
     values = None if bias is None else channelwise(bias, shape)
@@ -41,13 +63,15 @@ def _constant(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 def _behind(operation: _Layer, scale: Scale, shape: tuple[int, ...]) -> _Layer | None:
     """The layer followed by the diagonal map, on a value of the given shape; None if that is no such layer."""
     bias = _plus(_times(scale.factor, operation.bias), scale.bias)
+    summed = _plus(_times(scale.factor.abs(), operation.size), scale.size)
     if isinstance(operation, Scale):
-        return Scale(operation.factor * scale.factor, bias)
+        return Scale(operation.factor * scale.factor, bias, summed)
     factor = channelwise(scale.factor, shape)
     if factor is None:
         return None
     weight = operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 1))
-    return replace(operation, weight=weight, bias=_constant(bias, shape))
+    bias, summed = _constants(bias, summed, shape)
+    return replace(operation, weight=weight, bias=bias, summed=summed)
 
 
 def _before(scale: Scale, operation: _Layer, node: Node, shape: tuple[int, ...], borders: bool) -> _Layer | None:
@@ -56,16 +80,16 @@ def _before(scale: Scale, operation: _Layer, node: Node, shape: tuple[int, ...],
     convolution = isinstance(operation, Convolution)
     if isinstance(operation, Scale) or factor is None or (isinstance(operation, Convolution) and operation.groups != 1):
         return None
-    bias, padded = operation.bias, isinstance(operation, Convolution) and any(operation.padding)
+    bias, summed, padded = operation.bias, operation.size, isinstance(operation, Convolution) and any(operation.padding)
     if scale.bias is not None:
         if padded and not borders:
             return None
-        shift = operation.linear(scale.bias.expand(shape).unsqueeze(0)).squeeze(0)
-        if convolution and not padded and channelwise(scale.bias, shape) is not None:
-            shift = shift[:, :1, :1]
-        bias = _plus(shift, bias)
+        alike = convolution and not padded and channelwise(scale.bias, shape) is not None
+        bias = _plus(_shift(operation, scale.bias, shape, alike), bias)
+        summed = _plus(_shift(operation.absolute(), scale.size, shape, alike), summed)
     weight = operation.weight * factor.reshape(-1, *[1] * (operation.weight.dim() - 2))
-    return replace(operation, weight=weight, bias=_constant(bias, node.shape))
+    bias, summed = _constants(bias, summed, node.shape)
+    return replace(operation, weight=weight, bias=bias, summed=summed)
 
 
 def folded(graph: Graph, borders: bool = True) -> Graph:
@@ -100,10 +124,11 @@ def folded(graph: Graph, borders: bool = True) -> Graph:
         elif source is not None and isinstance(source.operation, Scale):
             scale = source.operation
             if isinstance(operation, Reshape) and operation.bias is None:
-                factor = scale.factor.expand(source.shape).reshape(node.shape)
-                bias = None if scale.bias is None else scale.bias.expand(source.shape).reshape(node.shape)
+                parts = (scale.factor, scale.bias, scale.summed)
                 nodes.append(Node(operation, source.inputs, node.shape, node.name))
-                merged = Scale(factor, bias)
+                factor, bias, summed = (_reshaped(part, source.shape, node.shape) for part in parts)
+                assert factor is not None
+                merged = Scale(factor, bias, summed)
                 nodes.append(Node(merged, (len(nodes) - 1,), node.shape, source.name))
             elif isinstance(operation, _Layer):
                 merged = _before(scale, operation, node, source.shape, borders)
@@ -112,4 +137,4 @@ def folded(graph: Graph, borders: bool = True) -> Graph:
         if merged is None:
             nodes.append(replace(node, inputs=inputs))
         place[number] = len(nodes) - 1
-    return Graph(reached(nodes))
+    return replace(graph, nodes=reached(nodes))

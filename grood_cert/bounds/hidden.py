@@ -8,10 +8,8 @@ l_1 balls, whose box is larger, they are computed for "ibp" as well; for l_inf o
 
 Diagonal layers are folded into their neighbours first (`folding`).
 
-Sources are intersected: largest lower, smallest upper bound. Each is first moved outward by 1e-12 of
-|W| |x| + |b|, the magnitude of what was summed (|x| of an activation is the larger of |sigma(z)| and |z|), so
-exact-arithmetic claims survive rounding. A sample whose bounds
-cross or are not finite is *not proved*.
+Sources are intersected: largest lower, smallest upper bound. Each is moved outward by what rounding can do (`rounding`),
+to the network's evaluation and to the bound. A sample whose bounds cross or are not finite is *not proved*.
 
 References:
     Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS 2018.
@@ -29,12 +27,13 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.backward import Pullback
 from grood_cert.bounds.engine import BoundedNetwork, Source
 from grood_cert.bounds.folding import folded
-from grood_cert.bounds.intervals import magnitude, through
+from grood_cert.bounds.intervals import through
 from grood_cert.bounds.linear_rows import Transposes
+from grood_cert.bounds.rounding import Rounding
 from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, gaps, weights_of_gaps
 from grood_cert.errors import InputError
-from grood_cert.interval import Interval, intersect, ordered, outward
-from grood_cert.networks.activations import Activation, LeakyReLU
+from grood_cert.interval import Interval, intersect, ordered
+from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph, Node
 from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
@@ -87,13 +86,6 @@ def slopes_of(operation: object, lower: Tensor, upper: Tensor) -> Interval:
     return operation.routing(lower, upper)
 
 
-def _is_exact(operation: object) -> bool:
-    """Whether ends are mapped without rounding; lower bounds of 0 that tie in a maximum pool then go on to do so."""
-    if isinstance(operation, LinearMap):
-        return operation.moves and operation.bias is None
-    return isinstance(operation, MaxPool) or operation == LeakyReLU()
-
-
 def _wanted(operation: object, lower: Tensor, upper: Tensor, last: bool) -> Tensor:
     """Entries of a nonlinear layer's input whose tighter bounds could make a difference."""
     if isinstance(operation, Activation):
@@ -140,7 +132,7 @@ class Hidden:
     Attributes:
         inputs: Bounds of the input of every nonlinear node, by its number, in execution order.
         intervals: Bounds of the value of every node.
-        magnitudes: What was summed to get the value of every node, in absolute values: rounding is a share of it.
+        rounding: How far every node may be off.
         relaxed: Pulls rows of any node back to the image.
         proved: Whether the bounds of all inputs are finite and ordered, shape (B,).
     """
@@ -155,10 +147,11 @@ class Hidden:
         transposes: Transposes | None = None,
     ) -> None:
         self.graph = graph
+        self.ball = ball
         self.source = source
         self.inputs: dict[int, Interval] = {}
         self.intervals: list[Interval] = [(ball.lower, ball.upper)]
-        self.magnitudes: list[Tensor] = [torch.maximum(ball.lower.abs(), ball.upper.abs())]
+        self.rounding = Rounding(graph, ball)
         self.relaxed = Pullback(graph, ball, transposes)
         self.proved = torch.ones(len(ball.center), dtype=torch.bool, device=ball.center.device)
         self._exact = ball.norm == "linf"
@@ -168,12 +161,11 @@ class Hidden:
         for number, node in enumerate(graph.nodes[1:], 1):
             if isinstance(node.operation, LinearMap | Addition):
                 self._before_linear(number, node)
+                value = through(node.operation, [self.intervals[origin] for origin in node.inputs])
+                self.rounding.linear()
+                self.intervals.append(self._outward(number, *value))
             else:
                 self._before_nonlinear(number, node, known.get(number))
-            value = through(node.operation, [self.intervals[origin] for origin in node.inputs])
-            magnitudes = [self.magnitudes[origin] for origin in node.inputs]
-            self.magnitudes.append(magnitude(node.operation, magnitudes, self.intervals[node.inputs[0]], value))
-            self.intervals.append(value if _is_exact(node.operation) else outward(*value, self.magnitudes[-1]))
 
     def _sharpen(self, origin: int, wanted: Tensor) -> None:
         """Intersect the interval of a node with linear bounds of the wanted entries.
@@ -183,8 +175,11 @@ class Hidden:
         lower, upper = self.relaxed.bounds(origin, wanted.flatten(1), self._memory)
         lower = torch.where(wanted, lower.reshape(wanted.shape), -torch.inf)
         upper = torch.where(wanted, upper.reshape(wanted.shape), torch.inf)
-        found = outward(lower, upper, self.magnitudes[origin])
-        self.intervals[origin] = intersect(self.intervals[origin], found)
+        self.intervals[origin] = intersect(self.intervals[origin], self._outward(origin, lower, upper))
+
+    def _outward(self, number: int, lower: Tensor, upper: Tensor) -> Interval:
+        margin = self.rounding.margin(number)
+        return lower - margin, upper + margin
 
     def _before_linear(self, number: int, node: Node) -> None:
         if self._affine.issuperset(node.inputs):
@@ -199,11 +194,12 @@ class Hidden:
         if linear and not (self._exact and self.graph.nodes[origin].inputs == (0,)):
             self._sharpen(origin, _wanted(operation, *self.intervals[origin], number == self.graph.nonlinear[-1]))
         if given is not None:
-            self.intervals[origin] = intersect(self.intervals[origin], outward(*given, self.magnitudes[origin]))
+            self.intervals[origin] = intersect(self.intervals[origin], given)
         lower, upper = self.intervals[origin]
         self.proved = self.proved & ordered(lower, upper)
         self.inputs[number] = lower, upper
-        self.relaxed.add(number, lower, upper)
+        self.intervals.append(self.rounding.nonlinear(lower, upper))
+        self.relaxed.add(number, lower, upper, self.rounding.charges[number])
 
 
 def logit_rows(classes: int) -> Tensor:
@@ -269,9 +265,9 @@ def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> 
 
 def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, Interval]:
     """Bounds of the logits, and of their differences."""
-    logits, magnitude = known.intervals[-1], known.magnitudes[-1]
-    batch, classes = magnitude.shape
-    rows = logit_rows(classes).to(magnitude)
+    logits, margin = known.intervals[-1], known.rounding.margin(len(known.graph.nodes) - 1)
+    batch, classes = margin.shape
+    rows = logit_rows(classes).to(margin)
     if given is not None and (given[0].shape != (batch, len(rows)) or given[1].shape != (batch, len(rows))):
         raise InputError(
             f"expected bounds of {len(rows)} rows, shape {(batch, len(rows))}, got {tuple(given[0].shape)}"
@@ -280,11 +276,13 @@ def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interva
         used = rows if classes <= _PAIRWISE_UP_TO else rows[:classes]
         found = known.relaxed.linear(len(known.graph.nodes) - 1, used.expand(batch, -1, -1), memory)
         if len(used) < len(rows):
-            pad = torch.full((batch, len(rows) - classes), torch.inf).to(magnitude)
+            pad = torch.full((batch, len(rows) - classes), torch.inf).to(margin)
             found = torch.cat([found[0], -pad], 1), torch.cat([found[1], pad], 1)
+        moved = margin @ rows.abs().T
+        found = found[0] - moved, found[1] + moved
         given = found if given is None else intersect(given, found)
     if given is None:
         return logits, gaps(*logits)
-    lower, upper = outward(*given, magnitude @ rows.abs().T)
+    lower, upper = given
     logits = intersect(logits, (lower[:, :classes], upper[:, :classes]))
     return logits, gaps(*logits, (lower[:, classes:], upper[:, classes:]))

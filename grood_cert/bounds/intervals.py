@@ -1,15 +1,12 @@
 r"""Interval arithmetic through a network, one layer at a time.
 
 |x - c| <= r gives |W x - W c| <= |W| r coordinate by coordinate; monotone functions map ends to ends. Nothing is moved
-outward here: `hidden` does so where a certificate is wanted.
+outward here: `hidden` does so where a certificate is wanted (`rounding`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.interval import Interval
@@ -32,25 +29,6 @@ def through(operation: Operation | None, inputs: Sequence[Interval]) -> Interval
         return operation.values(lower, upper)
     assert isinstance(operation, MaxPool)
     return operation(lower), operation(upper)
-
-
-def magnitude(operation: Operation | None, inputs: Sequence[Tensor], read: Interval, value: Interval) -> Tensor:
-    """Size of what is summed to get a layer's value, of which rounding is a share.
-
-    Args:
-        operation: The layer.
-        inputs: The same of what it reads.
-        read: Bounds of what it reads. Lines around a flat activation cancel terms of this size.
-        value: Bounds of its value.
-    """
-    if isinstance(operation, LinearMap):
-        return operation.absolute()(inputs[0])
-    if isinstance(operation, Addition):
-        return inputs[0] + inputs[1]
-    before = torch.maximum(read[0].abs(), read[1].abs())
-    if isinstance(operation, MaxPool):
-        before = operation(before)
-    return torch.maximum(torch.maximum(value[0].abs(), value[1].abs()), before)
 
 
 def intervals(graph: Graph, ball: Ball) -> list[Interval]:

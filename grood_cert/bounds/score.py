@@ -31,8 +31,8 @@ the network.
 
 The best of the joint and per-logit bounds is returned, so a joint bound is never looser than a per-logit one.
 
-Bounds are in exact-arithmetic semantics, computed in float64 and moved outward by 1e-12 of the logits' scale to cover
-rounding. Whatever is NaN, infinite or crossed comes out as NaN: not proved.
+Bounds are computed in float64 and moved outward by 1e-12 of the logits' scale for their own rounding, and by what an
+evaluation of S may be off (`rounding`). Whatever is NaN, infinite or crossed comes out as NaN: not proved.
 
 References:
     Wei et al., "Convex Bounds on the Softmax Function", AISTATS 2023 (the chord); Zhang et al., NeurIPS 2018 (CROWN).
@@ -48,6 +48,7 @@ from torch import Tensor
 from grood_cert.ball import Ball
 from grood_cert.bounds.engine import BoundedNetwork, Method, Relaxation
 from grood_cert.bounds.reduction import Head, possible_winners, reduction
+from grood_cert.bounds.rounding import largest_of, of_score
 from grood_cert.errors import InputError
 from grood_cert.interval import ROUNDING, Interval, crossed, intersect
 from grood_cert.scores import ENERGY, MSP, Energy, MaxLogit, Score, energy
@@ -294,11 +295,18 @@ def score_bounds(
     for joint in found.lower_joint:
         joint = torch.where(torch.isfinite(joint), joint, -torch.inf)
         best_lower = torch.maximum(joint - ROUNDING * (1 + joint.abs()), best_lower)
+    largest = largest_of(logits.lower, logits.upper)
+    best_upper, upper_per_logit = (
+        bound + of_score(score, bounded.graph, bound, largest) for bound in (best_upper, found.upper_per_logit)
+    )
+    best_lower, lower_per_logit = (
+        bound - of_score(score, bounded.graph, bound, largest) for bound in (best_lower, found.lower_per_logit)
+    )
     known = logits.known & torch.isfinite(best_lower) & torch.isfinite(best_upper) & (best_lower <= best_upper)
     nan = torch.full_like(best_lower, torch.nan)
     return ScoreBounds(
         lower=torch.where(known, best_lower, nan),
         upper=torch.where(known, best_upper, nan),
-        lower_per_logit=torch.where(known, found.lower_per_logit, nan),
-        upper_per_logit=torch.where(known, found.upper_per_logit, nan),
+        lower_per_logit=torch.where(known, lower_per_logit, nan),
+        upper_per_logit=torch.where(known, upper_per_logit, nan),
     )

@@ -41,6 +41,7 @@ from grood_cert.certification.stages import Means, stages_of
 from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import SoundnessError
+from grood_cert.networks.capture import capture
 from grood_cert.scores import score_gradient
 
 
@@ -117,7 +118,8 @@ class Cascade:
     def __init__(self, detector: Detector, settings: Settings, together: int | None = None) -> None:
         settings.check(detector.shape)
         check_network(detector.network)
-        self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1])
+        graph = capture(detector.network, detector.shape).deployed(settings.deployment)
+        self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1], graph)
         self.detector, self.settings = detector, settings
         guard = Guard(together)
         self.failures = guard.failures

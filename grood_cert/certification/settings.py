@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 from grood_cert import attacks
 from grood_cert.ball import Norm, check_eps
@@ -11,6 +11,7 @@ from grood_cert.bounds.engine import Method
 from grood_cert.bounds.engines import ENGINES, Engine
 from grood_cert.certification.outcomes import LINEAR, STAGES
 from grood_cert.errors import InputError
+from grood_cert.networks.graph import Deployment
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Settings:
         seed: Seed of the attacks' starting points and of the choice of samples.
         time_limit: Seconds a sample may take on average over its batch before refining stages stop; 0: no limit. With
             a limit, results depend on the machine.
+        deployment: "float64" or "float32": the arithmetic in which the network will be evaluated, whose rounding bounds
+            cover beside that of float64.
         per_logit: Whether to search radii from bounds of each logit alone too, for comparison.
     """
 
@@ -74,6 +77,7 @@ class Settings:
     batch_size: int = 64
     seed: int = 0
     time_limit: float = 0.0
+    deployment: Deployment = "float64"
     per_logit: bool = False
 
     def check(self, shape: tuple[int, int, int]) -> None:
@@ -94,6 +98,8 @@ class Settings:
             raise InputError(f"the stages need one of {', '.join(LINEAR)}: the others stand on their bounds")
         if self.engine not in ENGINES:
             raise InputError(f"unknown engine {self.engine!r}; use one of {', '.join(ENGINES)}")
+        if self.deployment not in get_args(Deployment):
+            raise InputError(f"unknown deployment {self.deployment!r}; use one of {', '.join(get_args(Deployment))}")
         if not 0 < self.precision < 1:
             raise InputError(f"precision must lie between 0 and 1, got {self.precision!r}")
         if not 0 <= self.time_limit < float("inf"):

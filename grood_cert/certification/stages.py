@@ -15,6 +15,7 @@ from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import Branched, branch_and_bound
 from grood_cert.bounds.engine import BoundedNetwork, Method
 from grood_cert.bounds.hidden import Preactivations, engine_preactivations
+from grood_cert.bounds.rounding import evaluation_error
 from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification.envelope import Envelope
 from grood_cert.certification.guard import Guard
@@ -217,11 +218,11 @@ class Lipschitz(Refinement):
         """Both radii of every sample, and bounds on the grid of the path integral."""
         envelope = state.envelope
         furthest = torch.where(state.right, 1.25 * state.adversary.radius, 0.0).clamp(max=self.means.limit)
-        rounding = ROUNDING * (1 + envelope.score.abs())
+        everyone, largest = torch.arange(len(furthest), device=furthest.device), float(furthest.max())
+        error = self.evaluation_error(state, everyone, torch.full_like(furthest, largest))
+        rounding = ROUNDING * (1 + envelope.score.abs()) + 2 * error
         margin = torch.where(state.right, envelope.margin - rounding, 0.0).clamp(min=0)
-        everyone = torch.arange(len(margin), device=margin.device)
         radii = dict.fromkeys(("fixed_point", "path"), torch.zeros_like(margin))
-        largest = float(furthest.max())
         if largest > 0:
             grid = furthest.clamp(min=largest * 1e-6)[:, None] * torch.arange(1, _PATH_POINTS + 1).to(margin)
             grid = (grid / _PATH_POINTS).clamp(max=self.means.limit)
@@ -238,6 +239,16 @@ class Lipschitz(Refinement):
                 far = distance + rounding
                 bound = envelope.score + far if state.kind == "id" else envelope.score - far
                 state.record(everyone, eps, bound, self.name)
+
+    def evaluation_error(self, state: State, index: Tensor, eps: Tensor) -> Tensor:
+        """How far evaluations of S may be off on balls of some samples; infinite where it was not proved."""
+
+        def error(ball: Ball) -> Tensor:
+            hidden = self.hidden(ball)
+            found = evaluation_error(self.graph, ball, hidden.inputs, hidden.logits, self.means.score)
+            return torch.where(hidden.proved, found, torch.nan)
+
+        return torch.nan_to_num(self.prove(error, state, index, eps), nan=torch.inf)
 
     def constant(self, state: State, index: Tensor, eps: Tensor) -> Tensor:
         """L on balls of some samples; NaN or infinite where it was not proved."""

@@ -39,6 +39,9 @@ def certify(
     engine: Annotated[
         str, typer.Option(help="Linear bounds by native, auto_lirpa, or auto: native, cross-checked by auto_lirpa.")
     ] = "auto",
+    deployment: Annotated[
+        str, typer.Option(help="float64 or float32: where the network will be evaluated; rounding is covered.")
+    ] = "float64",
     gamma: Annotated[float | None, typer.Option(help="Certify at this threshold in place of the detector's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of rows.csv and rows.json. [default: the model's]")] = None,
     ood: options.Ood = None,
@@ -69,6 +72,7 @@ def certify(
     from grood_cert.bounds.engines import Engine
     from grood_cert.certification.settings import Settings
     from grood_cert.errors import InputError
+    from grood_cert.networks.graph import Deployment
     from grood_cert.runs import certify as certification
 
     loaded = options.at_gamma(detector.load(model, options.device_name(device)), gamma)
@@ -89,6 +93,7 @@ def certify(
         batch_size=batch_size,
         seed=seed,
         time_limit=time_limit,
+        deployment=cast(Deployment, deployment),
         per_logit=per_logit,
     )
     settings.check(loaded.shape)

@@ -239,12 +239,12 @@ def _apart(graph: Graph, k: int, temperature: float) -> Graph:
     """The network followed by (f_j - f_k) / T for all j != k."""
     last, classes = graph.nodes[-1], graph.classes
     rows = torch.eye(classes, dtype=torch.float64, device=graph.device)
-    rows = (rows - rows[k])[torch.arange(classes, device=rows.device) != k] / temperature
-    if isinstance(last.operation, Dense):
-        bias = None if last.operation.bias is None else rows @ last.operation.bias
-        node = replace(last, operation=Dense(rows @ last.operation.weight, bias), shape=(classes - 1,))
+    rows = (rows - rows[k])[torch.arange(classes, device=rows.device) != k]
+    if isinstance(last.operation, Dense):  # differences first, so that each weight is rounded alone
+        bias = None if last.operation.bias is None else rows @ last.operation.bias / temperature
+        node = replace(last, operation=Dense(rows @ last.operation.weight / temperature, bias), shape=(classes - 1,))
         return replace(graph, nodes=(*graph.nodes[:-1], node))
-    node = Node(Dense(rows, None), (len(graph.nodes) - 1,), (classes - 1,), f"distance to logit {k}")
+    node = Node(Dense(rows / temperature, None), (len(graph.nodes) - 1,), (classes - 1,), f"distance to logit {k}")
     return replace(graph, nodes=(*graph.nodes, node))
 
 

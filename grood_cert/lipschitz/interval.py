@@ -27,6 +27,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from grood_cert.networks.capture import live_graph
 from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
-Sharpen = Callable[[int, Tensor, Tensor], Interval]
+Sharpen = Callable[[int, Tensor, Tensor, Tensor], Interval]
 
 
 def product_interval(slopes: Interval, lower: Tensor, upper: Tensor) -> Interval:
@@ -52,72 +53,95 @@ def product_interval(slopes: Interval, lower: Tensor, upper: Tensor) -> Interval
     )
 
 
-def _through_linear(operation: LinearMap, lower: Tensor, upper: Tensor) -> Interval:
+@dataclass(frozen=True)
+class Gradient:
+    """Bounds of the gradient with respect to a node.
+
+    Attributes:
+        lower: Lower ends, shape (B, *node).
+        upper: Upper ends.
+        magnitude: What was summed since the last nonlinear node, in absolute values: rounding is a share of it.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    magnitude: Tensor
+
+    def plus(self, other: Gradient) -> Gradient:
+        """Where paths meet."""
+        return Gradient(self.lower + other.lower, self.upper + other.upper, self.magnitude + other.magnitude)
+
+
+def _of_box(lower: Tensor, upper: Tensor) -> Gradient:
+    return Gradient(lower, upper, torch.maximum(lower.abs(), upper.abs()))
+
+
+def _through_linear(operation: LinearMap, found: Gradient) -> Gradient:
     absolute = operation.absolute()
-    center, radius = operation.transpose((lower + upper) / 2), absolute.transpose((upper - lower) / 2)
-    margin = ROUNDING * absolute.transpose(torch.maximum(lower.abs(), upper.abs()))
-    return center - radius - margin, center + radius + margin
+    center = operation.transpose((found.lower + found.upper) / 2)
+    radius = absolute.transpose((found.upper - found.lower) / 2)
+    magnitude = absolute.transpose(found.magnitude)
+    return Gradient(center - radius - ROUNDING * magnitude, center + radius + ROUNDING * magnitude, magnitude)
 
 
-def _head(operation: LinearMap, weights: SoftmaxWeights, shape: tuple[int, ...]) -> Interval:
+def _head(operation: LinearMap, weights: SoftmaxWeights, shape: tuple[int, ...]) -> Gradient:
     """W^T p over P, exactly: each entry is a linear function of p."""
     classes = weights.lower.shape[1]
     identity = torch.eye(classes, dtype=weights.lower.dtype, device=weights.lower.device)
     rows = operation.transpose(identity).flatten(1).T.expand(len(weights.lower), -1, -1)
-    lower, upper = -weights.maximum(-rows), weights.maximum(rows)
-    margin = ROUNDING * torch.maximum(lower.abs(), upper.abs())
-    return (lower - margin).reshape(-1, *shape), (upper + margin).reshape(-1, *shape)
+    lower, upper = (end.reshape(-1, *shape) for end in (-weights.maximum(-rows), weights.maximum(rows)))
+    magnitude = operation.absolute().transpose(weights.upper)
+    return Gradient(lower - ROUNDING * magnitude, upper + ROUNDING * magnitude, magnitude)
 
 
 def gradient_intervals(
     graph: Graph, slopes: tuple[Interval, ...], weights: SoftmaxWeights, refine: Sharpen | None = None
-) -> Interval:
+) -> Gradient:
     r"""Intervals of the gradient of p . f with respect to the image, for all p in P and all slopes in their ranges.
 
     Args:
         graph: The network.
         slopes: Ranges of the derivatives of the nonlinear layers, in execution order.
         weights: P, a batch that fits that of the slopes.
-        refine: Called with each nonlinear node and the interval of the gradient with respect to its *output*; answers
-            a sound interval inside it. Nodes come in reverse execution order.
+        refine: Called with each nonlinear node, the interval of the gradient with respect to its *output* and its
+            magnitude; answers a sound interval inside it. Nodes come in reverse execution order.
 
     Returns:
-        Lower and upper ends, shape (B, *image).
+        Those with respect to the image.
     """
     ranges = dict(zip(graph.nonlinear, slopes, strict=True))
     last = len(graph.nodes) - 1
-    pending: dict[int, Interval] = {last: (weights.lower, weights.upper)}
+    pending: dict[int, Gradient] = {last: _of_box(weights.lower, weights.upper)}
 
-    def send(target: int, lower: Tensor, upper: Tensor) -> None:
-        if target in pending:
-            lower, upper = pending[target][0] + lower, pending[target][1] + upper
-        pending[target] = lower, upper
+    def send(target: int, found: Gradient) -> None:
+        pending[target] = pending[target].plus(found) if target in pending else found
 
     for number in range(last, 0, -1):
         if number not in pending:
             continue
-        lower, upper = pending.pop(number)
+        found = pending.pop(number)
         node = graph.nodes[number]
         operation = node.operation
         if isinstance(operation, LinearMap):
             if number == last:
-                send(node.inputs[0], *_head(operation, weights, graph.nodes[node.inputs[0]].shape))
+                send(node.inputs[0], _head(operation, weights, graph.nodes[node.inputs[0]].shape))
             else:
-                send(node.inputs[0], *_through_linear(operation, lower, upper))
+                send(node.inputs[0], _through_linear(operation, found))
         elif isinstance(operation, Addition):
             for target in node.inputs:
-                send(target, lower, upper)
+                send(target, found)
         else:
+            lower, upper = found.lower, found.upper
             if refine is not None:
-                lower, upper = refine(number, lower, upper)
+                lower, upper = refine(number, lower, upper, found.magnitude)
             if isinstance(operation, Activation):
-                send(node.inputs[0], *product_interval(ranges[number], lower, upper))
+                send(node.inputs[0], _of_box(*product_interval(ranges[number], lower, upper)))
             else:
                 assert isinstance(operation, MaxPool)
                 low, high = product_interval(
                     ranges[number], lower.flatten(2).unsqueeze(2), upper.flatten(2).unsqueeze(2)
                 )
-                send(node.inputs[0], operation.spread(low), operation.spread(high))
+                send(node.inputs[0], _of_box(operation.spread(low), operation.spread(high)))
     return pending[0]
 
 
@@ -133,8 +157,8 @@ def jacobian_intervals(graph: Graph, slopes: tuple[Interval, ...], batch: int) -
     classes = graph.classes
     heads = torch.eye(classes, dtype=torch.float64, device=graph.device).repeat(batch, 1)
     repeated = tuple((low.repeat_interleave(classes, 0), high.repeat_interleave(classes, 0)) for low, high in slopes)
-    lower, upper = gradient_intervals(graph, repeated, SoftmaxWeights.fixed(heads))
-    return lower.flatten(1).reshape(batch, classes, -1), upper.flatten(1).reshape(batch, classes, -1)
+    found = gradient_intervals(graph, repeated, SoftmaxWeights.fixed(heads))
+    return found.lower.flatten(1).reshape(batch, classes, -1), found.upper.flatten(1).reshape(batch, classes, -1)
 
 
 def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -151,9 +175,10 @@ def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Te
     batch = len(known.proved)
     lower, upper = jacobian_intervals(graph, known.slopes, batch)
     hull = norm_of_box(lower, upper, norm).masked_fill(known.weights.upper <= 0, 0.0).amax(1)
-    low, high = -known.weights.maximum(-lower.mT), known.weights.maximum(upper.mT)
-    once_low, once_high = gradient_intervals(graph, known.slopes, known.weights)
-    low, high = torch.maximum(low, once_low.flatten(1)), torch.minimum(high, once_high.flatten(1))
+    margin = ROUNDING * (known.weights.upper.unsqueeze(1) @ torch.maximum(lower.abs(), upper.abs())).squeeze(1)
+    low, high = -known.weights.maximum(-lower.mT) - margin, known.weights.maximum(upper.mT) + margin
+    once = gradient_intervals(graph, known.slopes, known.weights)
+    low, high = torch.maximum(low, once.lower.flatten(1)), torch.minimum(high, once.upper.flatten(1))
     return hull * (1 + ROUNDING), norm_of_box(low, high, norm) * (1 + ROUNDING)
 
 
@@ -171,5 +196,5 @@ def interval_lipschitz(network: nn.Module, ball: Ball) -> Tensor:
     """
     graph = live_graph(network, tuple(ball.center.shape[1:]))
     known = preactivations(graph, ball, "ibp")
-    lower, upper = gradient_intervals(graph, known.slopes, known.weights)
-    return norm_of_box(lower.flatten(1), upper.flatten(1), ball.norm)
+    found = gradient_intervals(graph, known.slopes, known.weights)
+    return norm_of_box(found.lower.flatten(1), found.upper.flatten(1), ball.norm)

@@ -28,7 +28,11 @@ along and is intersected. Every bound holds for all x' in the ball, so they may 
     l2 ball     sum_j g_j^2 <= UB[a + b] - sum_j a_j b_j,        since (g - a)(g - b) <= 0
     l1 ball     max_j |g_j| <= max_j max(|a_j|, |b_j|)
 
-each also bounded by the norm of max(|a|, |b|). The Lipschitz constant of S is ess sup ||J^T p||_q with p = softmax f
+*Rounding.* With m the gradient's magnitude, m <- |W|^T m between two nonlinear layers (`gradient_intervals`), lines are
+moved outward by 2e-12 max(|s_l|, |s_u|) m and rows A of G_n by 1e-12 |A| . m: what cancels is charged where it cancels
+(`grood_cert.bounds.rounding`).
+
+Each norm is also bounded by that of max(|a|, |b|). The Lipschitz constant of S is ess sup ||J^T p||_q with p = softmax f
 in P. With P = {p_0}, p_0 = softmax f(x), the result bounds the constant of p_0 . f, which is enough for the ID side:
 LSE is convex, LSE(f(x')) >= LSE(f(x)) + p_0 . (f(x') - f(x)), hence S(x') <= S(x) + L_p0 ||x' - x||.
 
@@ -99,31 +103,33 @@ class _Backward:
         # (mean slope, half difference of slopes, the same of the constants): upper line of A T = A mean + |A| half
         self._lines: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._gradients: dict[int, Interval] = {}
+        self._magnitudes: dict[int, Tensor] = {}
         self._last_reader = {i: number for number, node in enumerate(graph.nodes) for i in node.inputs}
 
-    def refine(self, number: int, lower: Tensor, upper: Tensor) -> Interval:
+    def refine(self, number: int, lower: Tensor, upper: Tensor, magnitude: Tensor) -> Interval:
         """Sharpen the interval of the gradient with respect to the output of a nonlinear node, and set its lines."""
         low_slope, high_slope = self._slopes[number]
         undecided = low_slope < high_slope
         if undecided.shape != lower.shape:
             undecided = undecided.any(2).reshape(lower.shape)
         needed = (undecided & (lower < 0) & (upper > 0)).flatten(1)
-        found = self.bounds(number, needed)
+        found = self.bounds(number, needed, magnitude)
         lower = torch.maximum(lower, found[0].reshape(lower.shape))
         upper = torch.minimum(upper, found[1].reshape(upper.shape))
-        self._gradients[number] = lower, upper
+        self._gradients[number], self._magnitudes[number] = (lower, upper), magnitude
         if isinstance(self._graph.nodes[number].operation, Activation):
             slope_low, constant_low, slope_high, constant_high = chords(self._slopes[number], lower, upper)
+            charge = 2 * ROUNDING * torch.maximum(low_slope.abs(), high_slope.abs()) * magnitude
             self._lines[number] = (
                 (slope_high + slope_low) / 2,
                 (slope_high - slope_low) / 2,
                 (constant_high + constant_low) / 2,
-                (constant_high - constant_low) / 2,
+                (constant_high - constant_low) / 2 + charge,
             )
         return lower, upper
 
-    def bounds(self, node: int, needed: Tensor) -> Interval:
-        """Bounds of the needed entries of G at a node, infinite elsewhere; shape (B, N)."""
+    def bounds(self, node: int, needed: Tensor, magnitude: Tensor) -> Interval:
+        """Bounds of the needed entries of G at a node, of some magnitude, infinite elsewhere; shape (B, N)."""
         size, shape = self._graph.nodes[node].size, self._graph.nodes[node].shape
         lower = torch.full_like(needed, -torch.inf, dtype=torch.float64)
         upper = torch.full_like(needed, torch.inf, dtype=torch.float64)
@@ -131,7 +137,7 @@ class _Backward:
         for index, units in unit_blocks(needed, 8 * 4 * widest, self._memory):
             value = self.upper(node, units.start(size, shape), units)
             high, low = value[:, : index.shape[1]], -value[:, index.shape[1] :]
-            margin = ROUNDING * torch.maximum(high.abs(), low.abs())
+            margin = ROUNDING * magnitude.flatten(1).gather(1, index)
             upper.scatter_(1, index, high + margin)
             lower.scatter_(1, index, low - margin)
         return lower, upper
@@ -186,22 +192,27 @@ class _Backward:
         largest = entries.masked_fill(~possible, -torch.inf).amax(3)
         smallest = entries.masked_fill(~possible, torch.inf).amin(3)
         _, _, slope, constant = chords((smallest, largest), lower, upper)
+        magnitude = self._magnitudes[number].flatten(2).unsqueeze(1)
+        constant = constant + 2 * ROUNDING * torch.maximum(smallest.abs(), largest.abs()) * magnitude
         shape = self._graph.nodes[number].shape
         return slope.reshape(*slope.shape[:2], *shape), constant.sum((2, 3))
 
 
-def _norm(backward: _Backward, lower: Tensor, upper: Tensor, norm: Norm) -> Tensor:
-    """The final norm; lower, upper: (B, *image)."""
+def _norm(backward: _Backward, lower: Tensor, upper: Tensor, magnitude: Tensor, norm: Norm) -> Tensor:
+    """The final norm; lower, upper, magnitude: (B, *image)."""
+
+    def joint(rows: Tensor, constants: Tensor) -> Tensor:
+        size = (rows.abs() * magnitude + constants.abs()).flatten(1).sum(1)
+        return backward.upper(0, rows.unsqueeze(1)).squeeze(1) + constants.flatten(1).sum(1) + ROUNDING * size
+
     box = norm_of_box(lower.flatten(1), upper.flatten(1), norm)
     if norm == "l1":
         return box
     if norm == "linf":
         one = torch.ones_like(lower)
         _, _, rows, constant = chords((-one, one), lower, upper)
-        joint = backward.upper(0, rows.unsqueeze(1)).squeeze(1) + constant.flatten(1).sum(1)
-        return torch.minimum(box, joint.clamp(min=0))
-    square = backward.upper(0, (lower + upper).unsqueeze(1)).squeeze(1) - (lower * upper).flatten(1).sum(1)
-    return torch.minimum(box, square.clamp(min=0).sqrt())
+        return torch.minimum(box, joint(rows, constant).clamp(min=0))
+    return torch.minimum(box, joint(lower + upper, -lower * upper).clamp(min=0).sqrt())
 
 
 def jacobian_crown(
@@ -218,16 +229,16 @@ def jacobian_crown(
         memory: Bytes that blocks of rows may take.
 
     Returns:
-        Shape (B,), per pixel unit; moved up by 1e-12 of the result for rounding, which does not cover networks whose
-        weights cancel by factors far above 1e3 on the way.
+        Shape (B,), per pixel unit; moved up for rounding.
     """
     backward = _Backward(graph, known.slopes, known.weights if weights is None else weights, memory)
     chosen = known.weights if weights is None else weights
-    lower, upper = gradient_intervals(graph, known.slopes, chosen, backward.refine)
-    found = backward.bounds(0, torch.ones(len(lower), graph.nodes[0].size, dtype=torch.bool, device=lower.device))
-    lower = torch.maximum(lower, found[0].reshape(lower.shape))
-    upper = torch.minimum(upper, found[1].reshape(upper.shape))
-    return _norm(backward, lower, upper, norm) * (1 + ROUNDING)
+    found = gradient_intervals(graph, known.slopes, chosen, backward.refine)
+    everything = torch.ones_like(found.lower, dtype=torch.bool).flatten(1)
+    linear = backward.bounds(0, everything, found.magnitude)
+    lower = torch.maximum(found.lower, linear[0].reshape(found.lower.shape))
+    upper = torch.minimum(found.upper, linear[1].reshape(found.upper.shape))
+    return _norm(backward, lower, upper, found.magnitude, norm) * (1 + ROUNDING)
 
 
 def jacobian_crown_corners(graph: Graph, known: Preactivations, norm: Norm, memory: int = DEFAULT_MEMORY) -> Tensor:

@@ -109,15 +109,25 @@ def unrolled(operation: LinearMap, shape: tuple[int, ...], device: str | torch.d
 class _State:
     """The Jacobian up to a node is `matrix` times something of norm at most `factor`.
 
-    Two states with the same `base` share that something. `matrix` is None for the identity.
+    Two states with the same `base` share that something. `matrix` is None for the identity; `summed` is what was summed
+    to get its entries, in absolute values, of which rounding is a share.
     """
 
     factor: float
     base: int
-    matrix: Tensor | None
+    matrix: Tensor | None = None
+    summed: Tensor | None = None
 
     def norm(self, norm: Norm) -> float:
-        return self.factor * (1.0 if self.matrix is None else matrix_norm(self.matrix, norm))
+        return self.factor * self.length(norm)
+
+    def length(self, norm: Norm, kept: Tensor | slice = slice(None)) -> float:
+        """The norm of some rows of the matrix."""
+        if self.matrix is None or self.summed is None:
+            return 1.0
+        rounding = self.summed[kept]
+        size = torch.linalg.matrix_norm(rounding, ord="fro" if norm == "l2" else ORDER[norm]) if rounding.numel() else 0
+        return matrix_norm(self.matrix[kept], norm) + ROUNDING * float(size)
 
 
 def _pool_norm(pool: MaxPool, norm: Norm) -> float:
@@ -140,25 +150,29 @@ class _Product:
         inputs = math.prod(shape) if state.matrix is None else state.matrix.shape[1]
         if inputs * max(math.prod(shape), node.size) > _UNROLLED_ENTRIES:
             return _State(
-                state.norm(self._norm) * operator_norm(operation, shape, self._norm, self._graph.device), number, None
+                state.norm(self._norm) * operator_norm(operation, shape, self._norm, self._graph.device), number
             )
-        if state.matrix is None:
-            return _State(state.factor, state.base, unrolled(operation, shape, self._graph.device))
-        columns = state.matrix.T.reshape(-1, *shape)
-        return _State(state.factor, state.base, operation.linear(columns).flatten(1).T)
+        if state.matrix is None or state.summed is None:
+            matrix = unrolled(operation, shape, self._graph.device)
+            return _State(state.factor, state.base, matrix, matrix.abs())
+        columns, sizes = (part.T.reshape(-1, *shape) for part in (state.matrix, state.summed))
+        matrix, summed = operation.linear(columns), operation.absolute().linear(sizes)
+        return _State(state.factor, state.base, matrix.flatten(1).T, summed.flatten(1).T)
 
     def _activation(self, number: int, state: _State) -> _State:
         low, high = (end.flatten() for end in self._slopes[number])
-        if state.matrix is not None and bool((low == high).all()):
-            return _State(state.factor, state.base, low.unsqueeze(1) * state.matrix)
+        if state.matrix is not None and state.summed is not None and bool((low == high).all()):
+            slope = low.unsqueeze(1)
+            return _State(state.factor, state.base, slope * state.matrix, slope.abs() * state.summed)
         size = torch.maximum(low.abs(), high.abs())
         kept = size > 0
         if state.matrix is None:
-            return _State(state.factor * (float(size.max()) if len(size) else 0.0), number, None)
-        factor = state.factor * matrix_norm(state.matrix[kept], self._norm)
+            return _State(state.factor * (float(size.max()) if len(size) else 0.0), number)
+        factor = state.factor * state.length(self._norm, kept)
         if len(size) ** 2 > _UNROLLED_ENTRIES:
-            return _State(factor * float(size.max()), number, None)
-        return _State(factor, number, torch.diag(size)[:, kept])
+            return _State(factor * float(size.max()), number)
+        matrix = torch.diag(size)[:, kept]
+        return _State(factor, number, matrix, matrix)
 
     def _support(self, number: int) -> list[tuple[int, int]]:
         """Where the value of a node can differ from a constant: a range of each axis."""
@@ -179,7 +193,7 @@ class _Product:
     def bound(self) -> float:
         """The product."""
         nodes, norm = self._graph.nodes, self._norm
-        states = [_State(1.0, 0, None)]
+        states = [_State(1.0, 0)]
         for number, node in enumerate(nodes[1:], 1):
             state = states[node.inputs[0]]
             if isinstance(node.operation, LinearMap):
@@ -188,20 +202,26 @@ class _Product:
                 states.append(self._activation(number, state))
             elif isinstance(node.operation, Addition):
                 other = states[node.inputs[1]]
-                if state.base == other.base and state.matrix is not None and other.matrix is not None:
-                    states.append(_State(state.factor, state.base, state.matrix + other.matrix))
+                both = [part for part in (state.matrix, other.matrix) if part is not None]
+                sizes = [part for part in (state.summed, other.summed) if part is not None]
+                if state.base == other.base and len(both) == len(sizes) == 2:
+                    states.append(_State(state.factor, state.base, both[0] + both[1], sizes[0] + sizes[1]))
                 else:
                     norms = torch.tensor([state.norm(norm), other.norm(norm)], dtype=torch.float64)
                     order = ORDER[norm] if self._apart(*node.inputs) else 1.0
                     factor = float(torch.linalg.vector_norm(norms, ord=order)) * (1 + ROUNDING)
-                    states.append(_State(factor, number, None))
+                    states.append(_State(factor, number))
             else:
                 assert isinstance(node.operation, MaxPool)
-                states.append(_State(state.norm(norm) * _pool_norm(node.operation, norm), number, None))
+                states.append(_State(state.norm(norm) * _pool_norm(node.operation, norm), number))
         last = states[-1]
-        if last.matrix is None:
+        if last.matrix is None or last.summed is None:
             return last.factor  # ||p^T J||_q <= ||J||_{p->p}, as the largest entry is below the p-norm
-        rows = torch.linalg.vector_norm(last.matrix, ord=DUAL_ORDER[norm], dim=1)
+        rows = sum(
+            share * torch.linalg.vector_norm(part, ord=DUAL_ORDER[norm], dim=1)
+            for share, part in ((1.0, last.matrix), (ROUNDING, last.summed))
+        )
+        assert isinstance(rows, Tensor)
         return last.factor * float(rows.max()) * (1 + ROUNDING)
 
 

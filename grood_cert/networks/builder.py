@@ -216,10 +216,11 @@ class Builder:
         if weight is not None:
             factor = factor * weight
         shift = -mean * factor
+        summed = shift.abs()
         if bias is not None:
-            shift = shift + bias
+            shift, summed = shift + bias, summed + bias.abs()
         shape = -1, *[1] * (len(value.shape) - 1)
-        return self.add(Scale(factor.reshape(shape), shift.reshape(shape)), value)
+        return self.add(Scale(*(part.reshape(shape) for part in (factor, shift, summed))), value)
 
     # --- shapes
 

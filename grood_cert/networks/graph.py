@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ from grood_cert.networks.operations import (
     Reshape,
     Scale,
     Selection,
+    Separable,
     Transposed,
 )
 
 Operation = LinearMap | Activation | MaxPool | Addition
-_NUMBERS = ("weight", "factor", "rows", "columns", "bias")  # fields that are tensors
+Deployment = Literal["float64", "float32"]
+_NUMBERS = ("weight", "factor", "rows", "columns", "bias", "summed")  # fields that are tensors
 _LARGEST = 2**28  # entries of a value for one image
 _AGREEMENT = 1e-9
 _KINDS: dict[str, type[Any]] = {
@@ -74,9 +76,27 @@ class Graph:
 
     Attributes:
         nodes: Node 0 is the image, the last one the logits.
+        deployment: The arithmetic in which the network will be evaluated; bounds cover its rounding (`bounds.rounding`).
     """
 
     nodes: tuple[Node, ...]
+    deployment: Deployment = "float64"
+
+    def deployed(self, deployment: Deployment) -> Graph:
+        """The same network, evaluated in another arithmetic.
+
+        Raises:
+            InputError: If the arithmetic is unknown, or what an operation computes in it is not known well enough.
+        """
+        if deployment not in get_args(Deployment):
+            raise InputError(f"unknown deployment {deployment!r}; use one of {', '.join(get_args(Deployment))}")
+        resampled = [node.name for node in self.nodes if isinstance(node.operation, Separable)]
+        if deployment != "float64" and resampled:
+            raise InputError(
+                f"{resampled[0]} resamples: frameworks round its weights as they like, so nothing can be proved about it in "
+                f"{deployment}; use the deployment float64"
+            )
+        return replace(self, deployment=deployment)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -249,13 +269,18 @@ def _check(operation: Operation, shapes: list[tuple[int, ...]], shape: tuple[int
     for part in (operation, operation.operation) if isinstance(operation, Transposed) else (operation,):
         numbers = {key: value for key, value in vars(part).items() if key in _NUMBERS}
         fits = fits and all(
-            (isinstance(value, Tensor) and value.is_floating_point()) or (value is None and key == "bias")
+            (isinstance(value, Tensor) and value.is_floating_point()) or (value is None and key in ("bias", "summed"))
             for key, value in numbers.items()
         )
+        fits = fits and (numbers.get("summed") is None or _sums_up(numbers["bias"], numbers["summed"]))
     with torch.device("meta"):
         found = shape_after(mapped(operation, lambda tensor: tensor.to("meta")), shapes) if fits else None
     if found != shape or shape_after(operation, shapes) != shape:
         raise InputError(f"node {name}: its {type(operation).__name__} does not lead from shape {source} to {shape}")
+
+
+def _sums_up(bias: Tensor | None, summed: Tensor) -> bool:
+    return bias is not None and bias.shape == summed.shape and bool((summed >= bias.abs()).all())
 
 
 def arity(operation: Operation | None) -> int:

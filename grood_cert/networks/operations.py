@@ -24,10 +24,12 @@ class LinearMap(ABC):
 
     Attributes:
         bias: Of the shape of the result, or broadcast to it.
+        summed: What was summed to get the bias, in absolute values and of its shape, where that is more than |bias|.
         moves: Whether every entry of W x is one of x or 0, without any arithmetic.
     """
 
     bias: Tensor | None
+    summed: Tensor | None = None
     moves = False
 
     @abstractmethod
@@ -40,7 +42,12 @@ class LinearMap(ABC):
 
     @abstractmethod
     def absolute(self) -> LinearMap:
-        """The map |W|, entry by entry, with the bias |bias|."""
+        """The map |W|, entry by entry, with what was summed to get the bias as its bias: |bias| at least."""
+
+    @property
+    def size(self) -> Tensor | None:
+        """What was summed to get the bias, in absolute values."""
+        return self.summed if self.summed is not None else _abs(self.bias)
 
     def __call__(self, values: Tensor) -> Tensor:
         """W x + bias."""
@@ -58,6 +65,7 @@ class Dense(LinearMap):
 
     weight: Tensor
     bias: Tensor | None
+    summed: Tensor | None = None
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -69,7 +77,7 @@ class Dense(LinearMap):
 
     def absolute(self) -> Dense:
         """|W|."""
-        return Dense(self.weight.abs(), _abs(self.bias))
+        return Dense(self.weight.abs(), self.size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Convolution(LinearMap):
     dilation: tuple[int, int]
     groups: int
     input_size: tuple[int, int]
+    summed: Tensor | None = None
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -116,7 +125,7 @@ class Convolution(LinearMap):
 
     def absolute(self) -> Convolution:
         """|W|."""
-        return replace(self, weight=self.weight.abs(), bias=_abs(self.bias))
+        return replace(self, weight=self.weight.abs(), bias=self.size, summed=None)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ class Scale(LinearMap):
 
     factor: Tensor
     bias: Tensor | None
+    summed: Tensor | None = None
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -136,7 +146,7 @@ class Scale(LinearMap):
 
     def absolute(self) -> Scale:
         """|W|."""
-        return Scale(self.factor.abs(), _abs(self.bias))
+        return Scale(self.factor.abs(), self.size)
 
 
 @dataclass(frozen=True)
