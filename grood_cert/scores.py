@@ -74,16 +74,17 @@ class Score(ABC):
         """The order that one class a sample gives, never below `order`; logits (B, K) and classes (B,) to (B,)."""
 
     @abstractmethod
-    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
-        """How far an evaluation of S from given logits may be off, in units of roundoff.
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor, unit: float) -> Tensor:
+        """How far an evaluation of S from given logits may be off, shape (...); of a bound of S: how far to move it.
 
-        It covers that of a threshold near S as well. Powers e^-t with an argument rounded by u (t + |m|) weigh at most
-        e^-t t <= 1 in a sum, hence a number for each class.
+        It covers the rounding of a threshold near S as well. Powers e^-t with an argument rounded by u (t + |m|) weigh at
+        most e^-t t <= 1 in a sum, hence a number for each class.
 
         Args:
             value: S, shape (...).
             classes: K.
             largest: max_k |f_k|, shape (...).
+            unit: Unit roundoff u of the arithmetic.
         """
 
     def order(self, logits: Tensor) -> Tensor:
@@ -131,10 +132,10 @@ class Energy(Score):
         """S of logits of shape (..., K)."""
         return energy(logits, self.temperature)
 
-    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
-        """4 (|S| + T (K + 16))."""
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor, unit: float) -> Tensor:
+        """4 u (|S| + T (K + 16))."""
         del largest
-        return 4 * (value.abs() + self.temperature * (classes + _STEPS))
+        return 4 * unit * (value.abs() + self.temperature * (classes + _STEPS))
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """-f_k."""
@@ -156,10 +157,10 @@ class MaxLogit(Score):
         """S of logits of shape (..., K)."""
         return -logits.amax(-1)
 
-    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
-        """2 |S|, for the threshold alone."""
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor, unit: float) -> Tensor:
+        """2 u |S|, for the threshold alone."""
         del classes, largest
-        return 2 * value.abs()
+        return 2 * unit * value.abs()
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """-f_k."""
@@ -190,10 +191,17 @@ class MSP(Score):
         """S of logits of shape (..., K)."""
         return -torch.softmax(logits / self.temperature, -1).amax(-1)
 
-    def roundoff(self, value: Tensor, classes: int, largest: Tensor) -> Tensor:
-        """4 (K + 16), and 4 max |f| / T unless T = 1, where a quotient is rounded."""
-        count = torch.full_like(value, 4.0 * (classes + _STEPS))
-        return count if self.temperature == 1 else count + 4 * largest / self.temperature
+    def roundoff(self, value: Tensor, classes: int, largest: Tensor, unit: float) -> Tensor:
+        """4 u |S| (K + 16), and a |S| (1 - |S|) with a = 4 u max |f| / T unless T = 1, where a quotient is rounded.
+
+        Moved by that, S rises and falls with S as long as a < 1 / 2; infinite from 1 / 4 on.
+        """
+        size = value.abs()
+        count = 4 * unit * size * (classes + _STEPS)
+        if self.temperature == 1:
+            return count
+        spread = 4 * unit * largest / self.temperature
+        return torch.where(spread < 0.25, count + spread * size * (1 - size).clamp(min=0), torch.inf)
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Q_k."""

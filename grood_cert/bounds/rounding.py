@@ -206,7 +206,7 @@ def of_score(score: Score, graph: Graph, value: Tensor, largest: Tensor) -> Tens
         value: S, or a bound of it near which it matters, shape (...).
         largest: max_k |f_k|, shape (...).
     """
-    return UNIT[graph.deployment] * score.roundoff(value, graph.classes, largest)
+    return score.roundoff(value, graph.classes, largest, UNIT[graph.deployment])
 
 
 def largest_of(lower: Tensor, upper: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_what_an_engine_does_not_bound_is_not_counted(monkeypatch):
     native, other = engines("mlp", "crown")
 
     class Failing:
-        network, method = other.network, "crown"
+        network, graph, method = other.network, other.graph, "crown"
 
         def relax(self, ball):
             if float(ball.eps[0]) > 0.01:

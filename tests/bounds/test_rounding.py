@@ -232,7 +232,7 @@ def test_scores_round_as_little_as_is_said(score, classes):
     for scale in (1e-3, 1.0, 30.0, 1e3):
         logits = torch.randn(500, classes, generator=torch.Generator().manual_seed(0)) * scale
         exact, single = score.value(logits.double()), score.value(logits).double()
-        allowed = UNIT["float32"] * score.roundoff(exact, classes, logits.abs().amax(1).double())
+        allowed = score.roundoff(exact, classes, logits.abs().amax(1).double(), UNIT["float32"])
         assert bool(((single - exact).abs() <= allowed).all())
         threshold = (exact.float().double() - exact).abs()  # a threshold rounded to float32
         assert bool((threshold <= allowed).all())

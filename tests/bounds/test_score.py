@@ -14,6 +14,7 @@ from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.engine import METHODS
 from grood_cert.bounds.score import chord_lower, chord_slopes, gibbs_upper, score_bounds
 from grood_cert.networks import architectures
+from grood_cert.networks.capture import capture
 from grood_cert.scores import energy
 
 # Linear networks have nothing to optimise, and auto_LiRPA 0.3 cannot optimise residual ones: it says so and goes on.
@@ -230,7 +231,7 @@ class _Engine:
     method = "crown"
 
     def __init__(self, network, lower, upper):
-        self.network, self.answer = network, (lower, upper)
+        self.network, self.graph, self.answer = network, capture(network, (1, 1, 2)), (lower, upper)
 
     def relax(self, ball):
         return self
