@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 import typer
@@ -39,7 +39,7 @@ def scores(found: Detector, images: Tensor) -> Tensor:
     try:
         for size, count, fast in itertools.product(_SIZES, (1, 2), (True, False)):
             torch.set_num_threads(count)
-            with torch.no_grad(), torch.backends.mkldnn.flags(enabled=fast):  # type: ignore[attr-defined]
+            with torch.no_grad(), torch.backends.mkldnn.flags(enabled=fast):
                 parts = [found.score.value(network(part)) for part in images.float().split(size)]
             rows.append(torch.cat(parts).double())
     finally:
@@ -75,7 +75,8 @@ def main(
         print(f"| {' | '.join(map(str, cells))} | {' | '.join(f'{part} of {runs.numel()}' for part in outside)} |")
     print("\n| set | images | " + " | ".join(f"median radius, {kind}" for kind in kinds) + " |\n|---|---|---|---|")
     for images in (sets.test, *sets.ood):
-        pixels, truth = images.images[:limit].double(), "id" if images.kind == "id" else "ood"
+        pixels = images.images[:limit].double()
+        truth: Literal["id", "ood"] = "id" if images.kind == "id" else "ood"
         radii = [api.certify(found, pixels, 0.01, effort="fast", truth=truth, deployment=kind).radius for kind in kinds]
         right = torch.stack(radii).amax(0) > 0
         cells = [images.name, int(right.sum()), *(f"{float(part[right].median()):.6f}" for part in radii)]

@@ -57,8 +57,8 @@ MUTANTS = (
                 "weight = torch.softmax(logits, 1)",
             ),
             "the differences of logits forget the temperature": (
-                "rows = (rows - rows[k])[torch.arange(classes, device=rows.device) != k] / temperature",
-                "rows = (rows - rows[k])[torch.arange(classes, device=rows.device) != k]",
+                "node = Node(Dense(rows / temperature, None)",
+                "node = Node(Dense(rows, None)",
             ),
             "NaN is the constant 0 of smaller balls": (
                 "known = torch.where(torch.isnan(bounds), torch.inf, bounds)",
@@ -111,8 +111,8 @@ MUTANTS = (
                 "size = high.clamp(min=0)",
             ),
             "a slope that is unsure counts as sure": (
-                "if state.matrix is not None and bool((low == high).all()):",
-                "if state.matrix is not None and bool((low == high).any()):",
+                "if state.matrix is not None and state.summed is not None and bool((low == high).all()):",
+                "if state.matrix is not None and state.summed is not None and bool((low == high).any()):",
             ),
             "branches that overlap add up as if apart": (
                 "order = ORDER[norm] if self._apart(*node.inputs) else 1.0",
@@ -123,16 +123,16 @@ MUTANTS = (
                 "norms = torch.tensor([state.norm(norm)], dtype=torch.float64)",
             ),
             "branches through different layers are added as matrices": (
-                "if state.base == other.base and state.matrix is not None",
-                "if state.matrix is not None",
+                "if state.base == other.base and len(both)",
+                "if len(both)",
             ),
             "the last layer has the average of its row norms": (
                 "last.factor * float(rows.max())",
                 "last.factor * float(rows.mean())",
             ),
             "the last layer's rows are measured in the ball's norm": (
-                "rows = torch.linalg.vector_norm(last.matrix, ord=DUAL_ORDER[norm], dim=1)",
-                "rows = torch.linalg.vector_norm(last.matrix, ord=ORDER[norm], dim=1)",
+                "share * torch.linalg.vector_norm(part, ord=DUAL_ORDER[norm], dim=1)",
+                "share * torch.linalg.vector_norm(part, ord=ORDER[norm], dim=1)",
             ),
             "the steepest slope is taken for 1": (
                 "low, high = node.operation.lowest_slope, node.operation.steepest",
@@ -155,12 +155,12 @@ MUTANTS = (
                 "torch.maximum(torch.maximum(corners[0], corners[1]), corners[3]),",
             ),
             "gradients pass linear layers without a radius": (
-                "return center - radius - margin, center + radius + margin",
-                "return center - margin, center + margin",
+                "return Gradient(center - radius - ROUNDING * magnitude, center + radius + ROUNDING * magnitude, magnitude)",
+                "return Gradient(center - ROUNDING * magnitude, center + ROUNDING * magnitude, magnitude)",
             ),
             "one branch of the gradient is lost": (
-                "lower, upper = pending[target][0] + lower, pending[target][1] + upper",
-                "lower, upper = pending[target][0], pending[target][1]",
+                "return Gradient(self.lower + other.lower, self.upper + other.upper, self.magnitude + other.magnitude)",
+                "return Gradient(self.lower, self.upper, self.magnitude + other.magnitude)",
             ),
             "the hull leaves out unlikely classes": (
                 "masked_fill(known.weights.upper <= 0, 0.0)",
@@ -168,8 +168,8 @@ MUTANTS = (
             ),
             "the hull is the average over classes": ("0.0).amax(1)", "0.0).mean(1)"),
             "the interval bound is minimised over P": (
-                "low, high = -known.weights.maximum(-lower.mT), known.weights.maximum(upper.mT)",
-                "low, high = known.weights.maximum(lower.mT), -known.weights.maximum(-upper.mT)",
+                "low, high = -known.weights.maximum(-lower.mT) - margin, known.weights.maximum(upper.mT) + margin",
+                "low, high = known.weights.maximum(lower.mT) - margin, -known.weights.maximum(-upper.mT) + margin",
             ),
             "a box is as long as its upper corner": (
                 "largest = torch.maximum(lower.abs(), upper.abs())",
@@ -218,12 +218,12 @@ MUTANTS = (
                 "possible = (self._slopes[number][0] > 0).unsqueeze(1)",
             ),
             "the joint l_1 norm forgets the constants": (
-                "squeeze(1) + constant.flatten(1).sum(1)",
-                "squeeze(1) + constant.flatten(1).sum(1) * 0",
+                "return torch.minimum(box, joint(rows, constant).clamp(min=0))",
+                "return torch.minimum(box, joint(rows, 0 * constant).clamp(min=0))",
             ),
             "the joint l_2 norm adds the product of ends": (
-                "squeeze(1) - (lower * upper).flatten(1).sum(1)",
-                "squeeze(1) + (lower * upper).flatten(1).sum(1)",
+                "joint(lower + upper, -lower * upper)",
+                "joint(lower + upper, lower * upper)",
             ),
             "rows into two branches stay in one": (
                 "result = tangents[reached[0]] + tangents[reached[1]]",

@@ -97,12 +97,12 @@ MUTANTS = (
                 "functional.conv_transpose2d(\n            values, self.weight, None, self.stride, self.padding, 0,",
             ),
             "the absolute convolution keeps its signs": (
-                "return replace(self, weight=self.weight.abs(), bias=_abs(self.bias))",
-                "return replace(self, weight=self.weight, bias=_abs(self.bias))",
+                "return replace(self, weight=self.weight.abs(), bias=self.size, summed=None)",
+                "return replace(self, weight=self.weight, bias=self.size, summed=None)",
             ),
             "the absolute dense layer keeps its signs": (
-                "return Dense(self.weight.abs(), _abs(self.bias))",
-                "return Dense(self.weight, _abs(self.bias))",
+                "return Dense(self.weight.abs(), self.size)",
+                "return Dense(self.weight, self.size)",
             ),
             "the absolute separable map keeps the signs of its rows": (
                 "return Separable(self.rows.abs(), self.columns.abs(), _abs(self.bias))",
@@ -216,12 +216,12 @@ MUTANTS = (
                 "if not bool(graph.agrees(batch, expected).any()):",
             ),
             "a network may change from call to call": (
-                "atol=0.0, equal_nan=True) or before != _buffers(network):",
-                "atol=9.0, equal_nan=True) and before != _buffers(network):",
+                "atol=0.0, equal_nan=True) or before != _state(network):",
+                "atol=9.0, equal_nan=True) and before != _state(network):",
             ),
             "a network may change its buffers": (
-                "equal_nan=True) or before != _buffers(network):",
-                "equal_nan=True) or before is _buffers(network):",
+                "equal_nan=True) or before != _state(network):",
+                "equal_nan=True) or before is _state(network):",
             ),
             "a network may compute something else with gradients": (
                 "if not bool(graph.agrees(batches[0], _with_gradients(network, batches[0])).all()):",
