@@ -19,7 +19,7 @@ from grood_cert.scores import energy
 
 REFUSED = {
     "if x.mean() > 0.9": "conditions",
-    "if x.shape[0] == 1": "batch of 1",
+    "if x.shape[0] == 1": "one image",
     "gate x * sigmoid(g(x))": "a product of two values",
     "LayerNorm": "layer_norm",
     "softmax at the end": "logits",
