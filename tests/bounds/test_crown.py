@@ -195,9 +195,11 @@ def test_every_point_found_lies_inside(name, norm):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_radius_zero_is_the_network(name):
     network = build(name)
-    images = ball_of().center
+    graph, images = capture(network, SHAPE), ball_of().center
     for norm, method in itertools.product(NORMS, METHODS):
-        relaxation = NativeNetwork(network, SHAPE, method).relax(Ball(images, torch.zeros(3).double(), norm))
+        relaxation = NativeNetwork(network, SHAPE, method, graph=graph).relax(
+            Ball(images, torch.zeros(3).double(), norm)
+        )
         lower, upper = relaxation.rows(rows_of(3))
         with torch.no_grad():
             value = (rows_of(3) @ network(images).unsqueeze(-1)).squeeze(-1)
@@ -209,18 +211,19 @@ def test_radius_zero_is_the_network(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_windows_and_whole_layers_memory_and_batches_give_the_same(name, norm, monkeypatch):
     network, ball, rows = build(name), ball_of(norm), rows_of(3)
-    expected = NativeNetwork(network, SHAPE, "crown").relax(ball).rows(rows)
+    graph = capture(network, SHAPE)
+    expected = NativeNetwork(network, SHAPE, "crown", graph=graph).relax(ball).rows(rows)
 
     def same(got, samples=slice(None)):
         for one, two in zip(got, expected, strict=True):
             torch.testing.assert_close(one, two[samples], rtol=1e-9, atol=1e-9)
 
-    same(NativeNetwork(network, SHAPE, "crown", memory=1).relax(ball).rows(rows))
-    same(NativeNetwork(network, SHAPE, "crown", memory=2**30).relax(ball).rows(rows))
+    same(NativeNetwork(network, SHAPE, "crown", 1, graph).relax(ball).rows(rows))
+    same(NativeNetwork(network, SHAPE, "crown", 2**30, graph).relax(ball).rows(rows))
     alone = Ball(ball.center[1:2], ball.eps[1:2], norm)
-    same(NativeNetwork(network, SHAPE, "crown").relax(alone).rows(rows[1:2]), slice(1, 2))
+    same(NativeNetwork(network, SHAPE, "crown", graph=graph).relax(alone).rows(rows[1:2]), slice(1, 2))
     monkeypatch.setattr(backward, "windows", lambda graph, node: None)
-    same(NativeNetwork(network, SHAPE, "crown").relax(ball).rows(rows))
+    same(NativeNetwork(network, SHAPE, "crown", graph=graph).relax(ball).rows(rows))
 
 
 @pytest.mark.parametrize("norm", NORMS)
