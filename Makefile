@@ -20,6 +20,30 @@ processors: env
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)
 
+faults: env
+	$(BIN)/python -m tests.faults
+
+fuzz: env
+	$(BIN)/python -m tests.fuzz
+
+# Known vulnerabilities of the versions that are pinned; it asks a service for them.
+audit: env
+	@$(BIN)/pip install --quiet --constraint constraints.txt pip-audit 2> /dev/null \
+		|| { echo 'make audit: pip-audit cannot be installed; it needs the network'; exit 1; }
+	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off --requirement constraints.txt 2> .audit || { \
+		tail -n 1 .audit; rm -f .audit; echo 'make audit: not passed, or the service was not reached'; exit 1; }
+	@rm -f .audit
+
+# The numerics with the oldest releases that pyproject.toml allows, and with the newest there are.
+oldest: EXTRA := --constraint constraints-oldest.txt
+oldest newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/pip install --quiet $(EXTRA) hatchling editables
+	.venv-$@/bin/pip install --quiet $(EXTRA) --no-build-isolation --editable '.[export,safetensors]' \
+		'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6'
+	.venv-$@/bin/pip install --quiet $(EXTRA) --no-deps auto-LiRPA
+	.venv-$@/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(NUMERICS)
+
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md
 
@@ -43,4 +67,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

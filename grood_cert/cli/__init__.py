@@ -43,6 +43,10 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 _TERMINATED = 143
+_NO_MEMORY = (
+    *("failed to map segment", "cannot allocate memory", "Cannot allocate memory", "can't start new thread"),
+    "Resource temporarily unavailable",
+)
 
 
 class _Terminated(BaseException):
@@ -117,8 +121,11 @@ def _termination_raised() -> Iterator[None]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
+    """Also where a library could not be loaded, or a thread not be started, for want of memory."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return True
+    if "torch" not in sys.modules:
+        return False
     from grood_cert.system.memory import is_memory_error
 
     return is_memory_error(error)

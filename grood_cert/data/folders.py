@@ -122,8 +122,18 @@ def _classes(path: Path, class_names: Sequence[str], class_list: str, request: R
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    """All files below a folder, hidden ones excepted, in order."""
-    for place, _, names in sorted(os.walk(path, followlinks=True)):
+    """All files below a folder, hidden ones excepted, in order; links are followed, but not back to where they lie in."""
+    found: list[tuple[str, list[str]]] = []
+    above: dict[str, frozenset[tuple[int, int]]] = {}
+    for place, folders, names in os.walk(path, followlinks=True):
+        status = os.stat(place)
+        own, outer = (status.st_dev, status.st_ino), above.get(os.path.dirname(place), frozenset())
+        if own in outer:
+            folders.clear()
+            continue
+        above[place] = outer | {own}
+        found.append((place, names))
+    for place, names in sorted(found):
         yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
 
 

@@ -410,7 +410,13 @@ def test_a_missing_engine_says_how_to_get_it(call, model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("can't start new thread"),
+        ImportError("_core.so: failed to map segment from shared object"),
+    ],
 )
 def test_running_out_of_memory_is_one_line(call, model, tmp_path, monkeypatch, error):
     def full(*arguments, **options):

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.campaign import Campaign
+from tests.faults.campaign import FAULTS, Campaign
 from tests.faults.jobs import JOBS, load_everything, prepared
 
 
@@ -17,7 +17,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--moments", type=int, default=50, help="of each kind of fault in each job")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[job.name for job in JOBS], help="this job alone")
+    names = [job.name for job in JOBS]
+    parser.add_argument("--jobs", nargs="+", choices=names, default=names, metavar="JOB", help=", ".join(names))
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, metavar="FAULT", help=", ".join(FAULTS))
     given = parser.parse_args()
     began = time.monotonic()
     load_everything()
@@ -25,14 +27,13 @@ def main() -> int:
         root = Path(folder)
         prepared(root)
         campaign = Campaign(root, given.seed, given.moments)
-        campaign.run(given.only)
-    print("| fault | job | moments | how the disturbed runs ended | violations |\n|---|---|---|---|---|")
-    for tally in campaign.tallies:
-        print(tally.line)
+        print("| fault | job | moments | how the disturbed runs ended | violations |\n|---|---|---|---|---|")
+        for tally in campaign.run(given.jobs, given.faults):
+            print(tally.line, flush=True)
+            print("".join(f"{line}\n" for line in tally.violations), end="", file=sys.stderr, flush=True)
     violations = [line for tally in campaign.tallies for line in tally.violations]
     moments = sum(tally.moments for tally in campaign.tallies)
     print(f"\n{moments} faults, {len(violations)} violations, {time.monotonic() - began:.0f} s, seed {given.seed}")
-    print("\n".join(violations), file=sys.stderr)
     return int(bool(violations))
 
 

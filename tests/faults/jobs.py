@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import re
 import shutil
@@ -46,12 +48,14 @@ class Job:
         prepare: Puts what it reads into an empty folder.
         action: What it does with the folder; called in a child. Called again, it goes on.
         lost: What of its reports (`heard`) the folder no longer shows; empty if nothing was lost.
+        done: Whether the folder shows that there is nothing to go on with, so that the command would refuse.
     """
 
     name: str
     prepare: Callable[[Path], None]
     action: Callable[[Path], None]
     lost: Callable[[Path, tuple[str, ...]], str]
+    done: Callable[[Path], bool] = lambda folder: False
 
 
 def listening() -> None:
@@ -115,6 +119,10 @@ def _epochs_lost(folder: Path, heard: tuple[str, ...]) -> str:
     return ""
 
 
+def _is_trained(folder: Path) -> bool:
+    return (folder / "model.pt").exists() and not (folder / "last.pt").exists()
+
+
 def _train(folder: Path) -> None:
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     recipe = folder.parent / "recipe.toml"
@@ -157,7 +165,7 @@ def _shards(folder: Path) -> None:
 
 
 JOBS = [
-    Job("train", _empty, _train, _epochs_lost),
+    Job("train", _empty, _train, _epochs_lost, _is_trained),
     Job("certify", _empty, _certify, _samples_lost({"certifying": "rows.csv"})),
     Job(
         "smooth",
@@ -166,7 +174,7 @@ JOBS = [
         _samples_lost({"calibrating": "smoothing-calibration.csv", "certifying": "smoothing.csv"}),
     ),
     Job("sweep", _empty, _sweep, _nothing_lost),
-    Job("merge", _shards, _merge, _nothing_lost),
+    Job("merge", _shards, _merge, _nothing_lost, lambda folder: (folder / "rows.csv").exists()),
 ]
 
 
@@ -188,6 +196,8 @@ def load_everything() -> None:
             importlib.import_module(module.name)
     importlib.import_module("train.sweep")
     experiment_of(Recipe())
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        grood_cert.cli.app(["recipe", "list"], standalone_mode=True)
     layers = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
     ).eval()

@@ -263,3 +263,15 @@ def test_best_weights_are_those_of_the_epoch(whole):
     assert checkpoint.load_weights(whole / "best.pt").keys() == content["state_dict"].keys()
     with pytest.raises(InputError, match=r"model\.pt: not a file of grood-cert weights; expected the best.pt"):
         checkpoint.load_weights(whole / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_what_is_resumed_runs_no_code(begun, name):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(begun / "exploded"),)
+
+    torch.save({"format": "state of a grood-cert run", "a": Bomb()}, begun / name)
+    with pytest.raises(InputError, match=r"runs \w+\.mkdir when it is opened"):
+        (checkpoint.load_weights(begun / name) if name == "best.pt" else training.run(recipe_of(), begun, resume=True))
+    assert not (begun / "exploded").exists()

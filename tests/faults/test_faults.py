@@ -1,0 +1,54 @@
+"""A small, seeded part of the campaign; `make faults` does all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults.campaign import damage, end_of
+from tests.faults.forks import Ended
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "end"),
+    [
+        (0, "", "finished"),
+        (-9, "", "died of SIGKILL"),
+        (-14, "", "broken: hung"),
+        (2, "grood-cert: error: cannot", "one line, exit 2"),
+        (2, "grood-cert: error: cannot\ngrood-cert: error: either", "broken: exit 2"),
+        (1, "Traceback (most recent call last):\nx: error: y", "broken: exit 1"),
+        (70, "x: error: y", "broken: exit 70"),
+        (1, "", "broken: exit 1"),
+    ],
+)
+def test_ends_are_told_apart(code, said, end):
+    assert end_of(Ended(code, said, (), 0.0)) == end
+
+
+def test_damage_is_one_accident():
+    import random
+
+    content = bytes(range(200))
+    for seed in range(50):
+        draw = random.Random(seed)
+        found = damage(content, "a bit inverted", draw)
+        assert sum((one ^ two).bit_count() for one, two in zip(found, content, strict=True)) == 1
+        assert content.startswith(damage(content, "cut", draw)) and not damage(content, "emptied", draw)
+
+
+def test_runs_survive_a_few_faults_of_each_kind():
+    command = ["--moments", "1", "--jobs", "merge", "--seed", "1", "--faults"]
+    faults = ["killed", "terminated", "disk", "damaged"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *command, *faults],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert ", 0 violations" in done.stdout
