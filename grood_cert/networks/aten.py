@@ -226,7 +226,7 @@ def _permute(call: Call) -> Value:
 
 
 def _swap(call: Call) -> Value:
-    first, second = (call.axis(call[name]) for name in ("dim0", "dim1"))
+    first, second = (call.axis(number) for name, number in call.arguments.items() if name != "self")
     order = list(range(len(call.value.shape)))
     order[first], order[second] = order[second], order[first]
     return call.builder.permute(call.value, order)
@@ -548,11 +548,12 @@ def _cast(call: Call) -> Value:
 
 ATEN: dict[str, Handler] = {
     **dict.fromkeys(
-        ("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "positive", "view_as_real_copy"),
+        ("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "positive"),
         _identity,
     ),
-    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"), _still),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "double"), _cast),
+    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"), _still),
+    "native_dropout": _several(_still),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
     "add": _sum,
     "sub": lambda call: _sum(call, -1.0),
     "rsub": lambda call: _sum(call, -1.0, swapped=True),
@@ -643,5 +644,5 @@ VIEWS = {
         "lift_fresh",
         "positive",
     ),
-    *("type_as", "double", "channel_shuffle", "index"),
+    *("type_as", "channel_shuffle", "index", "_unsafe_view", "view_copy"),
 }

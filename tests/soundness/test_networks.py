@@ -1,0 +1,90 @@
+"""The generator makes every operation that the front end takes."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from grood_cert.errors import InputError, RunError
+from grood_cert.networks import activations, capture, operations
+from grood_cert.networks.aten import ATEN
+from tests.soundness.networks import FAMILY, PROFILES, Dice, dressed, random_network
+
+NETWORKS = 1500
+UNREACHED = {
+    "cudnn_batch_norm": "runs on a GPU only",
+    "lift_fresh": "torch.export writes lift_fresh_copy",
+}
+
+
+def classes_of(module, *bases):
+    found = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, bases))
+    return {kind.__name__ for kind in found if dataclasses.is_dataclass(kind)}
+
+
+def operators(network, shape):
+    """Names of the operators that a network calls, without capturing it."""
+    images = torch.full((3, *shape), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        graph = make_fx(network, pre_dispatch=True)(images).graph
+    targets = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return {target._schema.name.split("::")[-1].removesuffix("_") for target in targets}
+
+
+def test_every_operation_is_made(monkeypatch):
+    reached, kinds = set(), set()
+
+    class Noting(dict):
+        def __getitem__(self, name):
+            reached.add(name)
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(capture, "ATEN", Noting(ATEN))
+    wanted = set(ATEN) - set(UNREACHED)
+    everything = classes_of(operations, operations.LinearMap, operations.MaxPool, operations.Addition)
+    everything |= classes_of(activations, activations.Activation)
+    seen = set()
+    for number in range(0, FAMILY * NETWORKS, FAMILY):
+        made = random_network(0, number, "any")
+        found = operators(made.network, made.shape)
+        if not found - seen:
+            continue
+        try:
+            graph = capture.capture(made.network, made.shape)
+        except (InputError, RunError):
+            continue
+        seen |= found
+        kinds |= {type(node.operation).__name__ for node in graph.nodes}
+        if wanted <= reached and everything <= kinds:
+            break
+    assert wanted - reached == set()
+    assert everything - kinds == set()
+    assert not reached & set(UNREACHED)
+
+
+def test_networks_follow_from_their_numbers():
+    images = torch.rand(2, 1, 1, 1).double()
+    one, two = (random_network(3, 4, "line").network for _ in range(2))
+    assert torch.equal(one(images), two(images))
+    assert len({random_network(0, FAMILY * number, "any").name for number in range(20)}) > 15
+    made = random_network(3, 0, "line")
+    other = random_network(3, 1, "line").network(images)
+    assert not torch.equal(made.network(images), other)
+    assert torch.equal(dressed(made, 3, 1).network(images), other)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_weights_are_float32_numbers(profile):
+    for number in range(10):
+        made = random_network(1, FAMILY * number, profile)
+        for tensor in (*made.network.parameters(), *made.network.buffers()):
+            if tensor.is_floating_point():
+                assert torch.equal(tensor.float().double(), tensor)
+        assert not any(module.training for module in made.network.modules())
+
+
+def test_dice_follow_from_their_seed():
+    assert Dice("a", 1).seed() == Dice("a", 1).seed() != Dice("a", 2).seed()
+    assert isinstance(random_network(0, 0).network, nn.Module)
