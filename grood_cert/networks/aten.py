@@ -160,11 +160,21 @@ def _linear(call: Call) -> Value:
 
 
 def _matrix_product(call: Call) -> Value:
-    names = list(call.arguments)
-    weight = call.constant(names[1])
+    first, second = list(call.arguments)[:2]
+    if isinstance(call[second], Value) and not isinstance(call[first], Value):
+        return _product_from_the_left(call, call[first], call[second])
+    weight = call.constant(second)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise call.refused("a product with a constant that is no matrix")
     return call.builder.linear(call.value, weight.T, None)
+
+
+def _product_from_the_left(call: Call, matrix: Any, value: Value) -> Value:
+    """A x = (x^T A^T)^T on the last two axes."""
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(value.shape) < 2:
+        raise call.refused("a product with a constant that is no matrix, or along the batch")
+    order = [*range(len(value.shape) - 2), len(value.shape) - 1, len(value.shape) - 2]
+    return call.builder.permute(call.builder.linear(call.builder.permute(value, order), matrix, None), order)
 
 
 def _add_matrix_product(call: Call) -> Value:

@@ -1,8 +1,8 @@
 r"""Claims against points: quickly in float64 by the network itself, and where that looks wrong, by the referee.
 
-What a float64 run gives may lie beyond a bound that holds in exact arithmetic, where large values cancel on the way;
-that is not a violation, and the largest such excess is kept. A violation is what extended precision confirms: the exact
-value exceeds the limit by more than the bound of the error with which it was computed.
+A violation is what extended precision confirms: the exact value exceeds the limit by more than the bound of the error with
+which it was computed. Bounds of S must hold for the float64 run too. Of other claims (slopes, secants), which are about exact
+arithmetic, a float64 run alone proves nothing wrong; such cases are counted.
 """
 
 from __future__ import annotations
@@ -208,9 +208,13 @@ def compare(claim: Claim, evidence: Evidence, score: Score, tally: Tally) -> lis
                 found.append(Violation(*_named(claim), ball, point, bound, value_there, float(true - error)))
                 break
             tally.rounded += 1
-            if claim.kind in ("upper", "lower"):
-                size = 1 + abs(float(value[place, ball]))
-                tally.rounding = max(tally.rounding, float(excess[place, ball]) / size)
+            if claim.kind in ("upper", "lower"):  # bounds of S cover what float64 makes of it
+                above = float(excess[place, ball])
+                tally.rounding = max(tally.rounding, above / (1 + abs(float(value[place, ball]))))
+                tally.violated[key] += 1
+                bound, point = float(claim.limit[ball]), evidence.points[place, ball]
+                found.append(Violation(*_named(claim), ball, point, bound, float(value[place, ball]), above))
+                break
     return found
 
 

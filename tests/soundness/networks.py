@@ -229,6 +229,7 @@ def _dense(dice: Dice, shape: tuple[int, ...]) -> nn.Module | None:
             "matmul": Step(lambda x, m: torch.matmul(x, m.layer.weight.t()), layer=layer),
             "@": Step(lambda x, m: x @ m.matrix, matrix=dice.normal(size, outputs)),
         }
+        ways["from the left"] = Step(lambda x, m: m.matrix @ x, matrix=dice.normal(dice.integer(1, 3), shape[-2]))
         return ways[dice.pick(*ways)]
     weight, bias = nn.Parameter(dice.normal(size, outputs)), nn.Parameter(dice.normal(outputs))
     ways = {
