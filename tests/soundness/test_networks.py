@@ -1,67 +1,10 @@
-"""The generator makes every operation that the front end takes."""
-
-import dataclasses
+"""Networks of the generator follow from their numbers, and are float32 networks in float64."""
 
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from grood_cert.errors import InputError, RunError
-from grood_cert.networks import activations, capture, operations
-from grood_cert.networks.aten import ATEN
 from tests.soundness.networks import FAMILY, PROFILES, Dice, dressed, random_network
-
-NETWORKS = 1500
-UNREACHED = {
-    "cudnn_batch_norm": "runs on a GPU only",
-    "lift_fresh": "torch.export writes lift_fresh_copy",
-}
-
-
-def classes_of(module, *bases):
-    found = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, bases))
-    return {kind.__name__ for kind in found if dataclasses.is_dataclass(kind)}
-
-
-def operators(network, shape):
-    """Names of the operators that a network calls, without capturing it."""
-    images = torch.full((3, *shape), 0.5, dtype=torch.float64)
-    with torch.no_grad():
-        graph = make_fx(network, pre_dispatch=True)(images).graph
-    targets = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
-    return {target._schema.name.split("::")[-1].removesuffix("_") for target in targets}
-
-
-def test_every_operation_is_made(monkeypatch):
-    reached, kinds = set(), set()
-
-    class Noting(dict):
-        def __getitem__(self, name):
-            reached.add(name)
-            return super().__getitem__(name)
-
-    monkeypatch.setattr(capture, "ATEN", Noting(ATEN))
-    wanted = set(ATEN) - set(UNREACHED)
-    everything = classes_of(operations, operations.LinearMap, operations.MaxPool, operations.Addition)
-    everything |= classes_of(activations, activations.Activation)
-    seen = set()
-    for number in range(0, FAMILY * NETWORKS, FAMILY):
-        made = random_network(0, number, "any")
-        found = operators(made.network, made.shape)
-        if not found - seen:
-            continue
-        try:
-            graph = capture.capture(made.network, made.shape)
-        except (InputError, RunError):
-            continue
-        seen |= found
-        kinds |= {type(node.operation).__name__ for node in graph.nodes}
-        if wanted <= reached and everything <= kinds:
-            break
-    assert wanted - reached == set()
-    assert everything - kinds == set()
-    assert not reached & set(UNREACHED)
 
 
 def test_networks_follow_from_their_numbers():
