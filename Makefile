@@ -43,6 +43,7 @@ oldest newest:
 		'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6'
 	.venv-$@/bin/pip install --quiet $(EXTRA) --no-deps auto-LiRPA
 	.venv-$@/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(NUMERICS)
+
 # random networks against every bound; nightly size
 SEED ?= 0
 soundness: env
