@@ -42,6 +42,52 @@ def random_network(name, seed, scale=1.0, classes=4, **options):
     return network
 
 
+# What is not a bound
+
+
+class _Engine:
+    """A bound engine that answers what it is told."""
+
+    method = "crown"
+
+    def __init__(self, network, lower, upper):
+        self.network, self.graph, self.answer = network, capture(network, (1, 1, 2)), (lower, upper)
+
+    def relax(self, ball):
+        return self
+
+    def rows(self, coefficients, method=None):
+        shape = coefficients.shape[:2]
+        return tuple(torch.as_tensor(value, dtype=torch.float64).expand(shape).clone() for value in self.answer)
+
+
+@pytest.mark.parametrize(
+    "answer", [(torch.nan, 1.0), (0.0, torch.nan), (-torch.inf, 1.0), (0.0, torch.inf), (1.0, 0.0)]
+)
+def test_nan_infinite_or_crossed_answers_prove_nothing(answer):
+    network = linear(torch.eye(2), torch.zeros(2))
+    bounds = score_bounds(_Engine(network, *answer), ball_around(torch.full((3, 1, 1, 2), 0.5).double(), 0.1))
+    for value in vars(bounds).values():
+        assert bool(torch.isnan(value).all())
+        assert not bool((value < 1e9).any()) and not bool((value > -1e9).any())
+
+
+def test_joint_bounds_that_contradict_the_logits_prove_nothing():
+    """Each logit lies in [0, 1], so no mean of them in [50, 60]: S_ub < S_lb, and nothing holds."""
+
+    class Contradictory(_Engine):
+        def rows(self, coefficients, method=None):
+            unit = coefficients.eq(1).any(2)
+            return tuple(
+                torch.where(unit, single, joint).double()
+                for single, joint in zip((0.0, 1.0), (50.0, 60.0), strict=True)
+            )
+
+    network = linear(torch.eye(2), torch.zeros(2))
+    bounds = score_bounds(Contradictory(network, 0.0, 1.0), ball_around(torch.full((1, 1, 1, 2), 0.5).double(), 0.1))
+    assert all(bool(torch.isnan(value).all()) for value in vars(bounds).values())
+
+
 # The formulas alone, on boxes of logits
 
 
@@ -220,33 +266,3 @@ def test_a_sample_is_bounded_alike_alone_and_in_a_batch():
         alone = score_bounds(bounded, ball_around(images[index : index + 1], 0.03))
         torch.testing.assert_close(alone.upper, together.upper[index : index + 1], rtol=0, atol=1e-9)
         torch.testing.assert_close(alone.lower, together.lower[index : index + 1], rtol=0, atol=1e-9)
-
-
-# What is not a bound
-
-
-class _Engine:
-    """A bound engine that answers what it is told."""
-
-    method = "crown"
-
-    def __init__(self, network, lower, upper):
-        self.network, self.graph, self.answer = network, capture(network, (1, 1, 2)), (lower, upper)
-
-    def relax(self, ball):
-        return self
-
-    def rows(self, coefficients, method=None):
-        shape = coefficients.shape[:2]
-        return tuple(torch.as_tensor(value, dtype=torch.float64).expand(shape).clone() for value in self.answer)
-
-
-@pytest.mark.parametrize(
-    "answer", [(torch.nan, 1.0), (0.0, torch.nan), (-torch.inf, 1.0), (0.0, torch.inf), (1.0, 0.0)]
-)
-def test_nan_infinite_or_crossed_answers_prove_nothing(answer):
-    network = linear(torch.eye(2), torch.zeros(2))
-    bounds = score_bounds(_Engine(network, *answer), ball_around(torch.full((3, 1, 1, 2), 0.5).double(), 0.1))
-    for value in vars(bounds).values():
-        assert bool(torch.isnan(value).all())
-        assert not bool((value < 1e9).any()) and not bool((value > -1e9).any())

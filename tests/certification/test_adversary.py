@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from grood_cert import attacks
+from grood_cert.attacks import MinimumNorm
 from grood_cert.certification.adversary import Adversary
 from grood_cert.certification.envelope import Envelope
 from grood_cert.certification.settings import Settings
@@ -15,17 +17,23 @@ from grood_cert.errors import SoundnessError
 EPS = (0.1, 0.2)
 
 
-@pytest.fixture
-def adversary():
-    """f = x_1 + x_2 at (0.5, 0.5), accepted, and at (0.1, 0.1), not; attacks reach S = -1 -+ 2 eps and -0.2 -+ 2 eps."""
+def detector_of(gamma):
+    """f = x_1 + x_2."""
     layer = nn.Linear(2, 1).double()
     with torch.no_grad():
         layer.weight.fill_(1.0)
         layer.bias.fill_(0.0)
-    detector = Detector(nn.Sequential(nn.Flatten(), layer).eval(), -0.5, (1, 1, 2))
+    return Detector(nn.Sequential(nn.Flatten(), layer).eval(), gamma, (1, 1, 2))
+
+
+@pytest.fixture
+def adversary():
+    """At (0.5, 0.5), accepted, and at (0.1, 0.1), not; attacks reach S = -1 -+ 2 eps and -0.2 -+ 2 eps."""
     images = torch.tensor([0.5, 0.1], dtype=torch.float64).reshape(2, 1, 1, 1).expand(2, 1, 1, 2)
     generator = torch.Generator().manual_seed(0)
-    found = Adversary(detector, Settings(EPS), images, "id", torch.tensor([True, False]), generator)
+    found = Adversary(
+        detector_of(-0.5), Settings(EPS, effort="fast"), images, "id", torch.tensor([True, False]), generator
+    )
     found.search_grid(generator)
     return found
 
@@ -46,6 +54,24 @@ def test_attacks_reach_the_exact_extremes_and_the_exact_radius(adversary):
         assert seen.maximum.tolist() == pytest.approx(highest, abs=1e-9)
     assert adversary.radius.tolist() == [pytest.approx(0.25, abs=1e-6), 0.0]  # a wrong decision is broken at x
     assert torch.equal(adversary.points[1], adversary.images[1])
+
+
+@pytest.mark.parametrize(("kind", "gamma"), [("id", -0.5), ("ood", -1.5)])
+def test_the_grid_finds_what_the_search_of_the_nearest_missed(monkeypatch, kind, gamma):
+    """S = -1 moves by 2 eps, so the ball of 0.3 holds points beyond gamma and that of 0.2 none."""
+    monkeypatch.setattr(
+        attacks,
+        "minimum_norm",
+        lambda network, images, *rest: MinimumNorm(torch.full((len(images),), math.inf).double(), images.clone()),
+    )
+    images = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    settings = Settings((0.1, 0.2, 0.3, 0.4), effort="fast")
+    found = Adversary(detector_of(gamma), settings, images, kind, torch.tensor([True]), generator)
+    found.search_grid(generator)
+    assert 0.25 <= float(found.radius) <= 0.3 + 1e-9
+    score = -float(found.points.sum())
+    assert score > gamma if kind == "id" else score <= gamma
 
 
 def test_what_attacks_scored_inside_the_envelope_passes(adversary):

@@ -11,6 +11,7 @@ from torch import nn
 
 from grood_cert.attacks import MinimumNorm
 from grood_cert.ball import Ball
+from grood_cert.bounds import engines
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.score import ScoreBounds, score_bounds
 from grood_cert.certification import adversary, stages
@@ -20,6 +21,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.detector import Detector
 from grood_cert.errors import SoundnessError
 from grood_cert.lipschitz.bound import LipschitzBounds
+from grood_cert.networks.builder import Builder
 from grood_cert.scores import energy
 
 SHAPE = 1, 1, 2
@@ -41,6 +43,21 @@ def curved():
     network = nn.Sequential(*layers).double().eval().requires_grad_(False)
     network[3].weight.mul_(8)
     return network
+
+
+def by_hand(network, shape):
+    """The graph of such a network, which spares exporting it."""
+    builder = Builder(shape)
+    value = builder.reshape(builder.image, (2,))
+    for layer in list(network)[1:]:
+        weighted = isinstance(layer, nn.Linear)
+        value = builder.linear(value, layer.weight, layer.bias) if weighted else builder.relu(value)
+    return builder.graph(value)
+
+
+@pytest.fixture(autouse=True)
+def without_export(monkeypatch):
+    monkeypatch.setattr(engines, "capture", by_hand)
 
 
 def cascade_of(network, gamma, **settings):
@@ -114,11 +131,30 @@ def test_the_per_logit_radius_is_proved_by_each_logit_alone(kind):
     found = run(cascade_of(network, gamma, stages=("crown",), per_logit=True, precision=1e-4), kind=kind)
     alone, joint = found.radius_certified_per_logit, found.radius_certified
     assert 0 < float(alone) < 0.95 * float(joint)
-    bounded = NativeNetwork(network, SHAPE, "crown")
+    bounded = NativeNetwork(network, SHAPE, "crown", graph=by_hand(network, SHAPE))
     for share, proved in ((1.0, True), (1.001, False)):
         bounds = score_bounds(bounded, Ball(IMAGE, share * alone, "linf"))
         low, high = float(bounds.lower_per_logit), float(bounds.upper_per_logit)
         assert (high < gamma if kind == "id" else low > gamma) == proved
+
+
+@pytest.mark.parametrize("kind", ["id", "ood"])
+@pytest.mark.parametrize("stage", ["lipschitz", "alpha-crown", "branch-and-bound"])
+def test_an_exception_of_a_refining_stage_proves_nothing(monkeypatch, kind, stage):
+    def fails(*arguments, **options):
+        raise RuntimeError("boom")
+
+    for name in ("local_lipschitz", "optimised_bounds", "branch_and_bound"):
+        monkeypatch.setattr(stages, name, fails)
+    network = curved()
+    settings = {"eps": (0.001, 0.02, 0.2), "precision": 1e-3}
+    cascade = cascade_of(network, around(network, kind), stages=("ibp", stage), **settings)
+    found = run(cascade, kind=kind)
+    plain = run(cascade_of(network, around(network, kind), stages=("ibp",), **settings), kind=kind)
+    assert words(found) == words(plain) and cascade.failures == {"RuntimeError: boom": sum(cascade.failures.values())}
+    for name in ("radius_certified", "s_lb", "s_ub"):
+        torch.testing.assert_close(getattr(found, name), getattr(plain, name), rtol=0, atol=0, equal_nan=True)
+    assert not torch.nan_to_num(found.radius_lipschitz_path).any()
 
 
 # Lies
@@ -145,6 +181,20 @@ def test_the_network_must_be_the_captured_one_where_attacks_end():
 def half_way(state_gamma, network):
     """A number between S(x) and gamma: it holds at x, and claims all balls."""
     return (float(energy(network(IMAGE))) + state_gamma) / 2
+
+
+@pytest.mark.parametrize("side", ["lower", "upper"])
+def test_bounds_that_attacked_scores_leave_are_caught(monkeypatch, side):
+    """No decision falls and no radius is wrong: only the scores betray bounds that stand still."""
+
+    def still(bounded, ball, *rest):
+        true, here = score_bounds(bounded, ball, *rest), energy(bounded.network(ball.center))
+        lower, upper = (here, true.upper) if side == "lower" else (true.lower, here)
+        return ScoreBounds(lower, upper, true.lower_per_logit, true.upper_per_logit)
+
+    monkeypatch.setattr(stages, "score_bounds", still)
+    with pytest.raises(SoundnessError, match="score outside their proved bounds"):
+        run(cascade_of(linear(), 5.0, eps=(0.1, 0.2), stages=("crown",)))
 
 
 @pytest.mark.parametrize("kind", ["id", "ood"])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.mutants import certification, lipschitz, networks, scores
+from tests.mutants import bounds, certification, lipschitz, networks, scores
 from tests.mutants.runner import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (*certification.MUTANTS, *lipschitz.MUTANTS, *networks.MUTANTS, *scores.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *certification.MUTANTS,
+    *bounds.MUTANTS,
+    *lipschitz.MUTANTS,
+    *networks.MUTANTS,
+    *scores.MUTANTS,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from queue import SimpleQueue
 from typing import Literal
 
@@ -20,9 +22,10 @@ from tests.mutants.server import TIMEOUT
 Fate = Literal["killed", "timeout", "survived"]
 HEAVY = (  # what most tests import; each costs seconds
     *("torch", "torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torchvision"),
-    *("scipy.stats", "sklearn.datasets", "auto_LiRPA", "matplotlib.pyplot", "onnx", "pytest", "typer"),
+    *("scipy.stats", "sklearn.datasets", "auto_LiRPA", "matplotlib.pyplot", "onnx", "hypothesis", "typer"),
 )
-_OPTIONS = "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"
+_EARLY = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # as `HEAVY` is
+_OPTIONS = "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-W", _EARLY
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
@@ -111,7 +114,9 @@ class Tree:
             if (root / name).is_file():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / name, target / name)
-        own = {"PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # no stale bytecode
+        for package in packages:  # bytecode that holds for unchanged sources alone; no other is written
+            compileall.compile_dir(target / package, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+        own = {"PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         environment = os.environ | own
         for package in packages:
             command = [sys.executable, "-c", f"import {package}; print({package}.__file__)"]

@@ -7,6 +7,7 @@ arguments of pytest; it answers the exit code, 124 where time was up. Nothing of
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -52,6 +53,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # children need not look through what was imported here
     for line in sys.stdin:
         seconds, log, arguments = json.loads(line)
         process = os.fork()
