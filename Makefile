@@ -8,7 +8,7 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test models mutants processors lint env clean
+.PHONY: demo test models mutants soundness processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
@@ -43,6 +43,11 @@ oldest newest:
 		'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6'
 	.venv-$@/bin/pip install --quiet $(EXTRA) --no-deps auto-LiRPA
 	.venv-$@/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(NUMERICS)
+
+# random networks against every bound; nightly size
+SEED ?= 0
+soundness: env
+	$(BIN)/python -m tests.soundness --nets 10000 --seed $(SEED) --out runs/soundness
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md

@@ -160,11 +160,21 @@ def _linear(call: Call) -> Value:
 
 
 def _matrix_product(call: Call) -> Value:
-    names = list(call.arguments)
-    weight = call.constant(names[1])
+    first, second = list(call.arguments)[:2]
+    if isinstance(call[second], Value) and not isinstance(call[first], Value):
+        return _product_from_the_left(call, call[first], call[second])
+    weight = call.constant(second)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise call.refused("a product with a constant that is no matrix")
     return call.builder.linear(call.value, weight.T, None)
+
+
+def _product_from_the_left(call: Call, matrix: Any, value: Value) -> Value:
+    """A x = (x^T A^T)^T on the last two axes."""
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(value.shape) < 2:
+        raise call.refused("a product with a constant that is no matrix, or along the batch")
+    order = [*range(len(value.shape) - 2), len(value.shape) - 1, len(value.shape) - 2]
+    return call.builder.permute(call.builder.linear(call.builder.permute(value, order), matrix, None), order)
 
 
 def _add_matrix_product(call: Call) -> Value:
@@ -226,7 +236,7 @@ def _permute(call: Call) -> Value:
 
 
 def _swap(call: Call) -> Value:
-    first, second = (call.axis(call[name]) for name in ("dim0", "dim1"))
+    first, second = (call.axis(number) for name, number in call.arguments.items() if name != "self")
     order = list(range(len(call.value.shape)))
     order[first], order[second] = order[second], order[first]
     return call.builder.permute(call.value, order)
@@ -548,11 +558,12 @@ def _cast(call: Call) -> Value:
 
 ATEN: dict[str, Handler] = {
     **dict.fromkeys(
-        ("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "positive", "view_as_real_copy"),
+        ("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "positive"),
         _identity,
     ),
-    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"), _still),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "double"), _cast),
+    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"), _still),
+    "native_dropout": _several(_still),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
     "add": _sum,
     "sub": lambda call: _sum(call, -1.0),
     "rsub": lambda call: _sum(call, -1.0, swapped=True),
@@ -643,5 +654,5 @@ VIEWS = {
         "lift_fresh",
         "positive",
     ),
-    *("type_as", "double", "channel_shuffle", "index"),
+    *("type_as", "channel_shuffle", "index", "_unsafe_view", "view_copy"),
 }

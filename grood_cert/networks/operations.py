@@ -367,6 +367,10 @@ class MaxPool:
         (top, bottom), (left, right) = self.padding
         if top == bottom <= self.kernel[0] // 2 and left == right <= self.kernel[1] // 2:  # what torch takes itself
             return functional.max_pool2d(values, self.kernel, self.stride, (top, left), self.dilation)
+        if self.dilation == (1, 1) and max(top, bottom) < self.kernel[0] and max(left, right) < self.kernel[1]:
+            # windows that reach over an edge hold its entries already: to repeat them changes no maximum
+            padded = functional.pad(values, (left, right, top, bottom), mode="replicate")
+            return functional.max_pool2d(padded, self.kernel, self.stride)
         return functional.max_pool2d(self._padded(values, -math.inf), self.kernel, self.stride, 0, self.dilation)
 
     def _padded(self, values: Tensor, fill: float) -> Tensor:

@@ -57,6 +57,7 @@ FUNCTIONS = {
     "sum over one axis": lambda x, m: x + x.sum(3, keepdim=True) + x.mean(dim=1, keepdim=True),
     "maximum over axes": lambda x, m: x + x.amax((2, 3), keepdim=True) + x.max(dim=2, keepdim=True)[0],
     "matrix": lambda x, m: x @ m.matrix + torch.matmul(x, m.matrix),
+    "matrix from the left": lambda x, m: m.matrix @ x + torch.matmul(m.matrix, x[:, 0]).unsqueeze(1),
     "linear on rows": lambda x, m: functional.linear(x, m.matrix),
     "transpose": lambda x, m: x.transpose(2, 3) + x.permute(0, 1, 3, 2),
     "views": lambda x, m: x.view(x.size(0), -1).reshape(-1, 2, 8).unsqueeze(1).squeeze(1).view(x.shape[0], 1, 4, 4),

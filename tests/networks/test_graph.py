@@ -26,6 +26,8 @@ from grood_cert.networks.operations import (
     Selection,
 )
 from grood_cert.networks.rebuild import Rebuilt
+from tests.networks import layered
+from tests.networks.layered import NAMES
 
 
 def ball_of(images, eps):
@@ -263,3 +265,11 @@ def test_batched_alone_and_in_small_blocks_are_the_same(source):
         alone = local_lipschitz(graph, single, preactivations(graph, single, source))
         for name, bound in together.methods.items():
             torch.testing.assert_close(alone.methods[name], bound[i : i + 1], rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rebuilt_network_is_captured_again(name):
+    graph = layered.build(name)
+    again = capture(Rebuilt(graph), layered.SHAPE)
+    images = torch.rand(3, *layered.SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(again(images), graph(images), rtol=1e-12, atol=1e-12)
