@@ -1,0 +1,1 @@
+"""Marabou, a complete verifier that shares no code with ours, as a judge of properties that we export."""
