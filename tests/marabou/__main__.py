@@ -18,7 +18,7 @@ def table(found: list[Case]) -> str:
     lines += [f"| {verdict} | {word} | {number} |" for (verdict, word), number in sorted(counts.items())]
     said = [case for case in found if case.verdict == "sat"]
     summary = (
-        f"{len(found)} properties, of which {sum(case.exact for case in found)} with one logit; "
+        f"{len(found)} properties, of which {sum(case.exact for case in found)} are exact; "
         f"{sum(case.bounded for case in found)} proved by our bound of the row. "
         f"Of {len(said)} counterexamples {sum(case.violated for case in said)} violate the property in float64 (up to 1e-5) and "
         f"{sum(case.crossed for case in said)} cross gamma. "

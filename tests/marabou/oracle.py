@@ -68,7 +68,7 @@ class Case:
 
     Attributes:
         name: Of the property.
-        exact: Whether the property is violated exactly where S is on the wrong side: one logit.
+        exact: Whether the property is violated exactly where S is on the wrong side: ID, one logit.
         bounded: Whether our bound of c . f proves that it is never violated.
         certified: Whether our stages certify the ball.
         attacked: Whether our attack has a point where S crosses gamma.
@@ -143,7 +143,11 @@ def cases(seed: int, name: str, classes: int, folder: Path, temperature: float =
             ball = Ball(sets[number].images[instance.index][None].double(), eps, "linf")
             verdict, point = solve(folder / f"{eps}" / "model.onnx", folder / f"{eps}" / f"{instance.name}.vnnlib")
             answer = _Ours(detector, instance, ours[number], place, _row_bounds(bounded, instance.specification, ball))
-            found.append(answer.case(f"{folder.name}/{instance.name}", classes == 1, ball, verdict, point))
+            found.append(
+                answer.case(
+                    f"{folder.name}/{instance.name}", classes == 1 and instance.kind == "id", ball, verdict, point
+                )
+            )
     return found
 
 

@@ -64,10 +64,10 @@ def bound_faults(planted: Planted, engines: tuple[str, ...] = ENGINES) -> list[s
     return found
 
 
-def stage_faults(planted: Planted, stages: tuple[str, ...], effort: str = "default") -> Finding:
+def stage_faults(planted: Planted, stages: tuple[str, ...]) -> Finding:
     """Run the cascade with these stages on the ball that ends at the planted point, and on one of half its radius."""
     eps = planted.distance
-    settings = Settings((eps / 2, eps), planted.recipe.norm, effort=effort, stages=stages, engine="native")
+    settings = Settings((eps / 2, eps), planted.recipe.norm, stages=stages, engine="native")
     found = Cascade(planted.detector, settings).certify(planted.image, planted.recipe.kind, generator(0, 0))
     outcome, radius = found.outcomes[0][1], float(found.radius_certified)
     faults = []
@@ -79,11 +79,11 @@ def stage_faults(planted: Planted, stages: tuple[str, ...], effort: str = "defau
 
 
 def check(planted: Planted) -> Finding:
-    """All bounds, each stage by itself (the refining ones after CROWN), and all of them with the greatest effort."""
+    """All bounds, each stage by itself (the refining ones after CROWN), and all of them."""
     faults = bound_faults(planted)
     for stage in STAGES:
         faults += stage_faults(planted, (stage,) if stage in LINEAR else ("crown", stage)).faults
-    whole = stage_faults(planted, STAGES, "max")
+    whole = stage_faults(planted, STAGES)
     return Finding(planted, [*faults, *whole.faults], whole.radius, whole.attack, whole.word)
 
 
