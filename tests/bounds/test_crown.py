@@ -245,7 +245,7 @@ def test_windows_are_used_and_are_what_gradients_reach():
         nn.Conv2d(1, 2, 3, 2, 1), nn.Conv2d(2, 2, 3, dilation=2, padding=1), nn.AvgPool2d(2, 1)
     ).double()
     network[0].weight.data.abs_().add_(0.1), network[1].weight.data.abs_().add_(0.1)
-    graph = capture(nn.Sequential(network, nn.Flatten(), nn.Linear(18, 2)).eval(), (1, 12, 12))
+    graph = capture(nn.Sequential(network, nn.Flatten(), nn.Linear(18, 2)).double().eval(), (1, 12, 12))
     window = windows(graph, 3)[0]
     images = torch.zeros(1, 1, 12, 12, dtype=torch.float64, requires_grad=True)
     output = network(images)[0, 0]
