@@ -341,7 +341,7 @@ def test_operator_norms_transpose_and_absolute_value_against_the_dense_matrix(la
     shape = (2, 6, 5)
     images = torch.rand(1, *shape, dtype=torch.float64)
     features = layer(images).numel()
-    graph = capture(nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 1)).eval(), shape)
+    graph = capture(nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 1)).double().eval(), shape)
     operation = graph.nodes[1].operation
     basis = torch.eye(60, dtype=torch.float64).reshape(60, *shape)
     matrix = (layer(basis) - layer(torch.zeros_like(basis))).flatten(1).T
