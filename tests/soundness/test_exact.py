@@ -53,7 +53,7 @@ def test_no_point_lies_beyond(oracle, profile, scores):
         assert bool(within(ball, points).all())
         grid = score.value(graph(dense(ball).flatten(0, 1))).reshape(-1, 3)
         attained = score.value(graph(points.flatten(0, 1))).reshape(-1, 3)
-        slack = 1e-6 * (1 + grid.abs().amax())
+        slack = 1e-5 * (1 + grid.abs().amax())  # HiGHS keeps each constraint to 1e-6
         for smallest, largest, low, high, least, most in zip(
             truth.smallest, truth.largest, grid.amin(0), grid.amax(0), attained.amin(0), attained.amax(0), strict=True
         ):
