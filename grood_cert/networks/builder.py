@@ -97,7 +97,7 @@ class Builder:
         """What has been made, without the nodes that the logits do not need.
 
         Raises:
-            InputError: If the result has no shape (K,), or is the image itself.
+            InputError: If the result has no shape (K,), or is the image itself, or is made of a value without elements.
         """
         if len(logits.shape) != 1 or not logits.shape[0]:
             raise InputError(
@@ -105,7 +105,11 @@ class Builder:
             )
         if not logits.number:
             raise InputError("the network returns its images")
-        return Graph(reached(self._nodes[: logits.number + 1]))
+        nodes = reached(self._nodes[: logits.number + 1])
+        for node in nodes:
+            if not node.size:
+                raise InputError(f"{node.name or 'an operation'}: its value has no elements, shape {node.shape}")
+        return Graph(nodes)
 
     # --- arithmetic
 
@@ -278,7 +282,8 @@ class Builder:
         )
 
     def concatenation(self, values: Sequence[Value], axis: int) -> Value:
-        """Values one after another along an axis; what has been put together before is used again."""
+        """Values one after another along an axis, empty ones left out; what has been put together before is used again."""
+        values = [value for value in values if value.shape[axis]] or values[:1]
         if len(values) == 1:
             return values[0]
         key = (axis, *(value.number for value in values))

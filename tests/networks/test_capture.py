@@ -182,6 +182,7 @@ def own_state(x, m):
         (lambda x, m: x + 1 if torch.is_grad_enabled() else x, "something else where gradients are taken"),
         (lambda x, m: x + 1 if x.requires_grad else x, "something else where gradients are taken"),
         (lambda x, m: torch.cat([x[:, :0].repeat(1, 2, 1, 1), x], 1), "repeat cannot be bounded"),
+        (lambda x, m: x + functional.pad(x[:, :0], (0, 0, 0, 0, x.shape[1], 0)), "no elements, shape"),
         (lambda x, m: x * x, "mul cannot be bounded: a product of two values"),
         (lambda x, m: x * x.sigmoid(), "product of two values"),
         (lambda x, m: x @ x.transpose(2, 3), "matmul cannot be bounded: a product of two values"),

@@ -317,5 +317,8 @@ def tried(seed: int, numbers: range, shares: Mapping[str, float] | None = None) 
     for number in numbers:
         another = made is None or number % FAMILY == 0
         made = random_network(seed, number) if another or made is None else dressed(made, seed, number)
-        _Trial(seed, number, made, counts, shares or SHARES).run()
+        try:
+            _Trial(seed, number, made, counts, shares or SHARES).run()
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is counted and makes the campaign fail)
+            counts.errors[f"{type(error).__name__}: {_short(error)} (network {number})"] += 1
     return counts

@@ -241,7 +241,7 @@ def _dense(dice: Dice, shape: tuple[int, ...]) -> nn.Module | None:
         "addmm": Step(lambda x, m: torch.addmm(m.bias, x, m.weight), weight=weight, bias=bias),
         "tied": Step(lambda x, m: x @ m.weight @ m.weight.t() + m.bias.sum(), weight=weight, bias=bias),
     }
-    return ways[dice.pick("layer", "layer", *ways)]
+    return ways[dice.pick(*ways)]
 
 
 @_step("series", linear=True)
@@ -337,12 +337,12 @@ _simple("to as", lambda x, m: aten.to.dtype(aten.contiguous(x), torch.float64), 
 
 @_step("dropout", linear=True)
 def _dropout(dice: Dice, shape: tuple[int, ...]) -> nn.Module | None:
-    del shape
+    image = len(shape) == 3
     return dice.pick(
         nn.Dropout(),
         nn.AlphaDropout(),
-        nn.Dropout2d(),
-        nn.FeatureAlphaDropout(),
+        nn.Dropout2d() if image else nn.Dropout(),
+        nn.FeatureAlphaDropout() if image else nn.AlphaDropout(),
         Step(lambda x, m: functional.dropout(x, training=m.training)),
         Step(lambda x, m: functional.feature_alpha_dropout(x, training=m.training)),
         Step(lambda x, m: aten.feature_dropout(x, 0.5, False)),

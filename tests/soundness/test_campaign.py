@@ -10,6 +10,8 @@ from tests.soundness.__main__ import main
 from tests.soundness.campaign import tried
 from tests.soundness.report import report
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what torch thinks of odd networks
+
 
 @pytest.mark.parametrize("part", range(4))
 def test_nothing_is_contradicted(part):
