@@ -73,8 +73,8 @@ def exactly(network: nn.Sequential, image: Tensor) -> tuple[list[Fraction], list
 
 def points(ball: Ball) -> list[Tensor]:
     """The centre and the corners of a ball of one image."""
-    signs = itertools.product((0.0,), (0.0,), (0.0,)), itertools.product((-1.0, 1.0), repeat=3)
-    steps = [torch.tensor(step, dtype=torch.float64).reshape(1, *SHAPE) for step in itertools.chain(*signs)]
+    signs = [(0.0, 0.0, 0.0), *itertools.product((-1.0, 1.0), repeat=3)]
+    steps = [torch.tensor(step, dtype=torch.float64).reshape(1, *SHAPE) for step in signs]
     return [torch.minimum(torch.maximum(ball.center + ball.eps * step, ball.lower), ball.upper) for step in steps]
 
 

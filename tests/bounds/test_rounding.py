@@ -116,6 +116,30 @@ def test_a_batchnorm_with_a_mean_far_from_0(engine, ratio):
                 assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
 
 
+@pytest.mark.parametrize("engine", [NativeNetwork, LirpaNetwork])
+@pytest.mark.parametrize("ratio", [1e5, 1e7])
+def test_a_batchnorm_whose_bias_takes_its_mean_back(engine, ratio):
+    """Nothing of `ratio` is left in what it adds; an evaluation that centres first still rounds values of that size."""
+    if engine is LirpaNetwork and lirpa_version() is None:
+        pytest.skip("auto_LiRPA is not installed")
+    torch.manual_seed(0)
+    norm, rest = nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    network = nn.Sequential(nn.Flatten(), norm, rest).double().eval()
+    with torch.no_grad():
+        norm.running_mean.fill_(ratio)
+        norm.running_var.uniform_(0.5, 2)
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        norm.bias.copy_(ratio * factor)
+    bounded = engine(network, SHAPE, "crown")
+    for seed in range(8):
+        for ball in balls(seed)[:2]:
+            found = score_bounds(bounded, ball)
+            for point in points(ball):
+                with torch.no_grad():
+                    scores = Energy().value(rest((point.flatten(1) - ratio) * factor + norm.bias))
+                assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
+
+
 def test_merged_layers_remember_what_was_summed():
     torch.manual_seed(0)
     layers = (
@@ -236,6 +260,39 @@ def test_scores_round_as_little_as_is_said(score, classes):
         assert bool(((single - exact).abs() <= allowed).all())
         threshold = (exact.float().double() - exact).abs()  # a threshold rounded to float32
         assert bool((threshold <= allowed).all())
+
+
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_an_evaluation_of_the_score_rounds_where_the_network_does_not(classes):
+    layer = nn.Linear(3, classes).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    network = nn.Sequential(nn.Flatten(), layer).eval()
+    single = NativeNetwork(network, SHAPE, "crown", graph=capture(network, SHAPE).deployed("float32"))
+    found = score_bounds(single, balls(0)[0])
+    assert float(found.lower) <= float(Energy().value(torch.zeros(1, classes))) <= float(found.upper)
+
+
+def test_a_long_sum_may_be_taken_one_after_another():
+    """All units are equal, and every partial sum is rounded to the same side for long stretches."""
+    shape, image = (1, 32, 64), torch.full((1, 1, 32, 64), 0.1)
+    width = image.numel()
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(width, 1)).double().eval()
+    with torch.no_grad():
+        for layer in (network[0], network[-1]):
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+    graph = capture(network, shape).deployed("float32")
+    ball, score = Ball(image.double(), torch.tensor([1e-9], dtype=torch.float64), "linf"), MaxLogit()
+    value = -float(np.cumsum(np.full(width, 0.1, np.float32))[-1])
+    hidden, near = preactivations(graph, ball), 1e-12 * width
+    assert abs(value + 0.1 * width) > 1e-6 * width
+    for engine in (NativeNetwork, LirpaNetwork)[: 1 + (lirpa_version() is not None)]:
+        found = score_bounds(engine(network, shape, "crown", graph=graph), ball, score=score)
+        assert float(found.lower) <= value <= float(found.upper)
+    for side, sign in (("lower", 1.0), ("upper", -1.0)):
+        assert sign * float(optimised_bounds(graph, ball, side, hidden, 3, score=score)) <= sign * value
+        assert sign * float(branch_and_bound(graph, ball, value + near, side, 8, score=score).bound) <= sign * value
 
 
 def test_sums_are_as_long_as_they_are():
