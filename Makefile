@@ -8,7 +8,7 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test models mutants oracle soundness processors lint env clean
+.PHONY: demo test models faults fuzz audit oldest newest soundness mutants oracle processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force

@@ -1,7 +1,8 @@
 """Pairs of bounds, and THE margin for rounding.
 
-Bounds are claims in exact arithmetic, computed in float64. Each is moved outward by `ROUNDING` of the size of what was
-summed to get it, and what is NaN, infinite or crosses its partner is not proved.
+Bounds are computed in float64. Each is moved outward by `ROUNDING` of the size of what was summed to get it, and what is
+NaN, infinite or crosses its partner is not proved. What the network's evaluation rounds is the business of
+`grood_cert.bounds.rounding`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 Interval = tuple[Tensor, Tensor]
 ROUNDING = 1e-12
+STEPS = 16  # roundings of an elementary function and what is around it
 _CROSSING = 1e-9
 
 

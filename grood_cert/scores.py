@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from grood_cert.ball import Norm, dual_norm
 from grood_cert.errors import InputError
+from grood_cert.interval import STEPS
 
 _LARGEST_ORDER = 750.0  # e^750 is infinite
-_STEPS = 16  # roundings of an elementary function and what is around it
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -135,7 +135,7 @@ class Energy(Score):
     def roundoff(self, value: Tensor, classes: int, largest: Tensor, unit: float) -> Tensor:
         """4 u (|S| + T (K + 16))."""
         del largest
-        return 4 * unit * (value.abs() + self.temperature * (classes + _STEPS))
+        return 4 * unit * (value.abs() + self.temperature * (classes + STEPS))
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """-f_k."""
@@ -197,7 +197,7 @@ class MSP(Score):
         Moved by that, S rises and falls with S as long as a < 1 / 2; infinite from 1 / 4 on.
         """
         size = value.abs()
-        count = 4 * unit * size * (classes + _STEPS)
+        count = 4 * unit * size * (classes + STEPS)
         if self.temperature == 1:
             return count
         spread = 4 * unit * largest / self.temperature

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.intervals import through
-from grood_cert.interval import ROUNDING, Interval
+from grood_cert.interval import ROUNDING, STEPS, Interval
 from grood_cert.networks.activations import Activation, LeakyReLU
 from grood_cert.networks.graph import Graph, Operation
 from grood_cert.networks.operations import (
@@ -59,7 +59,6 @@ from grood_cert.networks.operations import (
 from grood_cert.scores import Score
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
-_STEPS = 16  # roundings of an operation beside its sum: factors, BatchNorm's own, elementary functions
 _LARGEST_SHARE = 0.01  # beyond it nothing is proved
 
 
@@ -141,7 +140,7 @@ class Rounding:
                 self.errors.append(absolute.linear(self.errors[inputs[0]]))
         if isinstance(operation, Addition) or not (operation.moves and operation.bias is None):
             count = terms(operation) if isinstance(operation, LinearMap) else 1
-            own, evaluated = own + count + node.size, evaluated + count + _STEPS
+            own, evaluated = own + count + node.size, evaluated + count + STEPS
         elif isinstance(operation, Selection):
             own += terms(operation)
         self.magnitudes.append(summed)
@@ -165,7 +164,7 @@ class Rounding:
         size, read = torch.maximum(low.abs(), high.abs()), torch.maximum(lower.abs(), upper.abs())
         share, own = (
             self._share(self._terms[origin] + node.size, self._roundings[origin]),
-            self._share(node.size, _STEPS),
+            self._share(node.size, STEPS),
         )
         exact = _is_exact(operation)
         if isinstance(operation, Activation):

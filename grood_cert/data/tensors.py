@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from grood_cert.data.images import ImageSet
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
 from grood_cert.networks.checks import check_pixels
 
 _IMAGES = ("image", "img", "images", "pixel_values", "x")
@@ -43,7 +43,7 @@ def image_set(data: Any, name: str, kind: str) -> ImageSet:
         images = torch.cat([images for images, _ in batches])
         labels = torch.cat([labels for _, labels in batches])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = said(error)[:120]
         raise InputError(f"'{name}': expected tensors of images of one shape ({reason})") from error
     if images.dtype == torch.uint8:
         if len(images) and 0 < int(images.max()) <= 1:

@@ -28,13 +28,13 @@ along and is intersected. Every bound holds for all x' in the ball, so they may 
     l2 ball     sum_j g_j^2 <= UB[a + b] - sum_j a_j b_j,        since (g - a)(g - b) <= 0
     l1 ball     max_j |g_j| <= max_j max(|a_j|, |b_j|)
 
+each also bounded by the norm of max(|a|, |b|). The Lipschitz constant of S is ess sup ||J^T p||_q with p = softmax f
+in P. With P = {p_0}, p_0 = softmax f(x), the result bounds the constant of p_0 . f, which is enough for the ID side:
+LSE is convex, LSE(f(x')) >= LSE(f(x)) + p_0 . (f(x') - f(x)), hence S(x') <= S(x) + L_p0 ||x' - x||.
+
 *Rounding.* With m the gradient's magnitude, m <- |W|^T m between two nonlinear layers (`gradient_intervals`), lines are
 moved outward by 2e-12 max(|s_l|, |s_u|) m and rows A of G_n by 1e-12 |A| . m: what cancels is charged where it cancels
 (`grood_cert.bounds.rounding`).
-
-Each norm is also bounded by that of max(|a|, |b|). The Lipschitz constant of S is ess sup ||J^T p||_q with p = softmax f
-in P. With P = {p_0}, p_0 = softmax f(x), the result bounds the constant of p_0 . f, which is enough for the ID side:
-LSE is convex, LSE(f(x')) >= LSE(f(x)) + p_0 . (f(x') - f(x)), hence S(x') <= S(x) + L_p0 ||x' - x||.
 
 References:
     Zhang et al., NeurIPS 2018 (CROWN); Shi et al., "Efficiently Computing Local Lipschitz Constants of Neural

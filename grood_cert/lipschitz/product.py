@@ -19,7 +19,8 @@ a factor at all: W_2 D W_1 is one matrix.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,28 +107,42 @@ def unrolled(operation: LinearMap, shape: tuple[int, ...], device: str | torch.d
 
 
 @dataclass(frozen=True)
+class _Matrix:
+    """A matrix, and what was summed to get its entries, in absolute values, of which rounding is a share."""
+
+    entries: Tensor
+    summed: Tensor
+
+    def mapped(self, change: Callable[[Tensor], Tensor], size: Callable[[Tensor], Tensor]) -> _Matrix:
+        """Both parts changed."""
+        return _Matrix(change(self.entries), size(self.summed))
+
+    def norm(self, norm: Norm) -> float:
+        """Upper bound of the exact matrix's norm."""
+        if not self.summed.numel():
+            return 0.0
+        size = torch.linalg.matrix_norm(self.summed, ord="fro" if norm == "l2" else ORDER[norm])
+        return matrix_norm(self.entries, norm) + ROUNDING * float(size)
+
+    def longest_row(self, order: float) -> float:
+        """Upper bound of the longest of the exact matrix's rows."""
+        entries, summed = (torch.linalg.vector_norm(part, ord=order, dim=1) for part in (self.entries, self.summed))
+        return float((entries + ROUNDING * summed).max()) * (1 + ROUNDING)
+
+
+@dataclass(frozen=True)
 class _State:
     """The Jacobian up to a node is `matrix` times something of norm at most `factor`.
 
-    Two states with the same `base` share that something. `matrix` is None for the identity; `summed` is what was summed
-    to get its entries, in absolute values, of which rounding is a share.
+    Two states with the same `base` share that something. `matrix` is None for the identity.
     """
 
     factor: float
     base: int
-    matrix: Tensor | None = None
-    summed: Tensor | None = None
+    matrix: _Matrix | None = None
 
     def norm(self, norm: Norm) -> float:
-        return self.factor * self.length(norm)
-
-    def length(self, norm: Norm, kept: Tensor | slice = slice(None)) -> float:
-        """The norm of some rows of the matrix."""
-        if self.matrix is None or self.summed is None:
-            return 1.0
-        rounding = self.summed[kept]
-        size = torch.linalg.matrix_norm(rounding, ord="fro" if norm == "l2" else ORDER[norm]) if rounding.numel() else 0
-        return matrix_norm(self.matrix[kept], norm) + ROUNDING * float(size)
+        return self.factor * (1.0 if self.matrix is None else self.matrix.norm(norm))
 
 
 def _pool_norm(pool: MaxPool, norm: Norm) -> float:
@@ -147,32 +162,35 @@ class _Product:
         node = self._graph.nodes[number]
         operation, shape = node.operation, self._graph.nodes[node.inputs[0]].shape
         assert isinstance(operation, LinearMap)
-        inputs = math.prod(shape) if state.matrix is None else state.matrix.shape[1]
+        inputs = math.prod(shape) if state.matrix is None else state.matrix.entries.shape[1]
         if inputs * max(math.prod(shape), node.size) > _UNROLLED_ENTRIES:
             return _State(
                 state.norm(self._norm) * operator_norm(operation, shape, self._norm, self._graph.device), number
             )
-        if state.matrix is None or state.summed is None:
+        if state.matrix is None:
             matrix = unrolled(operation, shape, self._graph.device)
-            return _State(state.factor, state.base, matrix, matrix.abs())
-        columns, sizes = (part.T.reshape(-1, *shape) for part in (state.matrix, state.summed))
-        matrix, summed = operation.linear(columns), operation.absolute().linear(sizes)
-        return _State(state.factor, state.base, matrix.flatten(1).T, summed.flatten(1).T)
+            return replace(state, matrix=_Matrix(matrix, matrix.abs()))
+
+        def behind(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda part: linear(part.T.reshape(-1, *shape)).flatten(1).T
+
+        return replace(state, matrix=state.matrix.mapped(behind(operation.linear), behind(operation.absolute().linear)))
 
     def _activation(self, number: int, state: _State) -> _State:
         low, high = (end.flatten() for end in self._slopes[number])
-        if state.matrix is not None and state.summed is not None and bool((low == high).all()):
+        if state.matrix is not None and bool((low == high).all()):
             slope = low.unsqueeze(1)
-            return _State(state.factor, state.base, slope * state.matrix, slope.abs() * state.summed)
+            return replace(state, matrix=state.matrix.mapped(slope.mul, slope.abs().mul))
         size = torch.maximum(low.abs(), high.abs())
         kept = size > 0
         if state.matrix is None:
             return _State(state.factor * (float(size.max()) if len(size) else 0.0), number)
-        factor = state.factor * state.length(self._norm, kept)
+        rows = state.matrix.mapped(lambda part: part[kept], lambda part: part[kept])
+        factor = state.factor * rows.norm(self._norm)
         if len(size) ** 2 > _UNROLLED_ENTRIES:
             return _State(factor * float(size.max()), number)
         matrix = torch.diag(size)[:, kept]
-        return _State(factor, number, matrix, matrix)
+        return _State(factor, number, _Matrix(matrix, matrix))
 
     def _support(self, number: int) -> list[tuple[int, int]]:
         """Where the value of a node can differ from a constant: a range of each axis."""
@@ -202,10 +220,9 @@ class _Product:
                 states.append(self._activation(number, state))
             elif isinstance(node.operation, Addition):
                 other = states[node.inputs[1]]
-                both = [part for part in (state.matrix, other.matrix) if part is not None]
-                sizes = [part for part in (state.summed, other.summed) if part is not None]
-                if state.base == other.base and len(both) == len(sizes) == 2:
-                    states.append(_State(state.factor, state.base, both[0] + both[1], sizes[0] + sizes[1]))
+                if state.base == other.base and state.matrix is not None and other.matrix is not None:
+                    both = state.matrix.mapped(other.matrix.entries.add, other.matrix.summed.add)
+                    states.append(replace(state, matrix=both))
                 else:
                     norms = torch.tensor([state.norm(norm), other.norm(norm)], dtype=torch.float64)
                     order = ORDER[norm] if self._apart(*node.inputs) else 1.0
@@ -215,14 +232,9 @@ class _Product:
                 assert isinstance(node.operation, MaxPool)
                 states.append(_State(state.norm(norm) * _pool_norm(node.operation, norm), number))
         last = states[-1]
-        if last.matrix is None or last.summed is None:
+        if last.matrix is None:
             return last.factor  # ||p^T J||_q <= ||J||_{p->p}, as the largest entry is below the p-norm
-        rows = sum(
-            share * torch.linalg.vector_norm(part, ord=DUAL_ORDER[norm], dim=1)
-            for share, part in ((1.0, last.matrix), (ROUNDING, last.summed))
-        )
-        assert isinstance(rows, Tensor)
-        return last.factor * float(rows.max()) * (1 + ROUNDING)
+        return last.factor * last.matrix.longest_row(DUAL_ORDER[norm])
 
 
 def product_bound(graph: Graph, norm: Norm) -> float:

@@ -31,16 +31,15 @@ from torch.export import Dim, ExportedProgram, export
 from torchvision.transforms import Normalize as TorchvisionNormalize
 from torchvision.transforms.v2 import Normalize as TorchvisionNormalizeV2
 
-from grood_cert.errors import InputError, RunError
+from grood_cert.errors import InputError, RunError, said
 from grood_cert.interval import ROUNDING
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.aten import ATEN, REASONS, VIEWS, Call, refusal
 from grood_cert.networks.builder import Builder, Value
 from grood_cert.networks.checks import check_eval
-from grood_cert.networks.graph import Graph
+from grood_cert.networks.graph import AGREEMENT, Graph
 from grood_cert.networks.taint import attributes, state, steps
 
-_AGREEMENT = 1e-9
 _DROWNED = 1e-3  # rounding on the way, as a share of the logits
 
 
@@ -129,7 +128,7 @@ def _prepared(network: nn.Module) -> nn.Module:
     try:
         holder = nn.Sequential(copy.deepcopy(network)).double().eval().requires_grad_(False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network cannot be copied in float64 ({reason})") from error
     if set(map(id, holder.modules())) & set(map(id, network.modules())):
         raise InputError("the network cannot be copied: a module of it returns itself as its copy")
@@ -174,7 +173,7 @@ def _export(module: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
         with _quiet(), torch.no_grad():
             module(images)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network does not take images of shape {shape} in float64 ({reason})") from error
     shapes: Any = {0: Dim("batch")}
     first = next(iter(inspect.signature(module.forward).parameters.values()), None)
@@ -348,7 +347,7 @@ class _Translation:
         except (InputError, KeyError, TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
             if isinstance(error, InputError) and str(error).startswith("layer "):
                 raise
-            raise refusal(self._build.name, plain, " ".join(str(error).split())[:160]) from error
+            raise refusal(self._build.name, plain, said(error)[:160]) from error
         value = node.meta.get("val")
         pairs: Any = [(found, value)] if isinstance(found, Value) else zip(found, value or (), strict=False)
         for result, expected in pairs:
@@ -484,7 +483,7 @@ def _verify(graph: Graph, network: Callable[[Tensor], Tensor], shape: tuple[int,
                 )
             answers.append(expected)
         again = network(batches[0])
-    if not torch.allclose(answers[0], again, rtol=_AGREEMENT, atol=0.0, equal_nan=True) or before != _state(network):
+    if not torch.allclose(answers[0], again, rtol=AGREEMENT, atol=0.0, equal_nan=True) or before != _state(network):
         raise InputError(
             "the network changes from call to call (state, or randomness in eval mode); it cannot be captured"
         )
@@ -497,7 +496,7 @@ def _with_gradients(network: Callable[[Tensor], Tensor], images: Tensor) -> Tens
         with torch.enable_grad():
             return network(images.clone().requires_grad_()).detach()
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network cannot be computed where gradients are taken ({reason})") from error
 
 
@@ -527,7 +526,7 @@ def _verify_original(graph: Graph, network: nn.Module) -> None:
         with _quiet(), torch.no_grad():
             logits = network(images.clone()).double()
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network cannot be computed in its own type, {kind} ({reason})") from error
     exact = graph(images.double())
     if not bool(((logits - exact).abs() <= rounding * max(1.0, graph.largest(images.double()))).all()):

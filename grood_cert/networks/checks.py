@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
 
 
 def check_eval(network: nn.Module) -> None:
@@ -38,7 +38,7 @@ def count_classes(network: nn.Module, shape: tuple[int, ...]) -> int:
         with torch.no_grad():
             found = network(weight.new_zeros(1, *shape))
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network does not take images of shape {shape} ({reason})") from error
     if not isinstance(found, Tensor):
         raise InputError(f"the network must return one tensor, its logits, not a {type(found).__name__}")

@@ -39,7 +39,7 @@ Operation = LinearMap | Activation | MaxPool | Addition
 Deployment = Literal["float64", "float32"]
 _NUMBERS = ("weight", "factor", "rows", "columns", "bias", "summed")  # fields that are tensors
 _LARGEST = 2**28  # entries of a value for one image
-_AGREEMENT = 1e-9
+AGREEMENT = 1e-9
 _KINDS: dict[str, type[Any]] = {
     name: kind
     for module in (operations, activations)
@@ -164,8 +164,8 @@ class Graph:
         same = torch.ones_like(finite)
         if bool(finite.any()):
             expected = logits[finite]
-            rounding = _AGREEMENT * float(expected.abs().max()) + ROUNDING * self.largest(images[finite])
-            close = torch.isclose(self(images[finite]), expected, rtol=_AGREEMENT, atol=rounding)
+            rounding = AGREEMENT * float(expected.abs().max()) + ROUNDING * self.largest(images[finite])
+            close = torch.isclose(self(images[finite]), expected, rtol=AGREEMENT, atol=rounding)
             same[finite] = close.all(1) & math.isfinite(rounding)
         return same
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
 from grood_cert.networks import architectures
 from grood_cert.networks.capture import capture
 from grood_cert.networks.onnx import read_onnx
@@ -165,7 +165,7 @@ def _called(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) 
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"{name}: cannot be made with these options ({type(error).__name__}: {reason})") from error
     if not isinstance(made, nn.Module):
         kind = made.__name__ if inspect.isclass(made) else type(made).__name__

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
+from grood_cert.networks.graph import AGREEMENT
 
-_AGREEMENT = 1e-9
 _READING = frozenset(  # functions of tensors that hand numbers to Python without an operator
     (
         *("numpy", "tolist", "data_ptr", "const_data_ptr", "storage", "untyped_storage", "_typed_storage"),
@@ -82,7 +82,7 @@ def steps(network: Callable[[Tensor], Tensor], images: Tensor) -> list[Step]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = said(error)[:160]
         raise InputError(f"the network cannot be followed while it runs ({type(error).__name__}: {reason})") from error
     if taint.read:
         raise InputError(
@@ -173,7 +173,7 @@ def _constants(value: Any, tainted: Callable[[Any], bool]) -> Iterator[Any]:
 def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.shape == second.shape and torch.allclose(
-            first.double(), second.double(), rtol=_AGREEMENT, atol=0.0, equal_nan=True
+            first.double(), second.double(), rtol=AGREEMENT, atol=0.0, equal_nan=True
         )
     return type(first) is type(second) and (first == second or first is second)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grood_cert.errors import InputError, RunError
+from grood_cert.errors import InputError, RunError, said
 from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.columns import SCHEMAS, Column, Schema, grid_column, header
 from grood_cert.system.files import as_json, csv_text, replacing, write_json
@@ -104,7 +104,7 @@ class Table:
                 raise ValueError("holds certified radii beyond the attack radius")
             check_sum(manifest, records)
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-            reason = f"missing {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
+            reason = f"missing {error}" if isinstance(error, KeyError) else said(error)[:160]
             raise InputError(f"{path}: not {words} ({reason})") from None
         return table
 

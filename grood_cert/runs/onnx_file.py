@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grood_cert.errors import RunError
+from grood_cert.errors import RunError, said
 from grood_cert.networks.onnx import INSTALL_COMMAND
 from grood_cert.system.files import replacing
 
@@ -69,7 +69,7 @@ def write_onnx(network: nn.Module, images: Tensor, path: Path, *, any_batch: boo
             batches = [inputs[:1], inputs] if any_batch else inputs.split(1)
             got = np.concatenate([run(batch.numpy()) for batch in batches])
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = said(error)[:160]
             raise RunError(f"the network could not be exported ({type(error).__name__}: {reason})") from error
         with torch.no_grad():
             wanted = torch.cat([module.double()(batch.double()) for batch in batches]).numpy()

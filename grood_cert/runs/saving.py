@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from grood_cert.errors import InputError, SoundnessError
+from grood_cert.errors import InputError, SoundnessError, said
 from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.table import manifest_path, read_cells
 from grood_cert.runs.batches import Batch, extent
@@ -176,7 +176,7 @@ def _saved(
         if not different:
             check_sum(manifest, records)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = said(error)[:120]
         raise InputError(f"{path} exists already and cannot be continued ({reason}); {FORCE}") from None
     if different:
         name, there, here = different

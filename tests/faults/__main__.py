@@ -32,7 +32,7 @@ def main() -> int:
             print(tally.line, flush=True)
             print("".join(f"{line}\n" for line in tally.violations), end="", file=sys.stderr, flush=True)
     violations = [line for tally in campaign.tallies for line in tally.violations]
-    moments = sum(tally.moments for tally in campaign.tallies)
+    moments = sum(tally.trials for tally in campaign.tallies)
     print(f"\n{moments} faults, {len(violations)} violations, {time.monotonic() - began:.0f} s, seed {given.seed}")
     return int(bool(violations))
 

@@ -18,40 +18,15 @@ import signal
 import socket
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tests.faults.forks import Action, Child, Ended, Events, command
 from tests.faults.jobs import JOBS, Job, content, half_written
+from tests.faults.tally import Tally
 
 TIMED_OUT = -signal.SIGALRM
-
-
-@dataclass
-class Tally:
-    """What came of one kind of fault in one job.
-
-    Attributes:
-        fault: Which fault.
-        job: Which job.
-        moments: How often.
-        ends: How the disturbed runs ended, with their numbers.
-        violations: What broke the law.
-    """
-
-    fault: str
-    job: str
-    moments: int = 0
-    ends: Counter[str] = field(default_factory=Counter)
-    violations: list[str] = field(default_factory=list)
-
-    @property
-    def line(self) -> str:
-        """A line of the table."""
-        ends = ", ".join(f"{count} {end}" for end, count in self.ends.most_common())
-        return f"| {self.fault} | {self.job} | {self.moments} | {ends} | {len(self.violations)} |"
 
 
 def end_of(ended: Ended) -> str:
@@ -120,7 +95,7 @@ class Campaign:
 
     def _tally(self, fault: str, job: Job) -> Tally:
         self.measure(job)
-        tally = Tally(fault, job.name)
+        tally = Tally((fault, job.name))
         self.tallies.append(tally)
         return tally
 
@@ -128,10 +103,10 @@ class Campaign:
         """Hold one disturbed run against the law, and go on with it."""
 
         def broken(what: str, said: str = "") -> None:
-            tally.violations.append(f"{tally.fault}, {job.name}, {moment}: {what}" + (f"\n{said}" if said else ""))
+            tally.violations.append(f"{tally.kind[0]}, {job.name}, {moment}: {what}" + (f"\n{said}" if said else ""))
 
         end = end_of(ended)
-        tally.moments += 1
+        tally.trials += 1
         tally.ends[end] += 1
         if end.startswith("broken"):
             broken(end, ended.said)
@@ -318,7 +293,7 @@ class Campaign:
             finished = job.done(folder)
             ended = self._reading(job, folder) if finished else self._disturbed(job, folder).wait()
             end, broken = end_of(ended), []
-            tally.moments += 1
+            tally.trials += 1
             tally.ends[end] += 1
             if end.startswith("broken"):
                 broken.append(f"{end}\n{ended.said}")
@@ -355,7 +330,7 @@ class Campaign:
                 other.kill(signal.SIGTERM)
             ends = [child.wait(60.0) for child in children]
             survivor = ends[1 - victim]
-            tally.moments += 1
+            tally.trials += 1
             tally.ends[end_of(survivor)] += 1
             if end_of(survivor).startswith("broken"):
                 tally.violations.append(f"worker, {job.name}, moment {moment}: {end_of(survivor)}\n{survivor.said}")

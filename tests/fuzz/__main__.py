@@ -53,7 +53,7 @@ def main() -> int:
         for tally in fuzz(material(Path(folder)), given.kinds, -(-given.cases // len(given.kinds)), given.seed):
             print(tally.line, flush=True)
             print("".join(f"{line}\n\n" for line in tally.violations), end="", file=sys.stderr, flush=True)
-            total, violations = total + tally.cases, violations + len(tally.violations)
+            total, violations = total + tally.trials, violations + len(tally.violations)
     print(f"\n{total} cases, {violations} violations, {time.monotonic() - began:.0f} s, seed {given.seed}")
     return int(bool(violations))
 

@@ -10,33 +10,16 @@ import shutil
 import signal
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.forks import Child, report
+from tests.faults.tally import Tally
 from tests.fuzz.cases import KINDS, Material, run
 
 LIMIT = 60  # seconds for a case, on a machine that does other things too
 CHUNK = 100
 _MEMORY = 8 * 2**30
-
-
-@dataclass
-class Tally:
-    """What came of the cases of one kind."""
-
-    kind: str
-    cases: int = 0
-    ends: Counter[str] = field(default_factory=Counter)
-    violations: list[str] = field(default_factory=list)
-
-    @property
-    def line(self) -> str:
-        """A line of the table."""
-        ends = ", ".join(f"{count} {end}" for end, count in self.ends.most_common())
-        return f"| {self.kind} | {self.cases} | {ends} | {len(self.violations)} |"
 
 
 def _one(kind: str, number: int, seed: int, given: Material, place: Path) -> dict[str, str]:
@@ -81,21 +64,21 @@ def _chunk(kind: str, numbers: range, seed: int, given: Material) -> None:
 def fuzz(given: Material, kinds: list[str], cases: int, seed: int) -> Iterator[Tally]:
     """So many cases of each kind."""
     for kind in kinds:
-        tally, number = Tally(kind), 0
+        tally, number = Tally((kind,)), 0
         while number < cases:
             numbers = range(number, min(number + CHUNK, cases))
             ended = Child(lambda numbers=numbers, kind=kind: _chunk(kind, numbers, seed, given)).wait(LIMIT * CHUNK)
             heard = [json.loads(line) for line in ended.heard]
             done = [entry for entry in heard if "end" in entry]
             for entry in done:
-                tally.cases += 1
+                tally.trials += 1
                 tally.ends[entry["end"]] += 1
                 if entry["wrong"]:
                     tally.violations.append(f"{kind} {entry['number']}, seed {seed}: {entry['wrong']}")
             number = numbers.stop
             if len(done) < len(numbers):  # a case has killed the child
                 number = heard[-1]["number"] + 1 if heard else numbers.stop
-                tally.cases += 1
+                tally.trials += 1
                 tally.ends["died"] += 1
                 tally.violations.append(
                     f"{kind} {number - 1}, seed {seed}: died with {ended.code}\n{ended.said[-500:]}"

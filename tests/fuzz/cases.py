@@ -73,7 +73,7 @@ def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
     name = draw.choice([name for name in group.commands if name not in ("demo", "recipe")])
     command = group.commands[name]
     values = [
-        *(str(value) for value in ODD if "\0" not in str(value) and "\ud800" not in str(value)),
+        *(str(value) for value in ODD if "\0" not in str(value) and "\udc80" not in str(value)),
         *(str(given.model), str(given.rows), str(given.folder), str(place / "new"), "/nonexistent/x", "/dev/null"),
         *(
             "8/255",

@@ -9,7 +9,7 @@ from typing import Any
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, -(2**63), 2**64, 10**400, 0.0, -0.0, 1e-320, 1e308, 0.1, math.nan, math.inf),
-    *("", " ", "x", "nan", "1e999", "../../x", "/dev/full", "\u0000", "\ud800", "é" * 300, "a\nb", "%s{}$(x)", "-1"),
+    *("", " ", "x", "nan", "1e999", "../../x", "/dev/full", "\u0000", "\udc80", "é" * 300, "a\nb", "%s{}$(x)", "-1"),
     *([], {}, [[]], [0, 1], {"": 0}, {"a": {"b": []}}),
 )
 
@@ -44,7 +44,9 @@ def of_bytes(content: bytes, draw: random.Random) -> bytes:
 def of_text(text: str, draw: random.Random) -> str:
     """A number, a word or a line exchanged for another one, or the bytes damaged."""
     if draw.random() < 0.3:
-        return of_bytes(text.encode(), draw).decode("utf-8", draw.choice(("ignore", "surrogateescape")))
+        return of_bytes(text.encode("utf-8", "surrogateescape"), draw).decode(
+            "utf-8", draw.choice(("ignore", "surrogateescape"))
+        )
     lines = text.split("\n")
     at = draw.randrange(len(lines))
     kind = draw.randrange(5)

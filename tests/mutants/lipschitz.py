@@ -42,8 +42,8 @@ MUTANTS = (
                 "size = high.clamp(min=0)",
             ),
             "a slope that is unsure counts as sure": (
-                "if state.matrix is not None and state.summed is not None and bool((low == high).all()):",
-                "if state.matrix is not None and state.summed is not None and bool((low == high).any()):",
+                "if state.matrix is not None and bool((low == high).all()):",
+                "if state.matrix is not None and bool((low == high).any()):",
             ),
             "branches that overlap add up as if apart": (
                 "order = ORDER[norm] if self._apart(*node.inputs) else 1.0",
@@ -54,12 +54,12 @@ MUTANTS = (
                 "norms = torch.tensor([state.norm(norm)], dtype=torch.float64)",
             ),
             "the last layer has the average of its row norms": (
-                "last.factor * float(rows.max())",
-                "last.factor * float(rows.mean())",
+                "float((entries + ROUNDING * summed).max())",
+                "float((entries + ROUNDING * summed).mean())",
             ),
             "the last layer's rows are measured in the ball's norm": (
-                "share * torch.linalg.vector_norm(part, ord=DUAL_ORDER[norm], dim=1)",
-                "share * torch.linalg.vector_norm(part, ord=ORDER[norm], dim=1)",
+                "last.matrix.longest_row(DUAL_ORDER[norm])",
+                "last.matrix.longest_row(ORDER[norm])",
             ),
             "the steepest slope is taken for 1": (
                 "low, high = node.operation.lowest_slope, node.operation.steepest",
