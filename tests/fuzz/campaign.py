@@ -41,6 +41,7 @@ def _one(kind: str, number: int, seed: int, given: Material, place: Path) -> dic
             wrong = f"exit {code}, and no single line: {err[-500:]}"
         elif code not in (0, 1, 2):
             wrong = f"exit {code}: {err[-500:]}"
+        wrong = wrong or case.always()
     except BaseException:  # noqa: BLE001  (that is what is looked for)
         wrong = traceback.format_exc()
     finally:

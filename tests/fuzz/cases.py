@@ -3,7 +3,7 @@
 The law of every case: it ends within its limit, with exit code 0, or with 1 or 2 and one line; never with a traceback.
 And where a command ends with 0, what it read or wrote is right, as far as that can be told:
 
-* command lines: nothing more is asked;
+* command lines: no file that they read is another one, and none that they write over without being told to;
 * recipes: every setting of the file stands, as it is, in what `recipe show` prints;
 * checkpoints: a damaged file is only read if all that it holds is what was written;
 * rows and manifests: likewise; those with a checksum of their own, made anew after the change, may be read;
@@ -36,10 +36,12 @@ class Case:
     Attributes:
         arguments: The words.
         judge: Asked what is wrong where it ended with 0, from what it printed; "" for nothing.
+        always: Asked what is wrong however it ended.
     """
 
     arguments: tuple[str, ...]
     judge: Callable[[str], str] = lambda printed: RIGHT
+    always: Callable[[], str] = lambda: RIGHT
 
 
 @dataclass(frozen=True)
@@ -63,68 +65,97 @@ class Material:
     recipe: str
 
 
+_SENSIBLE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("eps", "sigma"), ("0.01", "1/255,8/255", "0.1,0.2", "0.5")),
+    **dict.fromkeys(("limit", "batch_size", "samples", "clever_batches", "checkpoint_steps"), ("1", "2", "3")),
+    **dict.fromkeys(("seed", "calibration_limit", "n", "timeout", "time_limit"), ("0", "5", "100")),
+    **dict.fromkeys(("gamma", "temperature", "precision", "alpha", "tpr", "at"), ("0.05", "0.5", "-1.5", "1")),
+    **dict.fromkeys(("ood", "id_", "id", "test", "calibration", "images"), ("digits:0-3", "digits:8-9", "digits")),
+    "norm": ("linf", "l2", "l1"),
+    "effort": ("fast", "default", "max"),
+    "stages": ("ibp", "ibp,crown", "attack"),
+    "engine": ("auto", "native", "auto_lirpa"),
+    "deployment": ("float32", "float64"),
+    "method": ("ibp", "crown", "jacobian-ibp", "local", "product"),
+    "memory": ("1G", "500M"),
+    "shard": ("1/2", "2/2"),
+    "device": ("cpu",),
+    "dtype": ("float32", "float64"),
+    "format": ("table", "csv", "json", "onnx", "state-dict", "torchscript"),
+    "label": ("a", "b"),
+    "perturb": ("id", "ood", "both"),
+    "verifier": ("abcrown", "marabou"),
+}
+
+
 def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
-    """Words of the program's own vocabulary, with values that nobody would give."""
+    """Words of the program's own vocabulary: what somebody might give, and values that nobody would give."""
     from typer.main import get_command
 
     from grood_cert.cli import app
 
+    sources = (given.model, given.rows, *given.shards, given.onnx)
+    files = [file for path in sources for file in (path, path.with_suffix(".json")) if file.exists()]
+    for file in files:
+        shutil.copy(file, place)
+    model, rows, *shards = (str(place / path.name) for path in sources[:-1])
     group: Any = get_command(app)
     name = draw.choice([name for name in group.commands if name not in ("demo", "recipe")])
-    command = group.commands[name]
-    values = [
+    odd = [
         *(str(value) for value in ODD if "\0" not in str(value) and "\udc80" not in str(value)),
-        *(str(given.model), str(given.rows), str(given.folder), str(place / "new"), "/nonexistent/x", "/dev/null"),
-        *(
-            "8/255",
-            "0.1,0.2",
-            "1/0",
-            "linf",
-            "L2",
-            "digits:0-3",
-            "digits:",
-            "digits:9-0",
-            "cpu",
-            "cuda:7",
-            "1/2",
-            "3/2",
-        ),
-        *(
-            "1e-9",
-            "1e9",
-            "0.5",
-            "2",
-            "7K",
-            "-3G",
-            "ibp",
-            "ibp,crown",
-            "auto",
-            "native",
-            "max",
-            "fast",
-            "csv",
-            "a=b",
-            "=",
-        ),
+        *(model, rows, str(place), str(place / "new"), "/nonexistent/x", "/dev/null"),
+        *("8/255", "1/0", "L2", "digits:", "digits:9-0", "cuda:7", "3/2", "1e-9", "1e9", "7K", "-3G", "a=b", "="),
+        *(value for values in _SENSIBLE.values() for value in values),
     ]
-    words = [name]
-    parameters = [item for item in command.params if item.name not in ("help", "download", "install_completion")]
-    for item in parameters:
+    sensible = {
+        **_SENSIBLE,
+        "model": (model,),
+        "rows": (rows,),
+        "file": (str(place / given.onnx.name),),
+        "shards": (*shards, rows),
+        "folder": (str(place),),
+        "out": tuple(str(place / name) for name in ("new", "new.csv", "new.pt", "new.onnx", "new.pdf", "rows.csv")),
+    }
+    words, senseless = [name], draw.choice((0.0, 0.0, 0.1, 0.5))
+    outs: list[str] = []
+    for item in group.commands[name].params:
+        if item.name in ("help", "download"):
+            continue
+        likely = sensible.get(item.name, odd)
+        value = draw.choice(odd if draw.random() < senseless else likely)
         if item.param_type_name == "argument":
-            words += [draw.choice([str(given.model), str(given.rows), *values])] * draw.choice((1, 1, 1, 0, 2))
-        elif draw.random() < 0.2:
+            several = item.name == "shards" or draw.random() < senseless
+            words += [value] if not several else [draw.choice(likely) for _ in range(draw.choice((0, 1, 2, 2, 3)))]
+        elif draw.random() < (0.8 if item.name in ("out", "eps", "gamma") else 0.2):
             words.append(draw.choice(item.opts))
             if not getattr(item, "is_flag", False):
-                words.append(draw.choice(values))
+                words.append(value)
+                outs += [value] if item.name == "out" else []
     if name in ("certify", "smooth", "lipschitz"):
         words += ["--dry-run", "--limit", "2"]  # what works would work for long
-    if name in ("export", "predict", "curve", "threshold", "merge", "vnnlib") and "--out" not in words:
-        words += ["--out", str(place / draw.choice(("o.csv", "o.pt", "o.pdf", "o")))]
+    if name in ("import", "predict", "verdicts", "vnnlib") and "--limit" not in words:
+        words += ["--limit", "2"] if name == "vnnlib" else []
     if name == "train":
         words += ["--set", draw.choice(("optimizer.epochs=0", "data.train_limit=-1", "network.name=none", "x=1"))]
-    if draw.random() < 0.1:
-        words.insert(draw.randrange(len(words)), draw.choice(["--nonsense", "-x", "--", *values]))
-    return Case(tuple(words))
+    if draw.random() < senseless:
+        words.insert(draw.randrange(len(words)), draw.choice(["--nonsense", "-x", "--", *odd]))
+
+    def kept() -> str:
+        """Inputs are as they were; another file that is there is only written over when that is asked for."""
+        for file in files:
+            path = place / file.name
+            beside = [str(path.with_suffix(end)) for end in (".csv", ".json", ".pt", "")]
+            asked = any(word in beside for word in outs) and words.count("--force") and not _read(path, words, outs)
+            if not asked and (not path.exists() or path.read_bytes() != file.read_bytes()):
+                return f"{path.name} is not what it was"
+        return RIGHT
+
+    return Case(tuple(words), always=kept)
+
+
+def _read(path: Path, words: list[str], outs: list[str]) -> bool:
+    named = [word for word in words if word in (str(path), str(path.with_suffix(".csv")))]
+    return len(named) > len([out for out in outs if out in named])
 
 
 def _flat(content: Any, name: str = "") -> dict[str, Any]:
