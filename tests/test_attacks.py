@@ -341,6 +341,13 @@ def test_a_score_that_is_no_number_is_no_witness(level):
         assert -2.5 <= float(seen.minimum) <= float(seen.maximum) == pytest.approx(0)
 
 
+def test_a_centre_without_a_score_hides_no_other_point():
+    images = torch.full((1, 1, 2, 2), 0.5).double()
+    ball = Ball(images, torch.tensor([0.5]).double(), "linf")
+    seen = attacks.extremes(NotANumber(1.5).eval(), ball, generator(), 0 * images, 0 * images)
+    assert -1.5 <= float(seen.minimum) <= float(seen.maximum) == 0
+
+
 def test_a_sharp_network_in_float32_costs_no_truth():
     """S rises by 1e4 within 1e-4 of a pixel: float32 cannot place the border, float64 does."""
     weight = torch.tensor([1e8, -1e8, 0.0, 0.0]).double()

@@ -76,6 +76,19 @@ def test_l2_support_is_the_exact_maximum(eps, scale):
         assert (got <= want + 1e-9 * size).all()
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_l2_support_is_an_upper_bound_for_any_multiplier(steps, monkeypatch):
+    """Water filling is stopped early; what is found then is a bound, not the maximum."""
+    monkeypatch.setattr("grood_cert.ball._WATER_FILLING_STEPS", steps)
+    looser = False
+    for seed in range(5):
+        ball, rows = random_ball(seed, eps=1.0)
+        got, want = ball.support(rows).numpy(), exact(ball, rows)
+        assert (got >= want * (1 - 1e-12)).all()
+        looser |= bool((got > want * (1 + 1e-6)).any())
+    assert looser
+
+
 def test_l2_support_with_many_scales_in_one_row():
     ball, rows = random_ball(3, pixels=30, eps=0.7)
     rows = rows * 10.0 ** torch.linspace(-8, 3, 30, dtype=torch.float64)
@@ -104,6 +117,17 @@ def test_degenerate_balls_and_rows_give_zero_not_nan(norm, dtype):
     assert torch.isfinite(ball.support(rows)).all()
     tiny = rows * 1e-40
     assert torch.isfinite(ball.support(tiny)).all() and (ball.support(tiny) >= 0).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_no_number_has_no_finite_support(value, norm):
+    ball, rows = random_ball(1, eps=0.5, norm=norm)
+    broken = rows.clone()
+    broken[0, 0, 2] = value
+    got, want = ball.support(broken), ball.support(rows)
+    assert not bool(torch.isfinite(got[0, 0]))
+    assert torch.equal(got[0, 1:], want[0, 1:]) and torch.equal(got[1:], want[1:])
 
 
 def test_a_blocked_corner_leaves_no_room():

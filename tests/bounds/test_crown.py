@@ -1,5 +1,6 @@
 """The native engine against auto_LiRPA, sampling, vertices, gradient ascent, hand arithmetic and itself in other ways."""
 
+import functools
 import itertools
 import math
 
@@ -76,6 +77,16 @@ NETWORKS = {
 }  # fmt: skip
 
 
+ONE_NORM_EACH = [(name, NORMS[place % 3]) for place, name in enumerate(NETWORKS)]
+
+
+@functools.cache
+def built(name, seed=0):
+    """A network and its graph, to be left as they are."""
+    network = build(name, seed)
+    return network, capture(network, SHAPE)
+
+
 def build(name, seed=0):
     """Weights that leave many units unstable, and BatchNorm statistics that are not the identity."""
     network = nn.Sequential(Normalize([0.4, 0.6], [0.3, 0.2]), *NETWORKS[name]())
@@ -119,9 +130,10 @@ def test_auto_lirpa_agrees(name):
 
     Not for dilated convolutions, where auto_LiRPA 0.3 fails in l_2, and smooth functions, whose lines differ.
     """
-    network = build(name)
+    network, graph = built(name)
     engines = {
-        method: (NativeNetwork(network, SHAPE, method), LirpaNetwork(network, SHAPE, method)) for method in METHODS
+        method: tuple(engine(network, SHAPE, method, graph=graph) for engine in (NativeNetwork, LirpaNetwork))
+        for method in METHODS
     }
     for norm, scale in itertools.product(NORMS, (0.2, 1.0)):
         ball, rows = ball_of(norm, scale=scale), rows_of(3)
@@ -183,10 +195,10 @@ def extremes(network, ball, rows):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_point_found_lies_inside(name, norm):
-    network, ball, rows = build(name, seed=3), ball_of(norm, seed=4), rows_of(3)
+    (network, graph), ball, rows = built(name, seed=3), ball_of(norm, seed=4), rows_of(3)
     low, high = extremes(network, ball, rows)
     for method in METHODS:
-        lower, upper = NativeNetwork(network, SHAPE, method).relax(ball).rows(rows)
+        lower, upper = NativeNetwork(network, SHAPE, method, graph=graph).relax(ball).rows(rows)
         assert bool((lower <= low).all() and (high <= upper).all())
         if name == "linear":  # exact there, and ascent of a linear function arrives
             assert norm != "linf" or float((upper - high).max()) < 1e-9
@@ -194,8 +206,7 @@ def test_every_point_found_lies_inside(name, norm):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_radius_zero_is_the_network(name):
-    network = build(name)
-    graph, images = capture(network, SHAPE), ball_of().center
+    (network, graph), images = built(name), ball_of().center
     for norm, method in itertools.product(NORMS, METHODS):
         relaxation = NativeNetwork(network, SHAPE, method, graph=graph).relax(
             Ball(images, torch.zeros(3).double(), norm)
@@ -207,11 +218,9 @@ def test_radius_zero_is_the_network(name):
         assert float((upper - lower).max()) < 1e-7  # the margin for rounding; intervals of nine layers add up
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "norm"), ONE_NORM_EACH)
 def test_windows_and_whole_layers_memory_and_batches_give_the_same(name, norm, monkeypatch):
-    network, ball, rows = build(name), ball_of(norm), rows_of(3)
-    graph = capture(network, SHAPE)
+    (network, graph), ball, rows = built(name), ball_of(norm), rows_of(3)
     expected = NativeNetwork(network, SHAPE, "crown", graph=graph).relax(ball).rows(rows)
 
     def same(got, samples=slice(None)):
@@ -226,10 +235,10 @@ def test_windows_and_whole_layers_memory_and_batches_give_the_same(name, norm, m
     same(NativeNetwork(network, SHAPE, "crown", graph=graph).relax(ball).rows(rows))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "norm"), ONE_NORM_EACH)
 def test_every_layer_through_windows_is_that_layer_through_whole_layers(name, norm):
-    native, ball = NativeNetwork(build(name), SHAPE, "crown"), ball_of(norm)
+    network, graph = built(name)
+    native, ball = NativeNetwork(network, SHAPE, "crown", graph=graph), ball_of(norm)
     relaxed = native.relax(ball).hidden().relaxed
     for node, current in enumerate(native.folded.nodes[1:], 1):
         if windows(native.folded, node) is not None:

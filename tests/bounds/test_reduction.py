@@ -58,9 +58,16 @@ def seen(net, ball, score):
     return torch.minimum(values.amin(0), found.minimum), torch.maximum(values.amax(0), found.maximum)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("classes", [1, 2, 10])
-@pytest.mark.parametrize("score", SCORES, ids=str)
+@pytest.mark.parametrize(
+    ("score", "classes", "norm"),
+    [
+        (score, classes, norm)
+        for place, score in enumerate(SCORES)
+        for classes in (1, 2, 10)
+        for norm in (NORMS if classes == 10 else NORMS[place % 3 :][:1])
+    ],
+    ids=str,
+)
 def test_every_bound_contains_every_point(score, classes, norm):
     net, ball = network(classes), balls(norm)
     graph, (low, high) = capture(net, SHAPE), seen(net, ball, score)

@@ -126,7 +126,7 @@ class _Regions:
 def test_bounds_lie_above_the_exact_constant(widths, norm, record_property):
     order = {"linf": 1, "l1": np.inf}[norm]
     ratios = []
-    for seed in range(3):
+    for seed in range(2):
         generator = torch.Generator().manual_seed(100 * sum(widths) + seed)
         modules = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(widths):
