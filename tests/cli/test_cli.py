@@ -81,7 +81,7 @@ def test_from_recipe_to_figure(call, tmp_path):
 
 
 def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
-    options = ("--eps", "0.01", "--limit", "3", "--samples", "16", "--clever-batches", "0", "--ood", "digits:8,9")
+    options = ("--eps", "0.01", "--limit", "1", "--samples", "16", "--clever-batches", "0", "--ood", "digits:8,9")
     code, out, _ = call("lipschitz", model, *options, "--memory", "1M", "--out", tmp_path / "a")
     assert code == 0 and "best bound (proved)" in out and "ascended maximum (estimate)" in out
     code, out, _ = call("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "l.pdf")
@@ -98,7 +98,7 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
 
 def test_demo(tmp_path, small_recipe):
     recorder = Recorder()
-    result = demo.run(tmp_path, limit=3, recipe=small_recipe, reporter=recorder)
+    result = demo.run(tmp_path, limit=2, recipe=small_recipe, reporter=recorder)
     assert [stage for stage, _, _ in recorder.stages] == [
         "train energy",
         "certify energy",
