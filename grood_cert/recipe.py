@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import operator
+import sys
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,7 +161,8 @@ def _read(section: type[Section], values: Any, prefix: str, problems: dict[str, 
         elif dataclasses.is_dataclass(kind):
             arguments[key] = _read(typing.cast(type[Section], kind), value, name + ".", problems)
         else:
-            value = float(value) if kind is float and type(value) is int else value
+            if kind is float and type(value) is int:
+                value = float(value) if abs(value) <= sys.float_info.max else math.inf
             problem = section.problem(key, value)
             if problem:
                 problems[name] = problem

@@ -42,7 +42,7 @@ def test_sweep_and_objective_vs_constant(tmp_path, capsys):
 
 
 def test_lipschitz_benchmark(small_recipe, tmp_path):
-    records = lipschitz_benchmark.measure("resnet-small", "greg", tmp_path, small_recipe, samples=2, repeats=1, batch=2)
+    records = lipschitz_benchmark.measure("MLP-3", "greg", tmp_path, small_recipe, samples=2, repeats=1, batch=2)
     assert len(records) == 2 * sum(map(len, lipschitz_benchmark.EPS.values()))
     for record in records:
         assert tuple(record) == lipschitz_benchmark.COLUMNS
