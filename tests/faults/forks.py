@@ -70,6 +70,8 @@ class Child:
             os.dup2(self._said.fileno(), 1)
             os.dup2(self._said.fileno(), 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+            if "torch" in sys.modules:  # two threads that first touch its pool after a fork can find none
+                sys.modules["torch"].set_num_threads(1)
             action()
             code = 0
         except SystemExit as ended:
