@@ -228,7 +228,8 @@ def content(folder: Path) -> dict[str, object]:
             found[name] = file.read_bytes()
             if file.suffix == ".json":
                 manifest = json.loads(file.read_text())
-                found[name] = {key: value for key, value in manifest.items() if key not in _PASSING}
+                entries = {key: value for key, value in manifest.items() if key not in _PASSING}
+                found[name] = entries | {"model": manifest["model"] | {"path": ""}} if "model" in manifest else entries
             elif file.name == "log.csv":
                 with file.open(newline="") as stream:
                     rows = list(csv.DictReader(stream))
