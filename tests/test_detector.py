@@ -256,6 +256,8 @@ def test_another_zip(tmp_path):
 def test_another_format_version(saved):
     rewrite(saved, format_version=1)
     assert "grood-cert checkpoint of format 1; this version reads 2" in refusal(saved)
+    rewrite(saved, format_version=torch.zeros(3, 3))
+    assert "grood-cert checkpoint of format a Tensor; this version reads 2" in refusal(saved)
 
 
 def test_nan_and_infinite_weights(saved):

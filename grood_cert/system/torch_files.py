@@ -260,10 +260,10 @@ class Format:
             raise InputError(f"{path}: not a {self.name}, but {error}") from error
         if not isinstance(content, dict) or content.get("format") != self.name:
             raise InputError(f"{path}: not a {self.name}; expected {self.expected}")
-        if content.get("format_version") != self.version:
-            raise InputError(
-                f"{path}: {self.name} of format {content.get('format_version')}; this version reads {self.version}"
-            )
+        version = content.get("format_version")
+        if type(version) is not int or version != self.version:
+            given = version if isinstance(version, int) else f"a {type(version).__name__}"
+            raise InputError(f"{path}: {self.name} of format {given}; this version reads {self.version}")
         if content.pop(_FINGERPRINT, None) is None:
             raise InputError(f"{path}: a {self.name} without a SHA-256 of its content; it was not written whole")
         return content

@@ -280,7 +280,7 @@ class Campaign:
             self._disturbed(
                 job, folder, Events(folder, event, lambda what: os.kill(os.getpid(), signal.SIGKILL))
             ).wait()
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _is_read(file)]
             if not files:
                 shutil.rmtree(folder.parent)
                 continue
@@ -372,6 +372,12 @@ class Campaign:
                     before = len(self.tallies)
                     getattr(self, name)(job)
                     yield from self.tallies[before:]
+
+
+def _is_read(file: Path) -> bool:
+    """Whether a later run reads it; nothing reads the log of a training that is done."""
+    done = (file.parent / "model.pt").exists() and not (file.parent / "last.pt").exists()
+    return not file.name.startswith(".") and not (file.name == "log.csv" and done)
 
 
 def damage(content: bytes, how: str, draw: random.Random) -> bytes:
