@@ -12,9 +12,7 @@ from grood_cert.cli import options
 
 def curve(
     rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, lipschitz.csv or smoothing.csv.")],
-    out: Annotated[
-        Path, typer.Option(help="Figure: .png, .pdf or .svg. A table of its numbers goes beside it (.csv).")
-    ],
+    out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg. Its numbers go beside it, as NAME-curve.csv.")],
     label: Annotated[
         list[str] | None, typer.Option(help="Name of each model, in order. [default: the recipe's]")
     ] = None,
@@ -25,6 +23,7 @@ def curve(
     at: Annotated[
         float | None, typer.Option(help="Certifications: eps of the gamma sweep, on the grid. [default: its middle]")
     ] = None,
+    partial: options.Partial = False,
 ) -> None:
     """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
     from typing import cast
@@ -34,9 +33,9 @@ def curve(
     from grood_cert.results.table import Table, check_target, labelled, manifest_path
 
     figures.check_format(out)
-    numbers = out.with_suffix(".csv")
+    numbers = out.with_name(f"{out.stem}-curve.csv")
     check_target(numbers, rows, force=not manifest_path(numbers).exists())  # beside a manifest lies a result
-    found = [Table.read(path) for path in rows]
+    found = [Table.read(path, partial=partial) for path in rows]
     for path, table in zip(rows, found, strict=True):
         options.warn_unfinished(table, path)
     tables = labelled(found, rows, label or [])

@@ -35,6 +35,7 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchv
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much work it is and about how long; write nothing.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Take what there is of a run that is not finished.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
 
 
@@ -85,12 +86,9 @@ def norm_named(text: str) -> Norm_:
 
 
 def warn_unfinished(table: Table, path: Path) -> None:
-    """Say so where a run has not come to its end."""
+    """Say so where --partial has let an unfinished run through."""
     if not table.complete:
-        done, total = table.manifest.get("samples_done"), table.manifest.get("of_samples")
-        typer.echo(
-            f"warning: {path} is unfinished, {done} of {total} samples: what follows is of these alone", err=True
-        )
+        typer.echo(f"warning: {path} is unfinished, {table.progress} samples: what follows is of these alone", err=True)
 
 
 def at_gamma(loaded: Detector, gamma: float | None) -> Detector:

@@ -14,6 +14,7 @@ def threshold(
     rows: Annotated[Path, typer.Argument(help="rows.csv of a certification.")],
     gamma: Annotated[float, typer.Option(help="The other threshold.")],
     out: Annotated[Path | None, typer.Option(help="Rows to write. [default: rows-gammaG.csv beside them]")] = None,
+    partial: options.Partial = False,
     force: options.Force = False,
 ) -> None:
     """Read a certification at another threshold. A look-up: nothing is verified again."""
@@ -23,7 +24,7 @@ def threshold(
 
     target = out or rows.with_name(f"{rows.stem}-gamma{gamma:g}{rows.suffix}")
     check_target(target, [rows], force)
-    read = Table.read(rows, "certification")
+    read = Table.read(rows, "certification", partial)
     options.warn_unfinished(read, rows)
     found = thresholds.at_gamma(read, gamma)
     found.write(target)

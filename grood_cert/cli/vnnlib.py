@@ -19,6 +19,7 @@ def vnnlib(
     ood: options.Ood = None,
     limit: Annotated[int, typer.Option(help="Most instances; 0: all.")] = 0,
     timeout: Annotated[int, typer.Option(help="Seconds for each instance, as written to instances.csv.")] = 300,
+    partial: options.Partial = False,
     data_dir: options.DataDir = None,
     download: options.Download = False,
     device: options.Device = "auto",
@@ -34,7 +35,8 @@ def vnnlib(
     from grood_cert.runs import vnnlib as properties
 
     way_of(method)
-    read = Table.read(rows, "certification")
+    read = Table.read(rows, "certification", partial)
+    options.warn_unfinished(read, rows)
     properties.undecided(read, eps)
     loaded = detector.load(model, options.device_name(device))
     images = options.image_sets(loaded, ood, data_dir, download)

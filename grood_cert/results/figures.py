@@ -239,7 +239,7 @@ def smoothing(tables: Mapping[str, Table]) -> Figure:
 
 
 def draw(tables: Mapping[str, Table], perturbed: Perturbed | None = None, eps: float | None = None) -> Figure:
-    """The figure that goes with the kind of result: `robustness`, `lipschitz` or `smoothing`.
+    """The figure that goes with the kind of result: `robustness`, `lipschitz` or `smoothing`; it says what is unfinished.
 
     Args:
         tables: Results of one kind by the name to print.
@@ -251,13 +251,21 @@ def draw(tables: Mapping[str, Table], perturbed: Perturbed | None = None, eps: f
             options, or cannot share an axis.
     """
     kind = _common_kind(tables)
-    if kind == "certification":
-        return robustness(tables, perturbed or "ood", eps)
-    if perturbed is not None or eps is not None:
+    if kind != "certification" and (perturbed is not None or eps is not None):
         raise InputError(
             f"the side that moves and the eps of the sweep are for certifications, not for {kind}; leave them out"
         )
-    return lipschitz(tables) if kind == "lipschitz" else smoothing(tables)
+    figure = (
+        robustness(tables, perturbed or "ood", eps)
+        if kind == "certification"
+        else lipschitz(tables)
+        if kind == "lipschitz"
+        else smoothing(tables)
+    )
+    unfinished = [f"{name}: {table.progress} samples" for name, table in tables.items() if not table.complete]
+    if unfinished:
+        figure.suptitle(f"not finished: {'; '.join(unfinished)}", fontsize=9, fontweight="bold")
+    return figure
 
 
 def numbers(tables: Mapping[str, Table], perturbed: Perturbed | None = None) -> list[dict[str, Any]]:

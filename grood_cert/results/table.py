@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from grood_cert.errors import InputError, RunError, said
 from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.columns import SCHEMAS, Column, Schema, grid_column, header
+from grood_cert.results.invariants import check_invariants, line
 from grood_cert.system.files import as_json, csv_text, replacing, write_json
 
 if TYPE_CHECKING:
@@ -73,15 +74,17 @@ class Table:
         )
 
     @classmethod
-    def read(cls, path: Path | str, kind: str | None = None) -> Table:
-        """Read a result and its manifest.
+    def read(cls, path: Path | str, kind: str | None = None, partial: bool = False) -> Table:
+        """Read a result and its manifest, and check that they are what grood-cert can have written.
 
         Args:
             path: The CSV.
             kind: What it must be, a key of `SCHEMAS`; None: whatever the manifest says.
+            partial: Whether the rows of a run that is not complete will do.
 
         Raises:
-            InputError: If a file is missing, holds no rows, or is not a result of this kind that this version reads.
+            InputError: If a file is missing, holds no rows, is not a result of this kind that this version reads, or
+                of an unfinished run; or if an invariant is broken (`check_invariants`).
         """
         path = Path(path)
         words = SCHEMAS[kind].words if kind else "a result that this version reads"
@@ -99,14 +102,38 @@ class Table:
             if missing:
                 raise ValueError(f"{manifest_path(path).name} lacks {', '.join(missing)}")
             for name, column, values in table._all(schema):
-                _check(name, column, values)
-            if table.kind == "certification" and (table["radius_certified"] > table["radius_attack"]).any():
-                raise ValueError("holds certified radii beyond the attack radius")
+                table._check(name, column, values)
             check_sum(manifest, records)
+            check_invariants(table)
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
             reason = f"missing {error}" if isinstance(error, KeyError) else said(error)[:160]
             raise InputError(f"{path}: not {words} ({reason})") from None
+        if not table.complete and not partial:
+            raise InputError(
+                f"{path} is unfinished, {table.progress} samples: its command goes on with it; --partial (in Python "
+                "partial=True) reads what is there"
+            )
         return table
+
+    def _check(self, name: str, column: Column, values: NDArray[Any]) -> None:
+        """Refuse values that no such column holds.
+
+        Raises:
+            ValueError: Naming the first of them.
+        """
+        rules: list[tuple[NDArray[np.bool_], str]] = []
+        if column.allowed:
+            rules.append((~np.isin(values, column.allowed), f"is none of {', '.join(column.allowed)}"))
+        if column.finite:
+            rules.append((~np.isfinite(values), "is not finite"))
+        if column.never_infinite:
+            rules.append((np.isinf(values), "is infinite"))
+        if column.least is not None:
+            rules.append((~(values >= column.least), f"is no number of at least {column.least:g}"))
+        for wrong, words in rules:
+            for row, *place in np.argwhere(wrong)[:1].tolist():
+                where = grid_column(name, self.eps[place[0]]) if place else name
+                raise ValueError(f"{line(row)}, {where}: {values[row, *place]} {words}")
 
     def _all(self, schema: Schema) -> Iterator[tuple[str, Column, NDArray[Any]]]:
         for columns, values in ((schema.columns, self.columns), (schema.grid, self.grid)):
@@ -143,6 +170,11 @@ class Table:
     def complete(self) -> bool:
         """Whether the run is done, so that the rows are all of its samples."""
         return bool(self.manifest.get("complete", True))
+
+    @property
+    def progress(self) -> str:
+        """How many samples of the run are done, as "16 of 60"."""
+        return f"{self.manifest.get('samples_done', len(self))} of {self.manifest.get('of_samples', len(self))}"
 
     def of_kind(self, kind: str) -> NDArray[np.bool_]:
         """Mask of the rows of one kind of image set: id, ood or noise."""
@@ -347,28 +379,17 @@ _READERS: dict[str, tuple[Callable[[Any], Any], type]] = {
 
 def _column(records: Sequence[Mapping[str, Any]], name: str, column: Column) -> NDArray[Any]:
     read, dtype = _READERS[column.type]
-    return np.array([read(record[name]) for record in records], dtype=dtype)
+    values = []
+    for row, record in enumerate(records):
+        try:
+            values.append(read(record[name]))
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"{line(row)}, {name}: {record[name]!r} is no {column.type}") from None
+    return np.array(values, dtype=dtype)
 
 
 def _named(names: Iterable[str]) -> str:
     return "columns " + ", ".join(map(repr, sorted(names)))
-
-
-def _check(name: str, column: Column, values: NDArray[Any]) -> None:
-    """Refuse values that no such column holds.
-
-    Raises:
-        ValueError: Naming them.
-    """
-    strange = sorted(set(values.ravel().tolist()) - set(column.allowed)) if column.allowed else []
-    if strange:
-        raise ValueError(f"{name} is {strange[0]!r}; it may be {', '.join(column.allowed)}")
-    if column.finite and not np.isfinite(values).all():
-        raise ValueError(f"holds values of {name} that are not finite")
-    if column.never_infinite and np.isinf(values).any():
-        raise ValueError(f"holds values of {name} that are infinite")
-    if column.least is not None and not (values >= column.least).all():
-        raise ValueError(f"holds values of {name} that are not numbers of at least {column.least:g}")
 
 
 def _installed(name: str) -> Any:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
 from grood_cert.results.checksum import check_sum
-from grood_cert.results.table import check_target, manifest_path, read_cells, write_rows
+from grood_cert.results.invariants import check_invariants
+from grood_cert.results.table import Table, check_target, manifest_path, read_cells, write_rows
 from grood_cert.runs.progress import Progress, difference
 from grood_cert.runs.shards import Shard
 from grood_cert.system.files import check_writable, csv_text, locked
@@ -42,8 +43,10 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
             order = {(entry["set"], entry["kind"]): number for number, entry in enumerate(manifest["data"])}
             placed = [((order[record["set"], record["kind"]], int(record["index"])), record) for record in records]
             check_sum(manifest, records)
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
+            if records:
+                check_invariants(Table.of(records, manifest))
+        except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+            raise InputError(f"{path}: damaged ({said(error)[:160]})") from None
         if not progress.shard:
             raise InputError(f"{path}: not a shard; a shard is what --shard i/n writes")
         if not progress.complete:
@@ -80,11 +83,16 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
         shards=count,
         command=progresses[0].command,
     )
+    whole = {**description, **dataclasses.asdict(replace(merged, complete=True))}
+    try:
+        check_invariants(Table.of(rows, whole))
+    except ValueError as error:
+        raise InputError(f"{' and '.join(map(str, paths))} do not go together ({said(error)[:160]})") from None
     check_target(out, paths, force or _left_by_a_killed_merge(out, description))
     check_writable(out.parent)
     with locked(out, manifest_path(out)):
         text = csv_text(list(rows[0]), rows, header=True)
-        return write_rows(out, text, {**description, **dataclasses.asdict(replace(merged, complete=True))})
+        return write_rows(out, text, whole)
 
 
 def _left_by_a_killed_merge(out: Path, description: Mapping[str, Any]) -> bool:

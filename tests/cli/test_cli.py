@@ -76,8 +76,8 @@ def test_from_recipe_to_figure(call, tmp_path):
     result = Table.read(tmp_path / "run/rows.csv")
     assert (len(result), result.eps, result.norm) == (6, (0.01, 0.05), "linf")
     code, out, _ = call("curve", tmp_path / "run/rows.csv", "--out", tmp_path / "figure.svg", "--perturb", "both")
-    assert code == 0 and (tmp_path / "figure.svg").exists() and (tmp_path / "figure.csv").exists()
-    assert "tiny" in (tmp_path / "figure.csv").read_text()
+    assert code == 0 and (tmp_path / "figure.svg").exists() and (tmp_path / "figure-curve.csv").exists()
+    assert "tiny" in (tmp_path / "figure-curve.csv").read_text()
 
 
 def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
@@ -85,7 +85,7 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
     code, out, _ = call("lipschitz", model, *options, "--memory", "1M", "--out", tmp_path / "a")
     assert code == 0 and "best bound (proved)" in out and "ascended maximum (estimate)" in out
     code, out, _ = call("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "l.pdf")
-    assert code == 0 and (tmp_path / "l.pdf").read_bytes()[:4] == b"%PDF" and (tmp_path / "l.csv").exists()
+    assert code == 0 and (tmp_path / "l.pdf").read_bytes()[:4] == b"%PDF" and (tmp_path / "l-curve.csv").exists()
     assert "give files of one kind" in refused(
         "curve", tmp_path / "a/lipschitz.csv", rows_file, "--out", tmp_path / "mixed.png"
     )
@@ -263,7 +263,7 @@ def test_a_figure_never_replaces_the_rows_it_is_drawn_from(refused, rows_file, t
     assert (tmp_path / "rows.csv").read_bytes() == before and not list(tmp_path.glob("*.p*"))
 
 
-def test_an_unfinished_run_is_said_to_be_one(call, rows_file, tmp_path):
+def test_an_unfinished_run_is_read_when_that_is_asked_for(call, refused, rows_file, tmp_path):
     lines = rows_file.read_text().splitlines(keepends=True)
     (tmp_path / "rows.csv").write_text("".join(lines))
     manifest = json.loads(rows_file.with_suffix(".json").read_text())
@@ -273,8 +273,11 @@ def test_an_unfinished_run_is_said_to_be_one(call, rows_file, tmp_path):
     for arguments in (("threshold", "--gamma", "-4", "--out", "t.csv"), ("curve", "--out", "f.svg")):
         command, *rest = arguments
         rest[-1] = tmp_path / rest[-1]
-        code, _, err = call(command, tmp_path / "rows.csv", *rest)
-        assert code == 0 and f"is unfinished, 40 of {manifest['of_samples']} samples" in err
+        done = f"is unfinished, 40 of {manifest['of_samples']} samples"
+        assert done in refused(command, tmp_path / "rows.csv", *rest) and not rest[-1].exists()
+        code, _, err = call(command, tmp_path / "rows.csv", *rest, "--partial")
+        assert code == 0 and done in err
+    assert f"not finished: small: 40 of {manifest['of_samples']} samples" in (tmp_path / "f.svg").read_text()
 
 
 def test_a_demo_of_less_than_nothing_trains_nothing(refused, tmp_path):

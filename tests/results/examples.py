@@ -54,9 +54,29 @@ def random_certification(
             bounds = [(score - a - c, score + b + d, score - c, score + d) for a, b, c, d in steps]
             if generator.random() < share_nan:
                 bounds[1] = (math.nan, math.nan, *bounds[1][2:])
-            radius = float(generator.random() * (generator.random() < 0.9))
-            records.append(sample(kind, name, score, bounds, radius, radius + float(generator.random())))
+            records.append(as_written(sample(kind, name, score, bounds), generator) | {"index": len(records)})
     return certification(records)
+
+
+def as_written(record, generator):
+    """The record with random radii, and with all that follows from them, from gamma = 0 and from its bounds."""
+    inside, score = record["kind"] == "id", record["score"]
+    right = (score <= 0) == inside
+    bound, seen = ("s_ub", "s_attack_max") if inside else ("s_lb", "s_attack_min")
+    proved = [e for e in EPS if (record[f"{bound}@{e}"] < 0 if inside else record[f"{bound}@{e}"] > 0)]
+    broken = [e for e in EPS if (record[f"{seen}@{e}"] > 0 if inside else record[f"{seen}@{e}"] <= 0)]
+    least, most = max(proved, default=0.0), min(broken, default=1.0)
+    radius = max(least, float(generator.random() * (generator.random() < 0.9) * most))
+    attack = min(broken, default=float(radius + (1 - radius) * generator.random()))
+    radius, attack = (radius, attack) if right else (0.0, 0.0)
+    record |= {"accepted": int(score <= 0), "radius_certified": radius, "radius_attack": attack}
+    record |= {"radius_certified_per_logit": radius / 2}
+    record["status"] = "misdecided" if not right else "certified" if radius else "undecided"
+    record["stage"] = "misdecision" if not right else "crown" if radius else "undecided"
+    for eps in EPS:
+        found = "crown" if 0 < eps <= radius else "attack" if eps >= attack else "undecided"
+        record[grid_column("outcome", eps)] = found if right else "misdecision"
+    return record
 
 
 def smoothing(records, **manifest):

@@ -65,5 +65,5 @@ def test_results_are_read_drawn_and_looked_up_without_torch(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    made = ["figure.csv", "figure.png", "rows-gamma0.5.csv", "rows-gamma0.5.json", "rows.csv", "rows.json"]
+    made = ["figure-curve.csv", "figure.png", "rows-gamma0.5.csv", "rows-gamma0.5.json", "rows.csv", "rows.json"]
     assert done.stdout.splitlines()[-1] == str(made)

@@ -31,7 +31,7 @@ def test_radius_summary():
 
 def test_balls_are_counted_by_what_decided_them():
     found = random_certification(0, samples=3)
-    outcomes = found.grid["outcome"].astype("U20")
+    outcomes = np.full_like(found.grid["outcome"], "crown").astype("U20")
     outcomes[:3] = [["ibp", "attack"], ["ibp", "ibp"], ["envelope", "undecided"]]
     first, *others = balls_decided(replace(found, grid={**found.grid, "outcome": outcomes}))
     assert first == {"set": "in", "kind": "id", "undecided": 1, "ibp": 3, "crown": 0, "attack": 1, "envelope": 1}

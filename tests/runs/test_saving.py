@@ -84,7 +84,7 @@ def test_manifests_of_earlier_versions_count_as_complete(whole, tmp_path):
 
 def test_counts_are_those_of_all_rows(tmp_path):
     def tally(record):
-        return ["large"] if float(record["value"]) > 2.5 else ["small", "weak"]
+        return ["large"] if float(record["score"]) > 2.5 else ["small", "weak"]
 
     heard = Recorder()
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +145,7 @@ def test_another_place_or_python_is_the_same_run(whole, tmp_path):
         (lambda path: path.with_suffix(".json").write_text('{"complete": false}'), "cannot be continued"),
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "holds 5 rows, rows.json speaks of 6|rows"),
         (lambda path: path.write_bytes(b""), "holds no rows, rows.json speaks of 6"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"value", b"price")), "other columns"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"score", b"price")), "other columns"),
     ],
 )
 def test_damaged_files_are_refused_and_kept(tmp_path, damage, message):

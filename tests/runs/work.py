@@ -10,7 +10,7 @@ from grood_cert.data import ImageSet
 from grood_cert.runs import saving
 from grood_cert.runs.batches import batches, generator
 
-COLUMNS = ["set", "kind", "index", "file", "value"]
+COLUMNS = ["set", "kind", "index", "file", "score", "median_estimate"]
 
 
 def image_set(name, size, kind="id"):
@@ -21,6 +21,8 @@ def image_set(name, size, kind="id"):
 SETS = [image_set("z", 11), image_set('a "b", c', 6, "ood"), image_set("m", 1, "noise")]
 BATCHES = batches(SETS, 0, 2, 0)  # 6 + 3 + 1
 DESCRIPTION = {
+    "kind": "smoothing-calibration",
+    "schema": 1,
     "model": {"path": "model.pt", "sha256": "ab"},
     "data": [{"set": images.name, "kind": images.kind, "images": len(images)} for images in SETS],
     "eps": (0.1, 0.2),
@@ -42,7 +44,10 @@ class Worker:
         self.done.append(batch.number)
         noise = torch.rand(len(batch), generator=generator(0, batch.number), dtype=torch.float64)
         values = batch.images.images.double().sum((1, 2, 3)) + noise
-        return [name | {"value": value} for name, value in zip(batch.names, values.tolist(), strict=True)]
+        return [
+            name | {"score": value, "median_estimate": value}
+            for name, value in zip(batch.names, values.tolist(), strict=True)
+        ]
 
     def failures(self):
         return {"boom": len(self.done)}
