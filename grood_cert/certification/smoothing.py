@@ -66,7 +66,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
 from torch import Tensor, nn
 
-from grood_cert.ball import check_eps
+from grood_cert.ball import check_eps, largest_eps
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import InputError
 from grood_cert.scores import ENERGY, Score
@@ -84,14 +84,15 @@ def _check_noise(sigma: float, alpha: float) -> None:
         raise InputError(f"alpha must lie between 0 and 1, got {alpha!r}")
 
 
-def default_eps(sigma: float) -> tuple[float, ...]:
-    """An eps grid of the scale that noise of this size can certify: 1/4 to 2 sigma.
+def default_eps(sigma: float, shape: Sequence[int]) -> tuple[float, ...]:
+    """An eps grid of the scale that noise of this size can certify: 1/4 to 2 sigma, up to the whole pixel box.
 
     Example:
-        >>> default_eps(0.5)
-        (0.125, 0.25, 0.5, 0.75, 1.0)
+        >>> default_eps(0.5, (1, 8, 8)), default_eps(8.0, (1, 8, 8))
+        ((0.125, 0.25, 0.5, 0.75, 1.0), (2.0, 4.0, 8.0))
     """
-    return tuple(shift * sigma for shift in _DEFAULT_SHIFTS)
+    largest = largest_eps(shape, "l2")
+    return tuple(dict.fromkeys(min(shift * sigma, largest) for shift in _DEFAULT_SHIFTS))
 
 
 @functools.cache

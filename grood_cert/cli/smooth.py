@@ -61,7 +61,7 @@ def smooth(
     part = options.shard_of(shard)
     settings = smoothing.SmoothingSettings(
         sigma=sigma,
-        eps=options.eps_grid(eps) or smoothing.default_eps(sigma),
+        eps=options.eps_grid(eps) or smoothing.default_eps(sigma, loaded.shape),
         n=n,
         alpha=alpha,
         dtype=cast(smoothing.Dtype, dtype),
@@ -71,6 +71,8 @@ def smooth(
         seed=seed,
     )
     settings.check(loaded.shape)
+    if sigma > 1:
+        typer.echo(f"warning: sigma {sigma:g} is more than the whole range of pixels, [0, 1]", err=True)
     experiment = options.image_sets(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if dry_run:

@@ -339,6 +339,8 @@ def labelled(tables: Sequence[Table], paths: Sequence[Path], labels: Sequence[st
     """
     if labels and len(labels) != len(paths):
         raise InputError(f"{len(labels)} labels for {len(paths)} rows files; give one label for each, in order")
+    if not all(label.strip() for label in labels):
+        raise InputError("an empty label names no model; leave --label out for the models' own names")
     names = list(labels) or [str(table.manifest["model"]["name"]) for table in tables]
     if len(set(names)) < len(names) and not labels:
         names = [path.absolute().parent.name for path in paths]

@@ -356,7 +356,9 @@ def test_memory_counts_all_layers():
 
 def test_a_deep_residual_network():
     network = architectures.build("resnet18", (3, 32, 32), 10, [0.5] * 3, [0.25] * 3, width=4)
-    smoother = Smoother(detector_of(network, (3, 32, 32)), SmoothingSettings(0.25, default_eps(0.25), n=20, alpha=0.01))
+    smoother = Smoother(
+        detector_of(network, (3, 32, 32)), SmoothingSettings(0.25, default_eps(0.25, (3, 32, 32)), n=20, alpha=0.01)
+    )
     record = smoother.certify(smoother.draws(torch.full((3, 32, 32), 0.5), "test", "grey", 0), 100.0, "id")
     assert record["status"] == "certified"
     assert record["radius_smoothed"] == pytest.approx(0.25 * norm.ppf(0.005**0.05), rel=1e-9)

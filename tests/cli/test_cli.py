@@ -211,6 +211,8 @@ def test_smooth_and_its_curve(call, model, tmp_path):
     assert code == 0 and "each row holds with probability 0.9" in out
     assert "s_lb_smoothed@0.1" in (tmp_path / "smoothing.csv").read_text().splitlines()[0]
     assert call("curve", tmp_path / "smoothing.csv", "--out", tmp_path / "figure.png")[0] == 0
+    code, _, err = call("smooth", model, *options, "--sigma", "64", "--out", tmp_path / "wide", "--dry-run")
+    assert code == 0 and "warning: sigma 64 is more than the whole range of pixels" in err and "eps" not in err
 
 
 def test_one_eps_and_norm_said_in_many_ways(call, model, tmp_path):
@@ -254,13 +256,17 @@ def test_another_threshold_is_looked_up(call, refused, rows_file, tmp_path):
     assert mine.read_bytes() == before
 
 
-def test_a_figure_never_replaces_the_rows_it_is_drawn_from(refused, rows_file, tmp_path):
-    for file in (rows_file, rows_file.with_suffix(".json")):
-        shutil.copy(file, tmp_path)
-    before = (tmp_path / "rows.csv").read_bytes()
-    assert "would overwrite" in refused("curve", tmp_path / "rows.csv", "--out", tmp_path / "rows.pdf")
-    assert "exists already" in refused("curve", rows_file, "--out", tmp_path / "rows.png")
-    assert (tmp_path / "rows.csv").read_bytes() == before and not list(tmp_path.glob("*.p*"))
+def test_a_figure_never_replaces_the_rows_it_is_drawn_from(call, refused, rows_file, tmp_path):
+    named = "rows.csv", "rows-curve.csv"  # the second as the numbers of a figure would be
+    for name in named:
+        for file in (rows_file, rows_file.with_suffix(".json")):
+            shutil.copy(file, (tmp_path / name).with_suffix(file.suffix))
+    before = [(tmp_path / name).read_bytes() for name in named]
+    figure = tmp_path / "rows.pdf"
+    assert "would overwrite" in refused("curve", tmp_path / "rows-curve.csv", "--out", figure)
+    assert "exists already" in refused("curve", tmp_path / "rows.csv", "--out", figure) and not figure.exists()
+    assert call("curve", tmp_path / "rows-curve.csv", "--out", tmp_path / "rows-curve.pdf")[0] == 0
+    assert [(tmp_path / name).read_bytes() for name in named] == before
 
 
 def test_an_unfinished_run_is_read_when_that_is_asked_for(call, refused, rows_file, tmp_path):

@@ -287,6 +287,8 @@ def test_labels(tmp_path):
     assert list(labelled([one], paths[:1], [])) == ["m"]
     assert list(labelled([one, two], paths, [])) == ["a", "b"]
     assert list(labelled([one, two], paths, ["x", "y"])) == ["x", "y"]
+    with pytest.raises(InputError, match="an empty label names no model"):
+        labelled([one], paths[:1], [" "])
     with pytest.raises(InputError, match="2 labels for 1 rows files"):
         labelled([one], paths[:1], ["x", "y"])
     with pytest.raises(InputError, match="same name"):

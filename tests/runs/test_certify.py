@@ -237,7 +237,7 @@ def test_rows_read_back_what_was_written(rows_file, result):
         (lambda text: "", "holds no rows"),
         (
             lambda text: re.sub(r",certified,(\w+),[^,]*", r",certified,\1,nan", text),
-            "values of radius_certified that are not finite",
+            "radius_certified: nan is not finite",
         ),
         (lambda text: text.replace(",certified,", ",maybe,"), "not the rows of a certification"),
         (lambda text: text[: len(text) // 2], "not the rows of a certification"),
