@@ -114,4 +114,178 @@ MUTANTS = (
             ),
         },
     ),
+    *planted(
+        "bounds/simplex.py",
+        ("lipschitz/test_exact.py",),
+        {
+            "softmax weights take the other end of the differences": (
+                "weights_lower, weights_upper = 1 / high.exp().sum(1), 1 / low.exp().sum(1)",
+                "weights_lower, weights_upper = 1 / low.exp().sum(1), 1 / high.exp().sum(1)",
+            ),
+            "the simplex's knapsack fills small rows first": (
+                "sorted_rows, order = rows.sort(dim=-1, descending=True)",
+                "sorted_rows, order = rows.sort(dim=-1, descending=False)",
+            ),
+            "the simplex's budget is not spent": (
+                "return base.squeeze(-1) + (sorted_rows * spent).sum(-1) + sorted_rows[..., 0] * remainder",
+                "return base.squeeze(-1) + sorted_rows[..., 0] * remainder",
+            ),
+            "a difference of logits is read the wrong way round": (
+                "low[:, second, first] = torch.maximum(low[:, second, first], -differences[1])",
+                "low[:, second, first] = torch.maximum(low[:, second, first], -differences[0])",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/intervals.py",
+        ("bounds/test_intervals.py",),
+        {
+            "an interval passes a linear layer with signs": (
+                "center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)",
+                "center, radius = operation((lower + upper) / 2), operation.linear((upper - lower) / 2).abs()",
+            ),
+            "a sum has the interval of one of its parts": (
+                "return lower + inputs[1][0], upper + inputs[1][1]",
+                "return lower + (inputs[1][0] + inputs[1][1]) / 2, upper + (inputs[1][0] + inputs[1][1]) / 2",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/backward.py",
+        ("bounds/test_crown.py",),
+        {
+            "positive entries take the lower line": (
+                "values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_high))",
+                "values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_low))",
+            ),
+            "the constant of the upper line is lost": (
+                "total = total + row.with_values(positive).dot(row.view(constant_high))",
+                "total = total + row.with_values(positive * 0).dot(row.view(constant_high))",
+            ),
+            "the constant of the lower line is added for positive entries": (
+                "total = total + row.with_values(negative).dot(row.view(constant_low))",
+                "total = total + row.with_values(positive).dot(row.view(constant_low))",
+            ),
+            "a path of the backward pass is lost": (
+                "pending[target] = pending[target].plus(batch) if target in pending else batch",
+                "pending[target] = batch",
+            ),
+            "over a box the radius keeps its sign": (
+                "return rows.dot(rows.view(middle)) + rows.with_values(rows.values.abs()).dot(rows.view(radius))",
+                "return rows.dot(rows.view(middle)) + rows.with_values(rows.values).dot(rows.view(radius))",
+            ),
+            "over l_2 and l_1 balls the centre is all": (
+                "return rows.dot(rows.view(ball.center)) + rows.support(ball)",
+                "return rows.dot(rows.view(ball.center)) + 0 * rows.support(ball)",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/windows.py",
+        ("bounds/test_crown.py",),
+        {
+            "a window forgets the padding": (
+                "step * stride, before * stride + padding)",
+                "step * stride, before * stride)",
+            ),
+            "a window forgets the dilation": (
+                "((size - 1) * stride + (kernel - 1) * dilation + 1, step",
+                "((size - 1) * stride + (kernel - 1) + 1, step",
+            ),
+            "entries outside the layer count": (
+                "        if self.inside:\n            return self\n",
+                "        if True or self.inside:\n            return self\n",
+            ),
+            "two windows are joined at the first one's start": (
+                "start = window.before[axis] - self.window.before[axis]",
+                "start = 0 * window.before[axis]",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/folding.py",
+        ("bounds/test_crown.py",),
+        {
+            "a folded bias is not scaled": (
+                "bias = _plus(_times(scale.factor, operation.bias), scale.bias)",
+                "bias = _plus(operation.bias, scale.bias)",
+            ),
+            "a shift in front of padding is folded everywhere": (
+                "convolution and not padded and channelwise(scale.bias, shape) is not None",
+                "convolution and channelwise(scale.bias, shape) is not None",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/domains.py",
+        ("bounds/test_domains.py",),
+        {
+            "multipliers may be negative": (
+                "self.smallest[:, part] = open_.to(signs) * operation.slope",
+                "self.smallest[:, part] = open_.to(signs) * operation.slope - (~open_).to(signs)",
+            ),
+            "slopes below a ReLU may exceed 1": (
+                "self.largest[:, part].masked_fill_(open_, 1.0)",
+                "self.largest[:, part].masked_fill_(open_, 2.0)",
+            ),
+            "a multiplier pushes against the sign": (
+                "push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
+                "push = -values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
+            ),
+            "the last iterate counts, projected or not": (
+                "torch.minimum(values.detach() - rate * _LAST_STEP ** (step / steps) * move, largest), smallest",
+                "values.detach() - rate * _LAST_STEP ** (step / steps) * move, smallest",
+            ),
+            "a tightened interval replaces a tighter one": (
+                "upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))",
+                "upper = upper.scatter(1, index, high)",
+            ),
+            "the condition's constant is free of charge": (
+                "extra = price * constant.unsqueeze(1)",
+                "extra = 0 * price * constant.unsqueeze(1)",
+            ),
+            "one crossed interval does not empty a domain": (
+                "empty = empty | crossed(lower, upper).flatten(1).any(1)",
+                "empty = empty | crossed(lower, upper).flatten(1).all(1)",
+            ),
+            "every domain with a fixed neuron is empty": (
+                "empty = empty | crossed(lower, upper).flatten(1).any(1)",
+                "empty = empty | (lower >= upper).flatten(1).any(1) | (domains.signs != 0).any(1)",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/branching.py",
+        ("bounds/test_branching.py",),
+        {
+            "time that is up drops the open leaves": (
+                "open_ = pool.all.at(pool.open)",
+                "open_ = pool.all.at(pool.open & ~late[pool.all.sample])",
+            ),
+            "a budget that is spent drops the open leaves": (
+                'return worst.scatter_reduce(0, open_.sample, open_.bound, "amax"), used, late',
+                "return worst, used, late",
+            ),
+            "the lower half of a leaf is lost": (
+                "(neuron & ~above, -1, children.upper)):",
+                "(neuron & ~above, 1, children.lower)):",
+            ),
+            "the upper half of an output's cut is lost": (
+                "((~neuron & above, children.outputs_lower), (~neuron & ~above, children.outputs_upper)):",
+                "((~neuron & above, children.outputs_upper), (~neuron & ~above, children.outputs_upper)):",
+            ),
+            "leaves that are not decided are closed": (
+                "closed = found.bound < self.goal\n",
+                "closed = found.bound < self.goal + 1\n",
+            ),
+            "a leaf that is tightened again is lost": (
+                "leaves = leaves.at(rest).joined(found.at(~empty))",
+                "leaves = leaves.at(rest)",
+            ),
+            "an empty leaf stays and a full one goes": (
+                "leaves = leaves.at(rest).joined(found.at(~empty))",
+                "leaves = leaves.at(rest).joined(found.at(empty))",
+            ),
+        },
+    ),
 )

@@ -85,4 +85,118 @@ MUTANTS = (
             ),
         },
     ),
+    *planted(
+        "ball.py",
+        ("test_ball.py",),
+        {
+            "the ball leaves the pixel box at 1": (
+                "return (self.center + self.per_pixel(self.eps)).clamp(max=1)",
+                "return (self.center + self.per_pixel(self.eps)).clamp(max=2)",
+            ),
+            "projection lands outside the ball": (
+                "self.per_pixel((self.eps / length).clamp(max=1))",
+                "self.per_pixel((2 * self.eps / length).clamp(max=1))",
+            ),
+            "the wrong ends of the box count": (
+                "return (rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT).squeeze(-1)",
+                "return (rows.clamp(min=0) @ low.mT + rows.clamp(max=0) @ high.mT).squeeze(-1)",
+            ),
+            "the scale of a row is not put back": (
+                "return torch.minimum(best, torch.where(torch.isfinite(value), value, best)) * scale",
+                "return torch.minimum(best, torch.where(torch.isfinite(value), value, best))",
+            ),
+            "a radius may be negative": (
+                "if not bool((torch.isfinite(self.eps) & (self.eps >= 0)).all()):",
+                "if not bool(torch.isfinite(self.eps).all()):",
+            ),
+            "images may leave the pixel box": (
+                "if not bool(((self.center >= 0) & (self.center <= 1)).all()):",
+                "if not bool((self.center >= 0).all()):",
+            ),
+        },
+    ),
+    *planted(
+        "ball.py",
+        ("bounds/test_crown.py",),
+        {
+            "the knapsack spends on flat pixels first": (
+                "gain, order = rows.abs().sort(dim=-1, descending=True)",
+                "gain, order = rows.abs().sort(dim=-1, descending=False)",
+            ),
+            "the knapsack pays for a pixel before it is moved": (
+                "before = room.cumsum(-1) - room\n    spent",
+                "before = room.cumsum(-1)\n    spent",
+            ),
+            "the room of a pixel is on its other side": (
+                "room = torch.where(rows > 0, high, -low).gather(-1, order)",
+                "room = torch.where(rows < 0, high, -low).gather(-1, order)",
+            ),
+        },
+    ),
+    *planted(
+        "attacks.py",
+        ("test_attacks.py",),
+        {
+            "climbs end outside the ball": (
+                "return ball.project(ball.center + (moved * flat.sign()).reshape(gradient.shape))",
+                "return (ball.center + 2 * (moved * flat.sign()).reshape(gradient.shape)).clamp(0, 1)",
+            ),
+            "points found in float32 are not projected": (
+                "rounded = ball.project(best.to(start))",
+                "rounded = ball.center + 1.01 * (best.to(start) - ball.center)",
+            ),
+            "the maximum keeps the lower score": (
+                "higher = (score > self.maximum) |",
+                "higher = (score < self.maximum) |",
+            ),
+            "a flip on gamma counts for ID": (
+                "torch.where(accepted, score > gamma, score <= gamma)",
+                "torch.where(accepted, score >= gamma, score <= gamma)",
+            ),
+            "a score that is NaN counts as flipped": (
+                "return torch.isfinite(score) & torch.where(accepted, score > gamma, score <= gamma)",
+                "return torch.where(accepted, ~(score <= gamma), ~(score > gamma))",
+            ),
+            "the radius is not that of the point": (
+                "return MinimumNorm(torch.where(found, distance, torch.inf), best)",
+                "return MinimumNorm(torch.where(found, 0.999 * distance, torch.inf), best)",
+            ),
+            "a search that found nothing has radius 0": (
+                "return MinimumNorm(torch.where(found, distance, torch.inf), best)",
+                "return MinimumNorm(distance, best)",
+            ),
+            "bisection keeps the point before the flip": (
+                "best = _where(found & flipped, candidates, best)",
+                "best = _where(found & ~flipped, candidates, best)",
+            ),
+            "searches climb down": (
+                "best, best_points, best_gradient = sign * score, points, ball.per_pixel(sign) * gradient",
+                "best, best_points, best_gradient = sign * score, points, -ball.per_pixel(sign) * gradient",
+            ),
+        },
+    ),
+    *planted(
+        "ball.py",
+        ("test_ball.py",),
+        {
+            "weak duality leaves out the multiplier": (
+                "value = (rows * offset).sum(-1) + (eps.square() - offset.square().sum(-1)) / (2 * step)",
+                "value = (rows * offset).sum(-1)",
+            ),
+            "a support that is NaN is 0": (
+                "torch.where(torch.isfinite(value), value, best)) * scale",
+                "torch.where(torch.isfinite(value), value, 0.0)) * scale",
+            ),
+        },
+    ),
+    *planted(
+        "attacks.py",
+        ("test_attacks.py",),
+        {
+            "a score that is NaN hides the others": (
+                "lower = (score < self.minimum) | (self.minimum.isnan() & ~score.isnan())",
+                "lower = score < self.minimum",
+            ),
+        },
+    ),
 )
