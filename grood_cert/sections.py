@@ -128,7 +128,7 @@ class NetworkSection(Section):
     """
 
     name: str = "conv-small"
-    width: int = setting(0, NOT_NEGATIVE)
+    width: int = setting(0, Rule("0 to 65536", lambda value: 0 <= value <= 65536))
     hidden_layers: int = setting(2, POSITIVE)
     pretrained: str = ""
     pretrained_allow: tuple[str, ...] = ()

@@ -35,6 +35,7 @@ def test_round_trip():
     [
         ({"objective": {"lamda_grad": 0.1}}, "objective.lamda_grad: unknown key; did you mean objective.lambda_grad?"),
         ({"objectiv": {}}, "objectiv: unknown key; did you mean objective?"),
+        ({"network": {"width": 100000000}}, "network.width: expected 0 to 65536, got 100000000"),
         ({"objective": {"lambda_grad": 10**400}}, "objective.lambda_grad: expected a finite number, got inf"),
         ({"lambda_grad": 0.1}, "lambda_grad: unknown key; did you mean objective.lambda_grad?"),
         ({"optimizer": {"m_in": -1.0}}, "optimizer.m_in: unknown key; did you mean objective.m_in?"),
