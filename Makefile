@@ -30,7 +30,7 @@ fuzz: env
 audit: env
 	@$(BIN)/pip install --quiet --constraint constraints.txt pip-audit 2> /dev/null \
 		|| { echo 'make audit: pip-audit cannot be installed; it needs the network'; exit 1; }
-	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off --requirement constraints.txt 2> .audit || { \
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt 2> .audit || { \
 		tail -n 1 .audit; rm -f .audit; echo 'make audit: not passed, or the service was not reached'; exit 1; }
 	@rm -f .audit
 

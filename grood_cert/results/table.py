@@ -367,7 +367,7 @@ def _number(cell: Any) -> float:
 
 def _integer(cell: Any) -> int:
     value = float(cell)
-    if not value.is_integer():
+    if not value.is_integer() or abs(value) > 2**53:
         raise ValueError(f"{cell!r} is no whole number")
     return int(value)
 

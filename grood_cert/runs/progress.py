@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -58,9 +59,31 @@ class Progress:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Progress:
-        """The progress a manifest tells of; manifests of earlier versions were written at the end only."""
+        """The progress a manifest tells of; manifests of earlier versions were written at the end only.
+
+        Raises:
+            ValueError: If an entry is not what such an entry may be.
+        """
         known = {item.name: manifest[item.name] for item in dataclasses.fields(cls) if item.name in manifest}
+        for name, value in known.items():
+            if not _fits(name, value):
+                raise ValueError(f"its manifest's {name} is {value!r}")
         return cls(**({"complete": True} | known))
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether an entry of a manifest can be one of `Progress`."""
+    default = getattr(Progress, name, {})
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        kinds = int if isinstance(default, int) else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < 2**63
+    if name == "failures":
+        return isinstance(value, dict) and all(isinstance(count, int) for count in value.values())
+    if name == "shard" and isinstance(value, str):
+        return re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,8}", value) is not None
+    return value is None or isinstance(value, str)
 
 
 FORCE = "choose another --out, or add --force to overwrite it"

@@ -298,7 +298,8 @@ def rows(given: Material, draw: random.Random, place: Path) -> Case:
     file.write_bytes(of_bytes(file.read_bytes(), draw))
 
     def whole(printed: str) -> str:
-        same = (place / "merged.csv").read_bytes() == given.rows.read_bytes()
+        one, two = (Checksum(read_cells(file)[1]).of({}) for file in (place / "merged.csv", given.rows))  # by value
+        same = one == two
         return RIGHT if same else "other rows were merged"
 
     return Case(("merge", str(path), str(second), "--out", str(place / "merged.csv")), whole)

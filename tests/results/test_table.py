@@ -182,6 +182,7 @@ def test_the_manifest_says_what_a_file_is_and_its_name_does_not(tmp_path):
         (lambda frame: frame.reset_index(names=""), "unknown columns ''.*index=False"),
         (lambda frame: frame.drop(columns="s_ub@0.2"), "missing 's_ub@0.2'"),
         (lambda frame: frame.drop(columns="file"), "missing 'file'"),
+        (lambda frame: frame.assign(label=str(2**70)), f"line 2, label: '{2**70}' is no integer"),
         (lambda frame: frame.assign(score="much"), "line 2, score: 'much' is no number"),
         (lambda frame: frame.assign(score=math.nan), "line 2, score: nan is not finite"),
         (

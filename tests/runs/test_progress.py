@@ -41,6 +41,22 @@ def test_a_dead_run_says_how_far_it_came_and_what_goes_on_with_it(tmp_path, monk
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("complete", "yes"), ("batches", -1), ("rows", True), ("rows", 1.5), ("seconds", []), ("seconds", 10**400)),
+        *(("failures", [1]), ("failures", {"a": "b"}), ("shard", True), ("shard", "x/y"), ("command", 7)),
+    ],
+)
+def test_entries_that_no_run_writes_are_no_progress(tmp_path, name, value):
+    interrupted(tmp_path, 3)
+    page = tmp_path / "rows.json"
+    page.write_text(json.dumps(json.loads(page.read_text()) | {name: value}))
+    assert status(tmp_path) == []
+    with pytest.raises(InputError, match=r"rows.csv exists already and cannot be continued \(.*\); choose another"):
+        execute(tmp_path, Worker(), KIND)
+
+
+@pytest.mark.parametrize(
     ("program", "joint", "command"),
     [
         ("/env/grood_cert/__main__.py", False, "grood-cert certify model.pt"),
