@@ -1,6 +1,10 @@
-"""How the campaign tells ends apart and what damage it does; `make faults` runs it."""
+"""How the campaign tells ends apart, what damage it does, and a few faults of it; `make faults` runs all."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +38,28 @@ def test_damage_is_one_accident():
         found = damage(content, "a bit inverted", draw)
         assert sum((one ^ two).bit_count() for one, two in zip(found, content, strict=True)) == 1
         assert content.startswith(damage(content, "cut", draw)) and not damage(content, "emptied", draw)
+
+
+def test_a_merge_survives_a_few_faults():
+    options = [
+        "--jobs",
+        "merge",
+        "--moments",
+        "1",
+        "--seed",
+        "1",
+        "--faults",
+        "killed",
+        "terminated",
+        "disk",
+        "damaged",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert " faults, 0 violations" in done.stdout

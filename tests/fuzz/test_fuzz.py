@@ -1,8 +1,11 @@
-"""The mutations of the fuzzer; `make fuzz` runs it."""
+"""The mutations of the fuzzer, and a few cases of it; `make fuzz` runs all. What it found has a test of its own."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 from tests.fuzz.mutation import of_bytes, of_text, of_value
 
@@ -16,3 +19,15 @@ def test_mutations_change_and_are_those_of_their_seed():
         assert of_bytes(b"content", random.Random(seed)) == of_bytes(b"content", random.Random(seed))
         assert of_text("a = 1\nb = 2", random.Random(seed)) == of_text("a = 1\nb = 2", random.Random(seed))
     assert changed > 180 and value == {"a": [1, 2.5, {"b": "x"}], "c": True}
+
+
+def test_a_few_cases_of_each_kind_are_refused_in_one_line_or_read_aright():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "--cases", "50", "--seed", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "50 cases, 0 violations" in done.stdout
