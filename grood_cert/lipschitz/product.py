@@ -172,7 +172,7 @@ class _Product:
             return replace(state, matrix=_Matrix(matrix, matrix.abs()))
 
         def behind(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            return lambda part: linear(part.T.reshape(-1, *shape)).flatten(1).T
+            return lambda part: linear(part.T.reshape(-1, *shape)).reshape(part.shape[1], -1).T
 
         return replace(state, matrix=state.matrix.mapped(behind(operation.linear), behind(operation.absolute().linear)))
 

@@ -432,13 +432,13 @@ class MaxPool:
 
 
 def channelwise(part: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """One number a channel, shape (C,), of what broadcasts against a value of this shape; None if there are more.
+    """One number a channel, shape (C,), of what broadcasts against a value of this shape; None if there are more, or none.
 
     Example:
         >>> channelwise(torch.tensor(2.0), (3, 4, 4)), channelwise(torch.ones(4), (3, 4, 4))
         (tensor([2., 2., 2.]), None)
     """
-    aligned = part.reshape(*[1] * (len(shape) - part.dim()), *part.shape)
-    if any(size != 1 for size in aligned.shape[1:]):
+    aligned = part.reshape([1] * (len(shape) - part.dim()) + list(part.shape))
+    if not shape or any(size != 1 for size in aligned.shape[1:]):
         return None
     return aligned.reshape(-1).expand(shape[0])

@@ -221,7 +221,8 @@ def state(network: nn.Module) -> list[Any]:
         False
     """
     tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.layout == torch.strided]
-    numbers = [torch.atleast_1d(tensor.detach().cpu()).contiguous().view(torch.uint8).numpy() for tensor in tensors]
+    rows = [torch.atleast_1d(tensor.detach().cpu()).clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    numbers = [row.view(torch.uint8).numpy() for row in rows]  # `contiguous` keeps odd strides where a size is 1
     return [[array.tobytes() for array in numbers], [attributes(module) for module in network.modules()]]
 
 

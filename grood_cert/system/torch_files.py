@@ -65,7 +65,8 @@ def fingerprint(content: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            plain = value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             digest.update(f"names {len(value)}\n".encode())
             for name, inner in value.items():

@@ -70,7 +70,7 @@ _SENSIBLE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("limit", "batch_size", "samples", "clever_batches", "checkpoint_steps"), ("1", "2", "3")),
     **dict.fromkeys(("seed", "calibration_limit", "n", "timeout", "time_limit"), ("0", "5", "100")),
     **dict.fromkeys(("gamma", "temperature", "precision", "alpha", "tpr", "at"), ("0.05", "0.5", "-1.5", "1")),
-    **dict.fromkeys(("ood", "id_", "id", "test", "calibration", "images"), ("digits:0-3", "digits:8-9", "digits")),
+    **dict.fromkeys(("ood", "id_", "id", "test", "calibration"), ("digits:0-3", "digits:8-9", "digits")),
     "norm": ("linf", "l2", "l1"),
     "effort": ("fast", "default", "max"),
     "stages": ("ibp", "ibp,crown", "attack"),
@@ -90,6 +90,7 @@ _SENSIBLE: dict[str, tuple[str, ...]] = {
 
 def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
     """Words of the program's own vocabulary: what somebody might give, and values that nobody would give."""
+    import numpy as np
     from typer.main import get_command
 
     from grood_cert.cli import app
@@ -99,6 +100,7 @@ def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
     for file in files:
         shutil.copy(file, place)
     model, rows, *shards = (str(place / path.name) for path in sources[:-1])
+    np.save(place / "few.npy", np.linspace(0, 1, 128).reshape(2, 1, 8, 8))
     group: Any = get_command(app)
     name = draw.choice([name for name in group.commands if name not in ("demo", "recipe")])
     odd = [
@@ -113,6 +115,7 @@ def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
         "rows": (rows,),
         "file": (str(place / given.onnx.name),),
         "shards": (*shards, rows),
+        "images": (str(place / "few.npy"),),
         "folder": (str(place),),
         "out": tuple(str(place / name) for name in ("new", "new.csv", "new.pt", "new.onnx", "new.pdf", "rows.csv")),
     }
@@ -353,7 +356,9 @@ def networks(given: Material, draw: random.Random, place: Path) -> Case:
             return RIGHT
         with torch.no_grad():
             found = detector.load(out).network(images.double()).numpy()
-        close = np.allclose(found, expected, rtol=1e-3, atol=1e-3 * (1 + np.abs(expected).max()), equal_nan=True)
+        finite = np.isfinite(expected)  # the file computes in float32, which overflows earlier
+        size = 1 + np.abs(expected[finite]).max(initial=0.0)
+        close = np.allclose(found[finite], expected[finite], rtol=1e-3, atol=1e-3 * size)
         return RIGHT if close else "the imported network computes something else than the file"
 
     return Case(("import", str(path), "--id", "digits:0-3", "--out", str(out), "--force"), judge)

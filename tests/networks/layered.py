@@ -110,7 +110,7 @@ ACTIVATIONS = {
     "steep elu": ELU(1.7),
     "leaky": LeakyReLU(0.2),
 }
-NAMES = (*OPERATIONS, *ACTIVATIONS, "dense block", "inception")
+NAMES = (*OPERATIONS, *ACTIVATIONS, "dense block", "inception", "one number an image")
 
 
 def _concatenated(builder, first, second):
@@ -136,6 +136,13 @@ def build(name: str, seed: int = 0) -> Graph:
             builder.add(Scale(builder.random(builder.shape[0], 1, 1), builder.random(builder.shape[0], 1, 1)), start)
             builder.add(LeakyReLU())
             start = _concatenated(builder, start, builder.convolution(2))
+    elif name == "one number an image":
+        shape, size = builder.shape, math.prod(builder.shape)
+        builder.add(Reshape(shape, (size,)))
+        builder.add(Dense(builder.random(1, size) / size**0.5, None))
+        builder.add(Reshape((1,), ()))
+        builder.add(Scale(torch.tensor(2.0).double(), torch.tensor(0.3).double()))
+        builder.add(Reshape((), (1, 1, 1)))
     elif name == "inception":
         wide, narrow = builder.convolution(3, origin=start), builder.convolution(2, 1, 0, origin=start)
         _concatenated(builder, wide, narrow)

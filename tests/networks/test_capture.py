@@ -104,6 +104,7 @@ FUNCTIONS = {
         + torch.add(x, torch.full((4, 4), 0.1, dtype=torch.float32), alpha=0.3)
     ),
     "no limits": lambda x, m: x.clamp(-torch.inf, 0.1) + x.clamp(min=-torch.inf) + x.clamp(max=torch.inf),
+    "one number an image": lambda x, m: x - 2 * x.relu().mean((1, 2, 3))[:, None, None, None],
     "no entries": lambda x, m: torch.cat([x[:, :0], x], 1),
     "constants in place": lambda x, m: x * torch.full((4, 4), 2.0).mul_(3).add_(torch.tensor([1.0]).neg_()),
     "series": lambda x, m: functional.avg_pool1d(functional.max_pool1d(x.flatten(2), 3, 1, 1), 2).repeat(1, 1, 2),

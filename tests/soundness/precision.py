@@ -146,7 +146,7 @@ class Referee:
                 both = np.kron(long(operation.rows), long(operation.columns))
                 matrix = np.kron(np.eye(channels, dtype=LONG), both)
             else:
-                matrix = long(operation.linear(units).flatten(1)).T
+                matrix = long(operation.linear(units).reshape(len(units), -1)).T
                 if isinstance(operation, AveragePool):
                     matrix = (matrix != 0).astype(LONG) / math.prod(operation.kernel)
             bias = np.zeros(node.size, dtype=LONG)

@@ -61,6 +61,8 @@ def test_how_a_tensor_lies_in_memory_does_not_matter():
     grid = torch.arange(6.0).reshape(2, 3)
     assert fingerprint(grid.T) == fingerprint(grid.T.contiguous())
     assert fingerprint(grid[:, 1]) == fingerprint(torch.tensor([1.0, 4.0]))
+    for one in (grid[:1, ::3], torch.arange(8.0)[::2][:1]):  # contiguous to torch, with a stride that is not 1
+        assert fingerprint(one) == fingerprint(one.clone(memory_format=torch.contiguous_format))
     assert fingerprint(torch.nn.Parameter(grid)) == fingerprint(grid)
     assert fingerprint(grid.to(torch.bfloat16)) != fingerprint(grid.half())
 
