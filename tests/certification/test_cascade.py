@@ -56,8 +56,7 @@ def one_logit(weight, bias=0.0):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("kind", ["id", "ood"])
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("stage", ["crown", "crown-ibp"])
+@pytest.mark.parametrize(("stage", "engine"), [*(("crown", engine) for engine in ENGINES), ("crown-ibp", "native")])
 def test_radius_of_one_linear_logit_is_exact(norm, kind, stage, engine):
     """K = 1, f = w.x + b: the certified radius is |S - gamma| / ||w||_q, to 1e-9."""
     generator = torch.Generator().manual_seed(1)
@@ -82,8 +81,8 @@ def test_radius_of_one_linear_logit_is_exact(norm, kind, stage, engine):
 
 def test_each_stage_decides_and_is_named(loaded, images):
     """Whatever stages run, what is certified is inside the attack radius; each one added proves at least as much."""
-    before = torch.zeros(4).double()
-    chosen = images[:4]
+    before = torch.zeros(2).double()
+    chosen = images[:2]
     for chosen_stages in (("ibp",), ("ibp", "crown"), ("ibp", "crown", "alpha-crown"), STAGES):
         settings = Settings(eps=(0.001, 0.03, 0.3), stages=chosen_stages, engine="native")
         got = certify(loaded, settings, chosen)

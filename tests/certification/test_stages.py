@@ -34,6 +34,12 @@ def certify(loaded, settings, images, kind="id"):
     return Cascade(loaded, settings).certify(images, kind, generator(settings.seed, 0))
 
 
+@pytest.fixture(scope="module")
+def plain(loaded, images):
+    """What the linear stages alone prove."""
+    return certify(loaded, settings_of(), images[:4])
+
+
 def settings_of(*refining, **changes):
     return Settings(eps=(0.001, 0.08), stages=(*LINEAR, *refining), engine="native", **changes)
 
@@ -67,11 +73,10 @@ def test_an_exception_in_the_engine_means_not_certified(loaded, images, monkeypa
 
 @pytest.mark.parametrize("failure", [RuntimeError("boom"), MemoryError()])
 @pytest.mark.parametrize("stage", WORK)
-def test_an_exception_in_a_refining_stage_adds_nothing(loaded, images, monkeypatch, stage, failure):
+def test_an_exception_in_a_refining_stage_adds_nothing(loaded, images, plain, monkeypatch, stage, failure):
     def fails(*arguments, **options):
         raise failure
 
-    plain = certify(loaded, settings_of(), images[:4])
     monkeypatch.setattr(stages, WORK[stage], fails)
     cascade = Cascade(loaded, settings_of(stage))
     got = cascade.certify(images[:4], "id", generator(0, 0))
