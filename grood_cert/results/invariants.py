@@ -10,8 +10,7 @@ S_lb and s_attack_min never rise with eps, S_ub and s_attack_max never fall; the
 
 *Smoothing*: counts of draws and decisions go together, only right decisions have a radius, bounds are in order.
 
-*Lipschitz analyses*: no estimate from below exceeds the bound, and the bound is none of a method exceeds it; it never falls
-with eps.
+*Lipschitz analyses*: no estimate from below exceeds the bound, no bound of a method lies below it; it never falls with eps.
 
 Of all: no sample occurs twice, every image set is one that the manifest names, of its kind and with so many images.
 """
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grood_cert.certification.outcomes import STAGES, Outcome
-from grood_cert.results.columns import LIPSCHITZ_METHODS, LOOKED_UP, grid_column
+from grood_cert.results.columns import LIPSCHITZ_METHODS, LOOKED_UP, SCHEMAS, Column, grid_column
 
 if TYPE_CHECKING:
     from grood_cert.results.table import Table
@@ -48,6 +47,29 @@ def check_invariants(table: Table) -> None:
         _CHECKS[table.kind](table)
 
 
+def check_columns(table: Table) -> None:
+    """Make sure that every column holds what such a column may hold, see `Column`.
+
+    Raises:
+        ValueError: Naming line and column of the first value that it may not hold.
+    """
+    schema = SCHEMAS[table.kind]
+    for columns, values in ((schema.columns, table.columns), (schema.grid, table.grid)):
+        for name, column in columns.items():
+            _check_column(table, name, column, values[name])
+
+
+def _check_column(table: Table, name: str, column: Column, values: NDArray[Any]) -> None:
+    if column.allowed:
+        _refuse(table, ~np.isin(values, column.allowed), name, f"is none of {', '.join(column.allowed)}")
+    if column.finite:
+        _refuse(table, ~np.isfinite(values), name, "is not finite")
+    if column.never_infinite:
+        _refuse(table, np.isinf(values), name, "is infinite")
+    if column.least is not None:
+        _refuse(table, ~(values >= column.least), name, f"is no number of at least {column.least:g}")
+
+
 def line(row: int) -> str:
     """How messages call a row, by its line in the file, below the header.
 
@@ -60,15 +82,10 @@ def line(row: int) -> str:
 
 def _refuse(table: Table, wrong: _Mask, column: str, words: str) -> None:
     """Refuse rows, or rows at some eps; `column` may be a single column or one of the grid."""
-    if not wrong.any():
-        return
-    row = int(np.argwhere(wrong)[0][0])
-    if column in table.grid:
-        place = int(np.argwhere(wrong)[0][1])
-        name, value = grid_column(column, table.eps[place]), table.grid[column][row, place]
-    else:
-        name, value = column, table[column][row]
-    raise ValueError(f"{line(row)}, {name}: {value} {words}")
+    for row, *place in np.argwhere(wrong)[:1].tolist():
+        name = grid_column(column, table.eps[place[0]]) if place else column
+        value = (table.grid if place else table.columns)[column][row, *place]
+        raise ValueError(f"{line(row)}, {name}: {value} {words}")
 
 
 def _check_manifest(table: Table) -> None:

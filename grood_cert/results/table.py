@@ -16,7 +16,7 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from grood_cert.errors import InputError, RunError, said
 from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.columns import SCHEMAS, Column, Schema, grid_column, header
-from grood_cert.results.invariants import check_invariants, line
+from grood_cert.results.invariants import check_columns, check_invariants, line
 from grood_cert.system.files import as_json, csv_text, replacing, write_json
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ class Table:
             missing = [name for name in schema.manifest if manifest.get(name) is None]
             if missing:
                 raise ValueError(f"{manifest_path(path).name} lacks {', '.join(missing)}")
-            for name, column, values in table._all(schema):
-                table._check(name, column, values)
+            check_columns(table)
             check_sum(manifest, records)
             check_invariants(table)
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
@@ -114,31 +113,6 @@ class Table:
                 "partial=True) reads what is there"
             )
         return table
-
-    def _check(self, name: str, column: Column, values: NDArray[Any]) -> None:
-        """Refuse values that no such column holds.
-
-        Raises:
-            ValueError: Naming the first of them.
-        """
-        rules: list[tuple[NDArray[np.bool_], str]] = []
-        if column.allowed:
-            rules.append((~np.isin(values, column.allowed), f"is none of {', '.join(column.allowed)}"))
-        if column.finite:
-            rules.append((~np.isfinite(values), "is not finite"))
-        if column.never_infinite:
-            rules.append((np.isinf(values), "is infinite"))
-        if column.least is not None:
-            rules.append((~(values >= column.least), f"is no number of at least {column.least:g}"))
-        for wrong, words in rules:
-            for row, *place in np.argwhere(wrong)[:1].tolist():
-                where = grid_column(name, self.eps[place[0]]) if place else name
-                raise ValueError(f"{line(row)}, {where}: {values[row, *place]} {words}")
-
-    def _all(self, schema: Schema) -> Iterator[tuple[str, Column, NDArray[Any]]]:
-        for columns, values in ((schema.columns, self.columns), (schema.grid, self.grid)):
-            for name, column in columns.items():
-                yield name, column, values[name]
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.columns[name]

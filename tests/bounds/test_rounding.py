@@ -31,6 +31,19 @@ from grood_cert.scores import MSP, Energy, MaxLogit
 from tests.bounds.cancellation import SHAPE, cancelling, exactly, excess, points
 
 SCALES = 1.0, 1e3, 1e5, 1e7
+ABSENT = pytest.mark.skipif(lirpa_version() is None, reason="auto_LiRPA is not installed")
+ENGINES = NativeNetwork, pytest.param(LirpaNetwork, marks=ABSENT)
+
+
+def assert_inside(bounded, scores_at):
+    """Scores that an evaluation gives at points of small balls lie inside the bounds of the balls."""
+    for seed in range(8):
+        for ball in balls(seed)[:2]:
+            found = score_bounds(bounded, ball)
+            for point in points(ball):
+                with torch.no_grad():
+                    scores = scores_at(point)
+                assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
 
 
 def balls(seed):
@@ -38,11 +51,9 @@ def balls(seed):
     return [Ball(image, torch.tensor([eps], dtype=torch.float64), "linf") for eps in (0.0, 1e-9, 1e-3, 0.1)]
 
 
-@pytest.mark.parametrize("engine", [NativeNetwork, LirpaNetwork])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_enclose_what_exact_and_float64_arithmetic_give(engine, scale):
-    if engine is LirpaNetwork and lirpa_version() is None:
-        pytest.skip("auto_LiRPA is not installed")
     rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]], dtype=torch.float64)
     for seed in range(2):
         network = cancelling(seed, scale)
@@ -92,12 +103,10 @@ def test_lipschitz_bounds_hold_for_exact_gradients(scale):
                     assert slope <= Fraction(float(bound)), name
 
 
-@pytest.mark.parametrize("engine", [NativeNetwork, LirpaNetwork])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("ratio", [1e5, 1e7])
 def test_a_batchnorm_with_a_mean_far_from_0(engine, ratio):
     """|mean| / std is `ratio`; merged into the layer before, its bias forgets what cancelled."""
-    if engine is LirpaNetwork and lirpa_version() is None:
-        pytest.skip("auto_LiRPA is not installed")
     torch.manual_seed(0)
     network = (
         nn.Sequential(nn.Flatten(), nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).double().eval()
@@ -106,22 +115,13 @@ def test_a_batchnorm_with_a_mean_far_from_0(engine, ratio):
         network[1].bias.add_(ratio)
         network[2].running_mean.fill_(ratio)
         network[2].running_var.fill_(1.0)
-    bounded = engine(network, SHAPE, "crown")
-    for seed in range(8):
-        for ball in balls(seed)[:2]:
-            found = score_bounds(bounded, ball)
-            for point in points(ball):
-                with torch.no_grad():
-                    scores = Energy().value(network(point.repeat(5, 1, 1, 1)))
-                assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
+    assert_inside(engine(network, SHAPE, "crown"), lambda point: Energy().value(network(point.repeat(5, 1, 1, 1))))
 
 
-@pytest.mark.parametrize("engine", [NativeNetwork, LirpaNetwork])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("ratio", [1e5, 1e7])
 def test_a_batchnorm_whose_bias_takes_its_mean_back(engine, ratio):
     """Nothing of `ratio` is left in what it adds; an evaluation that centres first still rounds values of that size."""
-    if engine is LirpaNetwork and lirpa_version() is None:
-        pytest.skip("auto_LiRPA is not installed")
     torch.manual_seed(0)
     norm, rest = nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
     network = nn.Sequential(nn.Flatten(), norm, rest).double().eval()
@@ -130,14 +130,10 @@ def test_a_batchnorm_whose_bias_takes_its_mean_back(engine, ratio):
         norm.running_var.uniform_(0.5, 2)
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()
         norm.bias.copy_(ratio * factor)
-    bounded = engine(network, SHAPE, "crown")
-    for seed in range(8):
-        for ball in balls(seed)[:2]:
-            found = score_bounds(bounded, ball)
-            for point in points(ball):
-                with torch.no_grad():
-                    scores = Energy().value(rest((point.flatten(1) - ratio) * factor + norm.bias))
-                assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
+    assert_inside(
+        engine(network, SHAPE, "crown"),
+        lambda point: Energy().value(rest((point.flatten(1) - ratio) * factor + norm.bias)),
+    )
 
 
 def test_merged_layers_remember_what_was_summed():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -27,3 +30,16 @@ class Tally:
         """A line of the table."""
         ends = ", ".join(f"{count} {end}" for end, count in self.ends.most_common())
         return f"| {' | '.join((*self.kind, str(self.trials), ends, str(len(self.violations))))} |"
+
+
+def printed(module: str, *options: str) -> str:
+    """What a campaign prints that is run as a command and finds no violation."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.faults.campaign import damage, end_of
 from tests.faults.forks import Ended
+from tests.faults.tally import printed
 
 
 @pytest.mark.parametrize(
@@ -41,25 +38,6 @@ def test_damage_is_one_accident():
 
 
 def test_a_merge_survives_a_few_faults():
-    options = [
-        "--jobs",
-        "merge",
-        "--moments",
-        "1",
-        "--seed",
-        "1",
-        "--faults",
-        "killed",
-        "terminated",
-        "disk",
-        "damaged",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert " faults, 0 violations" in done.stdout
+    faults = "killed", "terminated", "disk", "damaged"
+    options = "--jobs", "merge", "--moments", "1", "--seed", "1", "--faults", *faults
+    assert " faults, 0 violations" in printed("tests.faults", *options)

@@ -170,6 +170,16 @@ def own_state(x, m):
     return x @ m.matrix
 
 
+def test_a_parameter_cut_out_of_another_is_compared_with_itself():
+    """One column of a weight is contiguous to torch, and its stride is not 1."""
+    layer = nn.Linear(1, 1).double()
+    layer.weight = nn.Parameter(torch.rand(1, 8, dtype=torch.float64)[:, ::8])
+    assert layer.weight.is_contiguous() and layer.weight.stride() != (1, 1)
+    network = nn.Sequential(nn.Flatten(), layer).eval()
+    images = torch.rand(3, 1, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(capture(network, (1, 1, 1))(images), network(images))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
