@@ -1,0 +1,79 @@
+r"""Confidence intervals: what a finite sample says of the share, or of the whole curve, that it was drawn from.
+
+They speak of the sampling of *images*. A proof for each image of a test set needs none; the step from those images to
+the distribution they were drawn from does. Samples must be independent.
+
+References:
+    Clopper & Pearson, Biometrika 1934 (a share); Massart, Annals of Probability 1990 (a distribution function, with the
+    sharp constant 2 of the Dvoretzky-Kiefer-Wolfowitz inequality).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from grood_cert.errors import InputError
+
+LEVEL = 0.95  # of every interval that is printed or drawn
+
+
+def clopper_pearson(count: ArrayLike, samples: int, level: float = LEVEL) -> NDArray[np.float64]:
+    r"""Exact binomial interval of a share: `count` of `samples` were so.
+
+    With a = (1 - level) / 2, k = count and n = samples: the quantile a of Beta(k, n - k + 1), 0 where k = 0, and the
+    quantile 1 - a of Beta(k + 1, n - k), 1 where k = n.
+
+    Args:
+        count: Whole numbers from 0 to `samples`, any shape.
+        samples: How many were counted.
+        level: Probability that the interval holds the true share, at least.
+
+    Returns:
+        Low and high, shape (2, *count.shape).
+
+    Raises:
+        InputError: On a count or a level outside its range.
+
+    Example:
+        >>> clopper_pearson(5, 100).round(4).tolist()
+        [0.0164, 0.1128]
+        >>> clopper_pearson([0, 10], 10).round(4).tolist()
+        [[0.0, 0.6915], [0.3085, 1.0]]
+    """
+    from scipy.special import betaincinv
+
+    found = np.asarray(count)
+    if not bool(((found >= 0) & (found <= samples) & (found == np.floor(found))).all()) or samples < 1:
+        raise InputError(f"a count of {count!r} of {samples}: expected whole numbers from 0 to the samples")
+    tail = (1 - _checked(level)) / 2
+    low = np.where(found == 0, 0.0, betaincinv(np.maximum(found, 1), samples - found + 1, tail))
+    high = np.where(found == samples, 1.0, betaincinv(found + 1, np.maximum(samples - found, 1), 1 - tail))
+    return np.stack([low, high])
+
+
+def dkw(samples: int, level: float = LEVEL) -> float:
+    r"""Half-width of a band around the share of samples up to t, for *all* t together: sqrt(log(2 / (1 - level)) / (2 n)).
+
+    Args:
+        samples: How many samples the curve has.
+        level: Probability that the whole band holds the true distribution function, at least.
+
+    Raises:
+        InputError: If there are no samples, or the level is outside (0, 1).
+
+    Example:
+        >>> round(dkw(100), 4)
+        0.1358
+    """
+    if samples < 1:
+        raise InputError(f"{samples} samples have no curve; at least 1 is needed")
+    return math.sqrt(math.log(2 / (1 - _checked(level))) / (2 * samples))
+
+
+def _checked(level: float) -> float:
+    if not 0 < level < 1:
+        raise InputError(f"level: expected a probability between 0 and 1, got {level!r}")
+    return level
