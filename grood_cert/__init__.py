@@ -46,6 +46,11 @@ Whole sets, as tensors, datasets or loaders, become a table of one row a sample;
     (16, 8)
     >>> gc.figures.robustness({"energy": table}).savefig(f"{folder.name}/f.pdf")
 
+Scores from anywhere are measured exactly, as this package or as another toolkit does it (`convention="openood"`, ...).
+
+    >>> gc.evaluate(score_id=[-5.0, -4.0, -1.0], score_ood=[-2.0, 0.0])["auroc"]
+    0.8333333333333334
+
 A training run (`grood-cert train`) leaves a checkpoint. A network that this package did not build is kept by its own
 `state_dict`.
 
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
     from grood_cert.api import attack, certify, certify_sets, lipschitz_bound, score_bounds, smooth
     from grood_cert.ball import Ball
     from grood_cert.certification.outcomes import Outcome
+    from grood_cert.conventions import evaluate
     from grood_cert.detector import Detector, load
     from grood_cert.errors import InputError, RunError, SoundnessError
     from grood_cert.results import figures
@@ -87,6 +93,7 @@ __all__ = [
     "attack",
     "certify",
     "certify_sets",
+    "evaluate",
     "figures",
     "lipschitz_bound",
     "load",
@@ -106,6 +113,7 @@ _HOMES = {
     "RunError": "errors",
     "SoundnessError": "errors",
     "Table": "results.table",
+    "evaluate": "conventions",
     "figures": "results.figures",
     "load": "detector",
 }  # of all others: api

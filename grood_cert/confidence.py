@@ -5,12 +5,14 @@ the distribution they were drawn from does. Samples must be independent.
 
 References:
     Clopper & Pearson, Biometrika 1934 (a share); Massart, Annals of Probability 1990 (a distribution function, with the
-    sharp constant 2 of the Dvoretzky-Kiefer-Wolfowitz inequality).
+    sharp constant 2 of the Dvoretzky-Kiefer-Wolfowitz inequality); Efron, Annals of Statistics 1979 (the bootstrap).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from grood_cert.errors import InputError
 
 LEVEL = 0.95  # of every interval that is printed or drawn
+RESAMPLES = 1000  # of every bootstrap
 
 
 def clopper_pearson(count: ArrayLike, samples: int, level: float = LEVEL) -> NDArray[np.float64]:
@@ -71,6 +74,48 @@ def dkw(samples: int, level: float = LEVEL) -> float:
     if samples < 1:
         raise InputError(f"{samples} samples have no curve; at least 1 is needed")
     return math.sqrt(math.log(2 / (1 - _checked(level))) / (2 * samples))
+
+
+def bootstrap(
+    figures: Callable[..., Mapping[str, float]],
+    *samples: NDArray[Any],
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, NDArray[np.float64]]:
+    r"""Percentile bootstrap of figures that are no plain shares: areas under curves, smallest errors.
+
+    Every sample is drawn anew with replacement, as large as it was; the interval is between the quantiles
+    (1 - level) / 2 and (1 + level) / 2 of what comes of it. It is approximate: right for many samples, too narrow for few,
+    and of no width where the figure is at the end of its range (an AUROC of 1).
+
+    Args:
+        figures: From the samples to figures by name.
+        samples: Arrays, one entry of the first axis a sample.
+        level: Probability that the interval holds the true figure, about.
+        resamples: How often to draw.
+        seed: Seed of the draws.
+
+    Returns:
+        Low and high of each figure.
+
+    Raises:
+        InputError: If a sample is empty, or the level is outside (0, 1).
+
+    Example:
+        >>> bootstrap(lambda x: {"mean": x.mean()}, np.arange(100.0))["mean"].round(0).tolist()
+        [44.0, 55.0]
+    """
+    tail = (1 - _checked(level)) / 2
+    if resamples < 1 or not all(len(sample) for sample in samples):
+        raise InputError("a bootstrap draws at least once, from samples that are not empty")
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        again = (sample[generator.integers(len(sample), size=len(sample))] for sample in samples)
+        for name, value in figures(*again).items():
+            drawn.setdefault(name, []).append(value)
+    return {name: np.quantile(values, [tail, 1 - tail]) for name, values in drawn.items()}
 
 
 def _checked(level: float) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from grood_cert.confidence import clopper_pearson, dkw
+from grood_cert.confidence import bootstrap, clopper_pearson, dkw
 from grood_cert.errors import InputError
 
 
@@ -50,3 +50,24 @@ def test_levels_that_cannot_be_are_refused(level: float) -> None:
         dkw(2, level)
     with pytest.raises(InputError, match="at least 1"):
         dkw(0)
+
+
+def test_the_bootstrap_of_a_mean_is_its_normal_interval_and_follows_its_seed() -> None:
+    sample = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    found = bootstrap(lambda x: {"mean": x.mean(), "size": len(x)}, sample)
+    half = 1.96 * sample.std() / 20
+    assert found["mean"] == pytest.approx([sample.mean() - half, sample.mean() + half], abs=half / 5)
+    assert found["size"].tolist() == [400, 400]
+    again, other = (bootstrap(lambda x: {"mean": x.mean()}, sample, seed=seed)["mean"] for seed in (0, 1))
+    assert again.tolist() == found["mean"].tolist() != other.tolist()
+
+
+def test_a_bootstrap_draws_every_sample_by_itself() -> None:
+    first, second = np.arange(30.0), np.arange(30.0)
+    found = bootstrap(lambda a, b: {"difference": a.mean() - b.mean()}, first, second, resamples=200)
+    low, high = found["difference"]
+    assert low < -1 and high > 1  # 0 if both had been drawn alike
+    with pytest.raises(InputError, match="not empty"):
+        bootstrap(lambda x: {}, np.zeros(0))
+    with pytest.raises(InputError, match="level"):
+        bootstrap(lambda x: {}, first, level=1.0)

@@ -12,7 +12,10 @@ import pytest
 import grood_cert
 
 ROOT = Path(grood_cert.__file__).parent
-NUMERICS = ("ball", "scores", "metrics", "attacks", "networks", "bounds", "lipschitz", "certification")
+NUMERICS = (
+    *("ball", "scores", "metrics", "conventions", "guarantees", "confidence"),
+    *("attacks", "networks", "bounds", "lipschitz", "certification"),
+)
 HEAVY = ("torch", "torchvision", "scipy", "matplotlib", "sklearn", "auto_LiRPA")
 
 

@@ -42,6 +42,76 @@ def pytorch_ood_fpr95(inside: list[float], outside: list[float]) -> float:
     return float(fpr[np.argmax(tpr >= 0.95)])
 
 
+RULES = ("average", "trapezoid", "pessimistic")
+COMMON = 27720  # the least common multiple of 1 ... 12: precisions of 12 samples are whole 27720ths
+
+
+def precision(positive: list[int], negative: list[int], threshold: float) -> int:
+    """Precision of S >= threshold in 27720ths; 1 if that is nothing."""
+    true, false = sum(s >= threshold for s in positive), sum(s >= threshold for s in negative)
+    return COMMON * true // (true + false) if true + false else COMMON
+
+
+def area_of_precisions(positive: list[int], negative: list[int], rule: str) -> float:
+    """Area under precision against recall, positive by positive; high scores are positive."""
+    total = 0
+    for rank, score in enumerate(sorted(positive, reverse=True), start=1):
+        if rule == "pessimistic":
+            total += 2 * COMMON * rank // (rank + sum(s >= score for s in negative))
+        else:
+            above = min((s for s in positive + negative if s > score), default=99)
+            before = precision(positive, negative, above if rule == "trapezoid" else score)
+            total += precision(positive, negative, score) + before
+    return total / (2 * COMMON * len(positive))
+
+
+def smallest_fpr(positive: list[int], negative: list[int], percent: float) -> float:
+    """Over all thresholds (positive: S >= t) with that TPR: the smallest share of negatives."""
+    needed = [t for t in positive if 1000 * sum(s >= t for s in positive) >= round(10 * percent) * len(positive)]
+    return sum(s >= max(needed) for s in negative) / len(negative)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_all_metrics_agree_with_rational_arithmetic(ties):
+    """5,000 cases each of 1 to 6 scores a side: whole numbers divided once; equal, or for sums equal to rounding."""
+    rng = np.random.default_rng(int(ties))
+    for trial in range(5000):
+        count, other = rng.integers(1, 7, 2).tolist()
+        drawn = rng.integers(0, 5, count + other) if ties else rng.permutation(count + other)
+        inside, outside, right = drawn[:count].tolist(), drawn[count:].tolist(), rng.integers(0, 2, count).tolist()
+        ranking = metrics.Ranking.of(inside, outside)
+        pairs = [(a < b, a == b, r) for a, r in zip(inside, right, strict=True) for b in outside]
+        assert ranking.auroc == sum(2 * less + tie for less, tie, _ in pairs) / (2 * len(pairs))
+        assert ranking.auroc_strict == sum(less for less, _, _ in pairs) / len(pairs)
+        percent, rule = (1, 50, 80, 95, 99.5, 100)[trial % 6], RULES[trial % 3]
+        low_id, low_ood = [-s for s in inside], [-s for s in outside]
+        assert ranking.fpr(percent, "id") == smallest_fpr(low_id, low_ood, percent)
+        assert ranking.fpr(percent, "ood") == smallest_fpr(outside, inside, percent)
+        assert abs(ranking.aupr("ood", rule) - area_of_precisions(outside, inside, rule)) < 1e-15
+        assert abs(ranking.aupr("id", rule) - area_of_precisions(low_id, low_ood, rule)) < 1e-15
+        errors = [sum(s > t for s in inside) * other + sum(s <= t for s in outside) * count for t in range(-1, 12)]
+        assert ranking.detection_error == min(errors) / (2 * len(pairs))
+        if trial % 5 == 0:
+            expected = sum(right * (2 * less + tie) for less, tie, right in pairs) / (2 * len(pairs))
+            assert abs(metrics.oscr(inside, outside, right, np.ones(count)) - expected) < 1e-15
+            assert metrics.accuracy(right, np.ones(count)) == sum(right) / count
+
+
+def test_only_the_pessimistic_rule_is_monotone():
+    """A positive that loses score can raise scikit-learn's average precision out of a tie; the pessimistic rule falls."""
+    negatives, lost, before = [10.0] * 100, [5.0] * 50, [10.0] + [5.0] * 49
+    for rule, rises in (("average", True), ("pessimistic", False)):
+        areas = [metrics.Ranking.of(negatives, positives).aupr("ood", rule) for positives in (before, lost)]
+        assert (areas[1] > areas[0]) == rises
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        inside, outside = rng.integers(0, 4, 8), rng.integers(0, 4, 8)
+        worse_id, worse_ood = inside + rng.integers(0, 2, 8), outside - rng.integers(0, 2, 8)
+        for positive in ("id", "ood"):
+            found = metrics.Ranking.of(inside, outside).aupr(positive, "pessimistic")
+            assert metrics.Ranking.of(worse_id, worse_ood).aupr(positive, "pessimistic") <= found
+
+
 @settings(max_examples=200, deadline=None)
 @given(SCORES, SCORES)
 def test_metrics_against_brute_force_and_scikit_learn(inside, outside):
@@ -93,6 +163,7 @@ def test_extremes():
         (NAN, [1.0], "ID scores: 1 of 2 are NaN"),
         ([1.0], NAN, "OOD scores: 1 of 2 are NaN"),
         ([float("nan")] * 3, [1.0], "3 of 3 are NaN"),
+        (["x"], [1.0], "ID scores: expected a list of numbers"),
         ([], [1.0], "ID scores: expected a non-empty list"),
         ([1.0], [], "OOD scores: expected a non-empty list"),
         ([[1.0]], [1.0], "expected a non-empty list of numbers, got shape"),
@@ -109,11 +180,25 @@ def test_scores_keep_their_float64_digits():
     assert metrics.auroc([1.0], [1.0 + 1e-12]) == 1.0
 
 
-@pytest.mark.parametrize("function", [metrics.threshold_at_tpr, metrics.calibrated_threshold])
 @pytest.mark.parametrize("percent", [0, -5, 101, 95.5, 0.95])
-def test_levels_are_whole_percents(function, percent):
+def test_levels_of_calibration_are_whole_percents(percent):
     with pytest.raises(InputError, match="percent: expected a whole number from 1 to"):
-        function(range(1000), percent)
+        metrics.calibrated_threshold(range(1000), percent)
+
+
+@pytest.mark.parametrize("percent", [0, -5, 100.1, 0.95, float("nan"), float("inf"), "x", True])
+def test_levels_that_cannot_be_are_refused(percent):
+    with pytest.raises(InputError, match="percent: expected a number from 1 to 100"):
+        metrics.threshold_at_tpr(range(1000), percent)
+    with pytest.raises(InputError, match="percent: expected a number from 1 to 100"):
+        metrics.Ranking.of([0.0], [1.0]).fpr(percent)
+
+
+@pytest.mark.parametrize("percent", [99.9, np.float64(99.9), 99.5, np.int64(7), 100])
+def test_levels_are_the_decimal_numbers_that_they_are_written_as(percent):
+    """0.999 * 1000 is 999 and not the next float above it, which would ask for one sample more."""
+    expected = -(-Fraction(str(percent)) * 1000 // 100)
+    assert metrics.threshold_at_tpr(range(1, 1001), percent) == expected
 
 
 @pytest.mark.parametrize("count", [19, 20, 39, 99, 100, 217])
@@ -148,3 +233,22 @@ def test_mean_over_sets():
     assert metrics.mean_over_sets([0.2, 0.4]) == pytest.approx(0.3)
     with pytest.raises(InputError):
         metrics.mean_over_sets([])
+
+
+def test_labels_and_predictions_must_pair_up():
+    for labels, predictions in (([0], [0, 1]), ([], []), ([[0]], [[0]])):
+        with pytest.raises(InputError, match="expected two lists of the same length"):
+            metrics.accuracy(labels, predictions)
+    with pytest.raises(InputError, match="1 labels for 2 ID scores"):
+        metrics.oscr([0.0, 1.0], [2.0], [0], [0])
+    with pytest.raises(InputError, match="OOD scores: 1 of 2 are NaN"):
+        metrics.oscr([0.0], NAN, [0], [1])
+    assert metrics.oscr([0.0], [1.0], [0], [1]) == 0.0
+
+
+def test_unknown_classes_and_rules_are_refused():
+    ranking = metrics.Ranking.of([0.0], [1.0])
+    with pytest.raises(InputError, match="the positive one is id or ood"):
+        ranking.fpr(95, "noise")
+    with pytest.raises(InputError, match="unknown rule 'best'; use one of average, trapezoid, pessimistic"):
+        ranking.aupr("id", "best")

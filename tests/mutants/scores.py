@@ -34,12 +34,12 @@ MUTANTS = (
         ("test_metrics.py", "test_detector.py"),
         {
             "ties count in full": (
-                "return float((below + up_to) / (2 * len(inside) * len(outside)))",
-                "return float(up_to / (len(inside) * len(outside)))",
+                "return (2 * below + ties) / (2 * self.samples_id * self.samples_ood)",
+                "return (2 * below + 2 * ties) / (2 * self.samples_id * self.samples_ood)",
             ),
             "a threshold accepts less than 95 %": (
-                "return float(ordered[-(-percent * len(ordered) // 100) - 1])",
-                "return float(ordered[percent * len(ordered) // 100 - 1])",
+                "return int(-(-share * samples // 1))",
+                "return max(1, int(share * samples // 1))",
             ),
             "the conformal rank forgets the fresh sample": (
                 "rank = -(-percent * (len(ordered) + 1) // 100)",
@@ -53,7 +53,14 @@ MUTANTS = (
                 "return float(ordered[rank - 1])",
                 "return float(ordered[min(rank, len(ordered)) - 2])",
             ),
-            "OOD on the threshold is rejected": ("<= threshold_at_tpr(score_id)))", "< threshold_at_tpr(score_id)))"),
+            "OOD on the threshold is rejected": (
+                'np.searchsorted(outside, thresholds, "right"),',
+                'np.searchsorted(outside, thresholds, "left"),',
+            ),
+            "ties rank in favour of the positives": (
+                "np.repeat(false, found)",
+                "np.repeat(_before(false), found)",
+            ),
             "scores that are NaN are taken": (
                 "if bool(np.isnan(values).any()):",
                 "if bool(np.isnan(values).all()):",
