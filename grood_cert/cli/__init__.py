@@ -27,8 +27,10 @@ from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
 from grood_cert.cli.predict import predict
 from grood_cert.cli.recipe import recipe
+from grood_cert.cli.report import report
 from grood_cert.cli.smooth import smooth
 from grood_cert.cli.status import status
+from grood_cert.cli.sweep import sweep
 from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
 from grood_cert.cli.vnnlib import verdicts, vnnlib
@@ -77,9 +79,11 @@ for _command in (
     certify,
     smooth,
     lipschitz,
+    sweep,
     status,
     threshold,
     curve,
+    report,
     merge,
     export,
     vnnlib,

@@ -1,0 +1,87 @@
+"""`grood-cert sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grood_cert.cli import options, output
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name that `grood-cert recipe list` shows.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one sub-folder for each detector.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=V,V,...", help="Values of a setting: objective.lambda_grad=0,0.1,1 (repeatable)."),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each combination, seeds from the recipe's on.")] = 1,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one setting for all: optimizer.epochs=20 (repeatable).")
+    ] = None,
+    certify: Annotated[bool, typer.Option("--certify/--no-certify", help="Certify every detector.")] = True,
+    lipschitz: Annotated[
+        bool, typer.Option("--lipschitz/--no-lipschitz", help="Bound the local Lipschitz constants of every detector.")
+    ] = True,
+    eps: options.Eps = None,
+    norm: options.Norm = "linf",
+    effort: Annotated[str, typer.Option(help="Of certify: fast, default or max.")] = "default",
+    limit: options.Limit = 100,
+    seed: options.Seed = 0,
+    shard: options.Shard = "",
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+    device: options.Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there and what is to do; write nothing.")
+    ] = False,
+) -> None:
+    """Train a recipe over a grid of settings and seeds, certify and analyse each detector, and draw what comes of it.
+
+    The same command goes on after an interruption. Whoever ends the last detector draws the figures.
+    """
+    import torch
+
+    from grood_cert import recipe as recipes
+    from grood_cert.ball import DEFAULT_EPS
+    from grood_cert.certification.settings import Settings
+    from grood_cert.errors import InputError
+    from grood_cert.lipschitz.analyser import AnalysisSettings
+    from grood_cert.runs import sweep as sweeping
+
+    torch.set_num_threads(
+        1
+    )  # a sweep is shared out by --shard; threads of several processes would wait for one another
+    axes = [sweeping.axis(text) for text in grid]
+    if len({key for key, _ in axes}) < len(axes):
+        raise InputError("--grid names a setting twice; give all its values at once")
+    ball = options.norm_named(norm)
+    radii = options.eps_grid(eps) or DEFAULT_EPS[ball]
+    certifying = Settings(radii, ball, effort=effort, seed=seed) if certify else None
+    analysing = AnalysisSettings(radii, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
+    cells = sweeping.cells(recipes.find(recipe), dict(axes), seeds, out, settings or ())
+    part = options.shard_of(shard)
+    if dry_run:
+        for cell in part.of(cells):
+            typer.echo(f"{cell.name}: {', '.join(sweeping.lacking(cell, certify, lipschitz)) or 'complete'}")
+        return
+    with output.Bar() as bar:
+        sweeping.run(
+            cells,
+            certifying,
+            analysing,
+            limit=limit,
+            shard=part,
+            data_dir=data_dir,
+            download=download,
+            device=options.device_name(device),
+            reporter=bar,
+        )
+    waiting = [cell.name for cell in cells if sweeping.lacking(cell, certify, lipschitz)]
+    if waiting:
+        typer.echo(
+            f"{len(cells) - len(waiting)} of {len(cells)} detectors are done; the last shard to end draws the figures"
+        )
+        return

@@ -1,0 +1,148 @@
+r"""The page of a card: one HTML file that loads nothing from elsewhere and runs no script.
+
+Proved, probabilistic, shown and estimated numbers are told apart by words and by form. Whatever comes from data is
+escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from grood_cert.errors import InputError
+from grood_cert.results import figures
+from grood_cert.results.card import NORMS, TOLD, Result
+from grood_cert.results.summary import RADII, SLOPES
+
+_SHOWN_EPS = 3
+
+
+def shown_eps(eps: Sequence[float]) -> list[float]:
+    """A few of the positive radii of a grid, spread over it: what a narrow table has room for."""
+    positive = [value for value in eps if value > 0]
+    if len(positive) <= _SHOWN_EPS:
+        return positive
+    return [positive[round(at)] for at in np.linspace(0, len(positive) - 1, _SHOWN_EPS + 2)[1:-1]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of a page.
+
+    Attributes:
+        title: What it shows.
+        caption: How to read it.
+        alt: The same for who cannot see it.
+        form: A key of `FORMS`, for the strongest claim in it.
+        command: The command that draws it; None if none does.
+        source: Its data URI.
+    """
+
+    title: str
+    caption: str
+    alt: str
+    form: str
+    command: str | None
+    source: str
+
+
+def data_uri(figure: Figure) -> str:
+    """A figure as the source of an `img`: SVG whose letters are outlines, so that it looks alike everywhere."""
+    stream = io.BytesIO()
+    with mpl.rc_context({**figures.STYLE, "svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+_CAPTIONS = {
+    "certification": (
+        "Robustness against false positives",
+        "Solid lines are proved, dashed lines were reached by an attack; the truth lies in between.",
+    ),
+    "lipschitz": (
+        "Local Lipschitz constant of S",
+        "Solid lines are proved upper bounds, dashed and dotted ones estimates from below; medians over samples.",
+    ),
+    "smoothing": (
+        "The smoothed detectors",
+        "True for each sample with the probability that the figure states; not of the detectors without noise.",
+    ),
+}
+
+
+def pictures(detectors: Mapping[str, Sequence[Result]]) -> list[Picture]:
+    """The figures of the results, one for each kind and norm; detectors that cannot share one get their own.
+
+    Raises:
+        InputError: If a figure cannot be drawn.
+    """
+    drawn: list[Picture] = []
+    for kind in TOLD:
+        groups: dict[str, dict[str, Result]] = {}
+        for name, group in detectors.items():
+            for result in group:
+                if result.table.kind == kind:
+                    groups.setdefault(result.table.norm, {})[name] = result
+        for norm, results in groups.items():
+            try:
+                drawn.append(_picture(kind, norm, results))
+            except InputError:
+                for name, result in results.items():
+                    try:
+                        drawn.append(_picture(kind, norm, {name: result}))
+                    except InputError:  # of what it needs, something was not tested
+                        continue
+    return drawn
+
+
+def _picture(kind: str, norm: str, results: Mapping[str, Result]) -> Picture:
+    figure = figures.draw({name: result.table for name, result in results.items()})
+    title, caption = _CAPTIONS[kind]
+    files = [str(result.path) for result in results.values()]
+    labels = [part for name in results for part in ("--label", name)]
+    names = ", ".join(results)
+    return Picture(
+        title=f"{title} ({NORMS[norm]}): {names}",
+        caption=caption,
+        alt=f"{title} of {names}, in {NORMS[norm]}. {caption} The numbers are in the card and the tables of this page.",
+        form="probabilistic" if kind == "smoothing" else "proved",
+        command=shlex.join(["grood-cert", "curve", *files, *labels, "--out", f"{kind}-{norm}.pdf"]),
+        source=data_uri(figure),
+    )
+
+
+def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
+    """The page of a card and its figures, as HTML; whatever comes from data is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": _number, "percent": _percent, "clock": _duration}
+    text = resources.files("grood_cert.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        card=content, pictures=drawn, radii=RADII, slopes=SLOPES, norms=NORMS, shown_eps=shown_eps
+    )
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %" if value in (0, 1) or 0.1 <= value <= 0.9 else f"{100 * value:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
