@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torchvision.transforms import Normalize as TorchvisionNormalize
 from torchvision.transforms.v2 import Normalize as TorchvisionNormalizeV2
@@ -191,6 +192,8 @@ def _explained(error: Exception) -> str:
     kind = type(error).__name__
     if "data-dependent" in text or "DataDependent" in kind:
         return "Python conditions or numbers hang on values of the image; write it without them"
+    if "arity mismatch" in text:
+        return "what it holds changes from call to call"
     if "specialized" in text or "ConstraintViolation" in kind or "Constraints violated" in text:
         return "it works for some sizes of the batch alone; write it for any (with x.shape[0] for len(x))"
     return f"torch.export stopped: {' '.join(text.split())[:200]}"
@@ -251,6 +254,11 @@ class _Program:
         state = program.constants | {
             name: value.detach().double() if value.is_floating_point() else value for name, value in numbers.items()
         }
+        unknown = [name for name, value in state.items() if isinstance(value, FakeTensor)]
+        if unknown:
+            raise InputError(
+                f"the network cannot be captured: it changes its own state when it is called ({unknown[0]})"
+            )
         floats = tuple(name for name, value in numbers.items() if value.is_floating_point())
         return _Program(nodes, names, state, floats, shape, str(image.shape[0]), image.dtype)
 

@@ -94,7 +94,7 @@ def by_detector(results: Sequence[Result], labels: Sequence[str] = ()) -> dict[s
     """
     grouped: dict[str, list[Result]] = {}
     for result in results:
-        grouped.setdefault(str(result.table.manifest["model"]["sha256"]), []).append(result)
+        grouped.setdefault(str(result.table.manifest["model"].get("sha256") or result.path), []).append(result)
     if labels and len(labels) != len(grouped):
         raise InputError(f"{len(labels)} labels for {len(grouped)} detectors; give one label for each, in order")
     if not all(label.strip() for label in labels):
@@ -150,7 +150,7 @@ def _model(table: Table) -> dict[str, Any]:
     recipe = manifest.get("recipe") or {}
     return {
         "path": manifest["model"].get("path"),
-        "sha256": manifest["model"]["sha256"],
+        "sha256": manifest["model"].get("sha256"),
         "score": manifest.get("score"),
         "network": (recipe.get("network") or {}).get("name"),
         "recipe": recipe or None,

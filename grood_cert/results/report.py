@@ -127,22 +127,30 @@ def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": _number, "percent": _percent, "clock": _duration}
+    environment.filters |= {"number": number, "percent": percent, "clock": duration}
     text = resources.files("grood_cert.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         card=content, pictures=drawn, radii=RADII, slopes=SLOPES, norms=NORMS, shown_eps=shown_eps
     )
 
 
-def _number(value: Any, digits: int = 3) -> str:
+def number(value: Any, digits: int = 3) -> str:
+    """A number as it is printed; None: nothing is known."""
     if value is None:
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as it is printed: near 0 and 1 with a digit more, so that few are not taken for none.
+
+    Example:
+        >>> percent(0.004), percent(0.0)
+        ('0.4 %', '0 %')
+    """
     return f"{100 * value:.0f} %" if value in (0, 1) or 0.1 <= value <= 0.9 else f"{100 * value:.1f} %"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as it is printed."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -8,6 +8,7 @@ load, and what they then detect is wrong. So every file of ours holds a SHA-256 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -104,7 +105,10 @@ def opened(file: Path | BinaryIO) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what is refused below by name
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with (
+                file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as stream
+            ):  # not by its name
+                content = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on foreign and damaged files
         other = foreign(file, beginning) if isinstance(file, Path) else None
         raise InputError(unsafe(str(error)) or other or f"damaged: {_plain(error)}") from error

@@ -98,7 +98,10 @@ def test_without_auto_lirpa_everything_else_is_there():
         import grood_cert
         for found in pkgutil.walk_packages(grood_cert.__path__, "grood_cert."):
             if not found.name.endswith("__main__"):
-                importlib.import_module(found.name)
+                try:
+                    importlib.import_module(found.name)
+                except ModuleNotFoundError as error:
+                    assert error.name in ("pytorch_ood", "foolbox"), error  # optional, and what the module is for
         from grood_cert.bounds.engine import lirpa_version
         from grood_cert.bounds.engines import ENGINES, build
         from grood_cert.errors import RunError
