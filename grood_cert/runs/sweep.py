@@ -259,8 +259,10 @@ def run(
         raise InputError(f"{shard.count} shards for {len(chosen)} cells; use fewer")
     own = shard.of(chosen)
     channels, height, width = experiment_of(own[0].recipe, data_dir, download).test.images.shape[1:]
-    for settings in filter(None, (certifying, analysing)):
-        settings.check((channels, height, width))
+    if certifying:
+        certifying.check((channels, height, width))
+    if analysing:
+        analysing.check((channels, height, width))
     failed: dict[str, RunError] = {}
     for number, cell in enumerate(own, 1):
         reporter.say(f"{cell.name}: {number} of {len(own)}")
