@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +14,15 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quick_attacks(monkeypatch):
+    """All efforts with the attack of "fast", for tests of what is proved."""
+    from grood_cert.certification.settings import EFFORTS
+
+    for name, effort in EFFORTS.items():
+        monkeypatch.setitem(EFFORTS, name, replace(effort, attack=EFFORTS["fast"].attack))
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +34,25 @@ def small_recipe():
     return replace(recipe, name="small", optimizer=replace(recipe.optimizer, epochs=12, batch_size=128))
 
 
+def made_once(name, tmp_path_factory, make) -> Path:
+    """A folder that one of the test processes fills for all of them; nobody changes it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with FileLock(root / f"{name}.lock"):
+        if not (made := root / f"{name}.made").exists():
+            (root / name).mkdir()
+            make(root / name)
+            made.touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def model(small_recipe, tmp_path_factory) -> Path:
     """A checkpoint of a small GReg detector on digits."""
     from grood_cert.training import run as training
 
-    folder = tmp_path_factory.mktemp("model")
-    training.run(small_recipe, folder)
-    return folder / "model.pt"
+    return made_once("model", tmp_path_factory, lambda folder: training.run(small_recipe, folder)) / "model.pt"
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +63,10 @@ def rows_file(model, tmp_path_factory) -> Path:
     from grood_cert.data import experiment_of
     from grood_cert.runs import certify as certification
 
-    loaded = detector.load(model)
-    experiment = experiment_of(loaded.origin.recipe)
-    folder = tmp_path_factory.mktemp("rows")
-    settings = Settings(eps=(0.01, 0.03, 0.1), effort="fast", per_logit=True)
-    certification.run(loaded, model, [experiment.test, *experiment.ood], settings, folder, limit=12)
-    return folder / "rows.csv"
+    def make(folder):
+        loaded = detector.load(model)
+        experiment = experiment_of(loaded.origin.recipe)
+        settings = Settings(eps=(0.01, 0.03, 0.1), effort="fast", per_logit=True)
+        certification.run(loaded, model, [experiment.test, *experiment.ood], settings, folder, limit=12)
+
+    return made_once("rows", tmp_path_factory, make) / "rows.csv"

@@ -254,7 +254,7 @@ def test_the_seed_draws_the_attack():
 
 
 @pytest.mark.parametrize("score", [gc.Energy(2.0), gc.MaxLogit(), gc.MSP(), gc.MSP(3.0)], ids=str)
-def test_any_score_from_calibration_to_certified_sets(score, tmp_path):
+def test_any_score_from_calibration_to_certified_sets(score, tmp_path, quick_attacks):
     """Every stage of a full effort, both sides, with the attack's check of every proof; then another score is refused."""
     inside, outside = images_of(60), images_of(4).square()
     detector = gc.Detector.calibrate(hidden(), inside, score=score, tpr=90)

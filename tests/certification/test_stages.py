@@ -11,7 +11,7 @@ from grood_cert.ball import Ball
 from grood_cert.certification import stages, state
 from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.outcomes import STAGES, Outcome
-from grood_cert.certification.settings import Settings
+from grood_cert.certification.settings import EFFORTS, Settings
 from grood_cert.data import experiment_of
 from grood_cert.lipschitz.bound import local_lipschitz
 from grood_cert.runs.batches import generator
@@ -41,7 +41,7 @@ def plain(loaded, images):
 
 
 def settings_of(*refining, **changes):
-    return Settings(eps=(0.001, 0.08), stages=(*LINEAR, *refining), engine="native", **changes)
+    return Settings(eps=(0.001, 0.08), stages=(*LINEAR, *refining), engine="native", effort="fast", **changes)
 
 
 def same(one, other, *names):
@@ -63,7 +63,7 @@ def test_an_exception_in_the_engine_means_not_certified(loaded, images, monkeypa
         raise failure
 
     monkeypatch.setattr(stages, "score_bounds", fails)
-    cascade = Cascade(loaded, Settings(eps=(0.01, 0.02), stages=LINEAR))
+    cascade = Cascade(loaded, Settings(eps=(0.01, 0.02), stages=LINEAR, effort="fast"))
     got = cascade.certify(images[:4], "id", generator(0, 0))
     assert got.radius_certified.tolist() == [0.0] * 4
     assert bool(torch.isnan(got.s_lb).all()) and bool(torch.isnan(got.s_ub).all())
@@ -91,6 +91,7 @@ def test_an_exception_in_a_refining_stage_adds_nothing(loaded, images, plain, mo
 
 def test_an_exception_costs_only_the_balls_it_was_met_on(loaded, images, monkeypatch):
     """Lipschitz bounds that fail on every other call still give what the others prove."""
+    monkeypatch.setattr(stages, "_PATH_POINTS", 4)
     calls = itertools.count()
 
     def fails(*arguments, **options):
@@ -111,6 +112,7 @@ def test_an_exception_costs_only_the_balls_it_was_met_on(loaded, images, monkeyp
 
 def test_lipschitz_bounds_are_halved_where_memory_runs_out(loaded, images, monkeypatch):
     """What fits keeps its radii; a sample that never fits is not proved and takes nobody with it."""
+    monkeypatch.setattr(stages, "_PATH_POINTS", 3)
     whole = certify(loaded, settings_of("lipschitz"), images[:5])
     sizes = []
 
@@ -134,6 +136,7 @@ def test_lipschitz_bounds_are_halved_where_memory_runs_out(loaded, images, monke
 @pytest.mark.parametrize("stage", WORK)
 def test_no_stage_bounds_more_balls_at_once_than_allowed(loaded, images, monkeypatch, stage):
     sizes, real = [], getattr(stages, WORK[stage])
+    monkeypatch.setitem(EFFORTS, "fast", dataclasses.replace(EFFORTS["fast"], steps=5, nodes=12, rounds=2))
 
     def watched(graph, ball, *arguments, **options):
         sizes.append(len(ball.eps))

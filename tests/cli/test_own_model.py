@@ -131,7 +131,7 @@ def test_every_command_takes_the_detector(trained, there, call):
     assert str(load(model).score) == "msp:T=2"
     for arguments in (
         ("smooth", model, "--n", 100, "--limit", 2, "--calibration-limit", 20, "--out", there / "smooth"),
-        ("lipschitz", model, "--eps", 0.01, "--limit", 2, "--out", there / "lipschitz"),
+        ("lipschitz", model, "--eps", 0.01, "--limit", 1, "--samples", 8, "--clever-batches", 0, "--out", there / "l"),
         ("export", model, "--format", "state-dict", "--out", there / "again.pth"),
         ("certify", model, "--eps", 0.01, "--effort", "fast", "--limit", 2, "--ood", "uniform-noise", "--out", there),
     ):

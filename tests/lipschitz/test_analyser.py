@@ -27,7 +27,8 @@ from grood_cert.scores import gradient_norm_estimate
 from grood_cert.sections import ObjectiveSection
 from grood_cert.training import objective
 
-SETTINGS = analysis.AnalysisSettings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=10, ascents=2)
+SETTINGS = analysis.AnalysisSettings(eps=(0.0, 0.01, 0.04), samples=32, clever_batches=4, ascents=2)
+LIMIT = 3  # samples of a set
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def sets(loaded):
 @pytest.fixture(scope="module")
 def result_file(loaded, model, sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lipschitz")
-    analyse.run(loaded, model, sets, SETTINGS, folder, limit=5)
+    analyse.run(loaded, model, sets, SETTINGS, folder, limit=LIMIT)
     return folder / "lipschitz.csv"
 
 
@@ -61,7 +62,7 @@ def column(result, name, **where):
 
 
 def test_one_row_for_each_sample_and_eps(result):
-    assert len(result) == 2 * 5 * 3
+    assert len(result) == 2 * LIMIT * 3
     assert list(dict.fromkeys(result["kind"])) == ["id", "ood"]
     assert set(result.columns) == set(SCHEMAS["lipschitz"].columns)
     assert result.manifest["norm"] == "linf" and result.manifest["recipe"]["objective"]["lambda_grad"] == 0.1
@@ -71,7 +72,7 @@ def test_estimates_lie_below_bounds_and_bounds_grow_with_eps(result):
     lower = np.max([column(result, name) for name in analysis._LOWER], axis=0)
     for name in ("bound", *(f"bound_{method.replace('-', '_')}" for method in METHODS)):
         assert (lower <= column(result, name) * (1 + 1e-9)).all()
-    for index in range(5):
+    for index in range(LIMIT):
         along = [column(result, "bound", kind="id", eps=eps)[index] for eps in SETTINGS.eps]
         assert along == sorted(along)
     ratio = column(result, "bound", eps=0.01) / column(result, "ascended_estimate", eps=0.01)
@@ -91,7 +92,7 @@ def test_the_bound_limits_what_a_certified_network_can_do(result, loaded, sets):
 
     names = column(result, "index", kind="id", eps=0.04).astype(int)
     images = sets[0].images[names].double()
-    ball = Ball(images, torch.full((5,), 0.04).double(), "linf")
+    ball = Ball(images, torch.full((LIMIT,), 0.04).double(), "linf")
     seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(9), images, images)
     rise = (seen.maximum - loaded.scores(images)) / ball.distance(seen.argmax)
     bound = torch.tensor(column(result, "bound", kind="id", eps=0.04))
@@ -218,9 +219,9 @@ LIPSCHITZ = Settings(eps=(0.01,), stages=("crown", "lipschitz"), effort="fast")
 
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
-def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, norm):
+def test_lipschitz_radii_stand_beside_the_others(loaded, model, sets, tmp_path, quick_attacks, norm):
     settings = Settings(eps=(0.02,), norm=norm, stages=("crown", "lipschitz"))
-    certification.run(loaded, model, sets, settings, tmp_path, limit=6)
+    certification.run(loaded, model, sets, settings, tmp_path, limit=4)
     found = Table.read(tmp_path / "rows.csv")
     right = found["status"] != "misdecided"
     for name in ("radius_lipschitz_fixed_point", "radius_lipschitz_path"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from grood_cert.ball import Ball
+from grood_cert.ball import NORMS, Ball
 from grood_cert.lipschitz.bound import METHODS, local_lipschitz
 from grood_cert.lipschitz.estimates import _norms, ascended_gradient_norm_estimate, secant_estimate, uniform_in_ball
 from grood_cert.networks.architectures import Normalize
@@ -112,6 +112,11 @@ def images_of(shape, count, generator):
     return images
 
 
+def norms_of(seed):
+    """One norm each; every activation, and every kind of network, is met in all three."""
+    return NORMS[(seed + seed // len(ACTIVATIONS)) % 3 :][:1]
+
+
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_nothing_found_exceeds_a_bound(group):
     generator = torch.Generator().manual_seed(group)
@@ -120,7 +125,7 @@ def test_nothing_found_exceeds_a_bound(group):
         graph = capture(network, shape)
         eps = torch.tensor(EPS, dtype=torch.float64)
         images = images_of(shape, len(EPS), generator)
-        for norm in ("linf", "l2", "l1"):
+        for norm in norms_of(seed):
             ball = make_ball(images, eps * (shape[0] * 6 if norm == "l1" else 1), norm)
             bounds = local_lipschitz(graph, ball, methods=METHODS if seed % 4 == 0 else METHODS[:-1])
             points = uniform_in_ball(ball, 12, generator)
