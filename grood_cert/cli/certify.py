@@ -56,6 +56,9 @@ def certify(
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep the points that attacks found.")
     ] = False,
+    save_proofs: Annotated[
+        int, typer.Option(metavar="N", help="Keep proofs of the first N samples of each set, for another to check.")
+    ] = 0,
     figure: Annotated[bool, typer.Option("--figure/--no-figure", help="Draw curves.png beside the rows.")] = True,
     data_dir: options.DataDir = None,
     download: options.Download = False,
@@ -74,6 +77,7 @@ def certify(
     from grood_cert.errors import InputError
     from grood_cert.networks.graph import Deployment
     from grood_cert.runs import certify as certification
+    from grood_cert.runs.proofs import check_samples
 
     loaded = options.at_gamma(detector.load(model, options.device_name(device)), gamma)
     folder = out or model.parent
@@ -97,6 +101,7 @@ def certify(
         per_logit=per_logit,
     )
     settings.check(loaded.shape)
+    check_samples(save_proofs)
     experiment = options.image_sets(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if not grid:
@@ -115,6 +120,7 @@ def certify(
             shard=part,
             memory=most,
             save_adversarial=save_adversarial,
+            save_proofs=save_proofs,
             force=force,
             reporter=bar,
         )
@@ -127,6 +133,8 @@ def certify(
         typer.echo(f"not proved because a bound engine failed, {count} balls: {message}", err=True)
     target = part.result(folder / "rows.csv")
     typer.echo(f"wrote {target} and its manifest")
+    if rows.manifest.get("save_proofs"):
+        typer.echo(certification.proved(rows.manifest))
     if figure and target.name == "rows.csv":
         _draw(rows, target.with_name("curves.png"))
 

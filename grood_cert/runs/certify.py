@@ -22,6 +22,7 @@ from grood_cert.bounds.crosscheck import cross_check
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.engine import lirpa_version
 from grood_cert.bounds.engines import Choice, build
+from grood_cert.certification import checker
 from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.outcomes import Outcome
 from grood_cert.certification.settings import Settings
@@ -33,6 +34,7 @@ from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator, subset
 from grood_cert.runs.manifest import manifest
 from grood_cert.runs.plan import outline
+from grood_cert.runs.proofs import Proofs, check_samples
 from grood_cert.runs.saving import execute, save_evidence
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.scores import Score
@@ -83,13 +85,16 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     return tuple(dict.fromkeys(float(f"{min(share * median, limit):.2g}") for share in _SHARES))
 
 
-def certify(cascade: Cascade, batch: Batch, adversarial: Path | None = None) -> list[dict[str, Any]]:
+def certify(
+    cascade: Cascade, batch: Batch, adversarial: Path | None = None, proofs: Proofs | None = None
+) -> list[dict[str, Any]]:
     """Certify one batch of a run.
 
     Args:
         cascade: Detector and settings.
         batch: Images and their names; the `kind` says which decision is right.
         adversarial: Folder in which the nearest points with the other decision are saved, one file a batch.
+        proofs: Takes the proofs of samples that are to be checked elsewhere.
 
     Returns:
         One record a sample, with the columns of a certification.
@@ -121,6 +126,8 @@ def certify(cascade: Cascade, batch: Batch, adversarial: Path | None = None) -> 
                 record[name] = values[position]
         proved = record["radius_certified"] > 0
         record["status"] = "misdecided" if not record.pop("right") else "certified" if proved else "undecided"
+    if proofs:
+        proofs.save(batch, records)
     return records
 
 
@@ -193,6 +200,7 @@ def run(
     shard: Shard = WHOLE,
     memory: int = 0,
     save_adversarial: bool = False,
+    save_proofs: int = 0,
     force: bool = False,
     stage: str = "certifying",
     reporter: Reporter = SILENT,
@@ -212,6 +220,8 @@ def run(
         shard: Which part of the batches to do.
         memory: Bytes of peak memory to stay within, 0 for no bound; fewer balls are bounded at once.
         save_adversarial: Whether to keep the points that attacks found, in `adversarial/`.
+        save_proofs: For how many samples of each set, the first ones, to write a proof that needs no engine to be
+            checked, in `proofs/`.
         force: Start afresh, whatever is there.
         stage: What the reporter calls it.
         reporter: Hears of every batch, with the statuses of all samples so far, and of an earlier run that was found.
@@ -223,6 +233,7 @@ def run(
             as `counterexample.npz`.
     """
     settings.check(detector.shape)
+    check_samples(save_proofs)
     cascade = Cascade(detector, settings)
     settings = cascade.settings
     check = None
@@ -236,19 +247,24 @@ def run(
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
+    proofs = Proofs(out, save_proofs, cascade, sets) if save_proofs else None
+    if proofs and proofs.left_out:
+        reporter.say(f"no proofs are saved: {proofs.left_out}")
     path = execute(
         out / "rows.csv",
         header("certification", settings.eps),
         batches(sets, limit, settings.batch_size, settings.seed),
-        lambda batch: certify(cascade, batch, adversarial),
+        lambda batch: certify(cascade, batch, adversarial, proofs),
         manifest("certification", detector, model, sets, limit, settings)
         | {
             "stages": list(settings.cascade),
             "bounded_by": cascade.choice.engine,
             "cross_check": check,
             "largest_eps": largest_eps(detector.shape, settings.norm),
-        },
-        lambda: Counter(cascade.failures),
+        }
+        | ({"save_proofs": proofs.description} if proofs else {}),
+        lambda: Counter(cascade.failures) + (proofs.failures if proofs else Counter()),
+        proofs=lambda: proofs.count if proofs else 0,
         stage=stage,
         shard=shard,
         force=force,
@@ -299,3 +315,18 @@ def agreement(check: Mapping[str, Any]) -> str:
     if largest is not None:
         found = f"largest disagreement {largest:.2g} on the {check['same_lines']} with the same lines"
     return f"bounds cross-checked by auto_LiRPA {check['version']} on {check['balls']} balls: {found}"
+
+
+def proved(manifest: Mapping[str, Any]) -> str:
+    """A line about the proofs that a manifest tells of.
+
+    Example:
+        >>> proved({"save_proofs": {"samples_of_each_set": 2, "folder": "proofs"}, "proofs": 5})
+        '5 proofs in proofs/; python -m grood_cert.certification.checker PROOF checks one'
+        >>> proved({"save_proofs": {"samples_of_each_set": 2, "left_out": "no layer"}, "proofs": 0})
+        'no proofs are saved: no layer'
+    """
+    found = manifest["save_proofs"]
+    if "left_out" in found:
+        return f"no proofs are saved: {found['left_out']}"
+    return f"{manifest['proofs']} proofs in {found['folder']}/; python -m {checker.__name__} PROOF checks one"

@@ -79,6 +79,7 @@ def merge(paths: Sequence[Path], out: Path, force: bool = False) -> dict[str, An
         seconds=round(sum(progress.seconds for progress in progresses), 3),
         peak_memory=max(progress.peak_memory for progress in progresses),
         failures=dict(sum((Counter(progress.failures) for progress in progresses), Counter())),
+        proofs=sum(progress.proofs for progress in progresses),
         finished=max(str(progress.finished) for progress in progresses),
         shards=count,
         command=progresses[0].command,

@@ -34,6 +34,7 @@ class Progress:
         seconds: Time spent, over all interruptions and shards.
         peak_memory: Most bytes a process held, on the device that computed.
         failures: Messages of exceptions that cost bounds, with the number of bounds lost to each.
+        proofs: Proofs saved, each in a file of its own.
         finished: When the run was complete.
         shard: Which part of a run this is, such as "1/4"; None: all of it.
         shards: From how many parts it was merged.
@@ -51,6 +52,7 @@ class Progress:
     seconds: float = 0.0
     peak_memory: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
+    proofs: int = 0
     finished: str | None = None
     shard: str | None = None
     shards: int = 1

@@ -43,6 +43,7 @@ def execute(
     failures: Callable[[], Mapping[str, int]],
     *,
     stage: str,
+    proofs: Callable[[], int] = lambda: 0,
     shard: Shard = WHOLE,
     force: bool = False,
     eps: Sequence[float] = (),
@@ -62,6 +63,7 @@ def execute(
         description: What the run is, as from `manifest`: an existing file is continued if it says the same.
         failures: What cost bounds since this process began: messages, with the number of bounds lost to each.
         stage: What is done, in a word.
+        proofs: How many proofs were saved since this process began.
         shard: Which batches to do. The shards of a joint run wait for one another, and the first merges them.
         force: Start afresh, whatever is there.
         eps: Radii of the balls around each sample.
@@ -102,7 +104,7 @@ def execute(
             if earlier.batches:
                 reporter.say(f"{path} holds {earlier.batches} of {len(own)} batches; the run continues after them")
                 reporter.advance(sum(map(len, own[: earlier.batches])), counts)
-            with _evidence(path), _saving(path, columns, description, failures, earlier, records) as save:
+            with _evidence(path), _saving(path, columns, description, failures, proofs, earlier, records) as save:
                 for batch in own[earlier.batches :]:
                     added = work(batch)
                     save(batch, added)
@@ -117,6 +119,7 @@ def _saving(
     columns: Sequence[str],
     description: Mapping[str, Any],
     failures: Callable[[], Mapping[str, int]],
+    proofs: Callable[[], int],
     earlier: Progress,
     records: Iterable[Mapping[str, str]],
 ) -> Iterator[Callable[[Batch, list[dict[str, Any]]], None]]:
@@ -132,6 +135,7 @@ def _saving(
         progress = replace(
             progress,
             failures=dict(Counter(earlier.failures) + Counter(failures())),
+            proofs=earlier.proofs + proofs(),
             seconds=round(earlier.seconds + time.perf_counter() - started, 3),
             peak_memory=max(earlier.peak_memory, peak_memory(description["device"])),
             **changes,
