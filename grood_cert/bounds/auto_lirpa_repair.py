@@ -55,8 +55,9 @@ def version() -> str:
     return found
 
 
+@functools.cache
 def is_old() -> bool:
-    """Whether it is older than 0.4."""
+    """Whether it is older than 0.4; every bound asks, and reading the version of a package takes milliseconds."""
     major, minor = (int(part) for part in version().split(".")[:2])
     return (major, minor) < (0, 4)
 

@@ -1,8 +1,9 @@
 """Which engine bounds a network, and that auto_LiRPA is needed by its users only."""
 
-import subprocess
+import importlib.metadata
+import pkgutil
 import sys
-import textwrap
+import warnings
 
 import pytest
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from grood_cert.bounds.engines import ENGINES, build
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks.architectures import build as network_of
+from tests.faults.forks import Child, forget, report
 
 SHAPE = (1, 4, 4)
 
@@ -60,15 +62,18 @@ def test_an_unknown_engine_is_refused():
         build("steam", network_of("mlp", SHAPE, 3, [0.5], [0.5]).eval(), SHAPE, "crown")
 
 
-HIDDEN = """
-    import importlib.metadata, sys
-    import torch
+class Blocked:
+    """Finds no auto_LiRPA."""
 
-    class Blocked:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "auto_LiRPA":
-                raise ModuleNotFoundError(name)
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "auto_LiRPA":
+            raise ModuleNotFoundError(name)
 
+
+def without_auto_lirpa():
+    """In a child."""
+    warnings.simplefilter("ignore")
+    forget("grood_cert", "auto_LiRPA")
     sys.meta_path.insert(0, Blocked())
     real = importlib.metadata.version
 
@@ -78,42 +83,29 @@ HIDDEN = """
         return real(name)
 
     importlib.metadata.version = version
-"""
+    for found in pkgutil.walk_packages(importlib.import_module("grood_cert").__path__, "grood_cert."):
+        if not found.name.endswith("__main__"):
+            try:
+                importlib.import_module(found.name)
+            except ModuleNotFoundError as error:
+                assert error.name in ("pytorch_ood", "foolbox"), error  # optional, and what the module is for
+    from grood_cert.bounds.engine import lirpa_version
+    from grood_cert.bounds.engines import build
+    from grood_cert.errors import RunError
+    from grood_cert.networks.architectures import build as network_of
 
-
-def without_auto_lirpa(code):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HIDDEN) + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    network = network_of("mlp", SHAPE, 3, [0.5], [0.5]).eval()
+    report(f"{lirpa_version()} {[build(name, network, SHAPE, 'crown').engine for name in ('auto', 'native')]}")
+    try:
+        build("auto_lirpa", network, SHAPE, "crown")
+    except RunError as error:
+        report(str(error))
 
 
 def test_without_auto_lirpa_everything_else_is_there():
-    out = without_auto_lirpa("""
-        import pkgutil, importlib
-        import grood_cert
-        for found in pkgutil.walk_packages(grood_cert.__path__, "grood_cert."):
-            if not found.name.endswith("__main__"):
-                try:
-                    importlib.import_module(found.name)
-                except ModuleNotFoundError as error:
-                    assert error.name in ("pytorch_ood", "foolbox"), error  # optional, and what the module is for
-        from grood_cert.bounds.engine import lirpa_version
-        from grood_cert.bounds.engines import ENGINES, build
-        from grood_cert.errors import RunError
-        from grood_cert.networks.architectures import build as network_of
-        network = network_of("mlp", (1, 4, 4), 3, [0.5], [0.5]).eval()
-        print(lirpa_version(), [build(name, network, (1, 4, 4), "crown").engine for name in ("auto", "native")])
-        try:
-            build("auto_lirpa", network, (1, 4, 4), "crown")
-        except RunError as error:
-            print(error)
-    """)
-    assert out.splitlines() == [
+    ended = Child(without_auto_lirpa).wait()
+    assert ended.code == 0, ended.said
+    assert list(ended.heard) == [
         "None ['native', 'native']",
         "this engine needs auto_LiRPA, which is not installed; run: pip install --no-deps auto-LiRPA==0.3",
     ]

@@ -199,7 +199,7 @@ def test_bounds_that_attacked_scores_leave_are_caught(monkeypatch, side):
 
 @pytest.mark.parametrize("kind", ["id", "ood"])
 @pytest.mark.parametrize("stage", ["lipschitz", "alpha-crown", "branch-and-bound"])
-def test_a_refining_stage_that_claims_too_much_is_caught_by_the_attack(monkeypatch, kind, stage):
+def test_a_refining_stage_that_claims_too_much_is_caught_by_the_attack(monkeypatch, quick_attacks, kind, stage):
     """What it says holds on the grid, which is the image alone: only the radius can betray it."""
     network = curved()
     gamma = around(network, kind)

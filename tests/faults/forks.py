@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ class Child:
         self._began = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of who forks hold nothing that a child needs
+            self.pid = os.fork()
         if not self.pid:
             self._run(action)
         self._watched = os.pidfd_open(self.pid)
@@ -105,6 +108,12 @@ class Child:
             stream.close()
         code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
         return Ended(code, texts[0], tuple(texts[1].splitlines()), time.monotonic() - self._began)
+
+
+def forget(*packages: str) -> None:
+    """In a child: packages are as if they had not been imported yet."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
 
 
 def command(arguments: Sequence[str | Path], *before: Action) -> Action:

@@ -100,12 +100,20 @@ class _Regions:
         if depth == len(self.layers) - 1:
             self.found.append((z, constant, rows, limits))
             return
-        for signs in itertools.product((0.0, 1.0), repeat=len(z)):
-            on = np.array(signs)
-            more = [-(2 * s - 1) * row for s, row in zip(on, z, strict=True)]
-            bounds = [(2 * s - 1) * c for s, c in zip(on, constant, strict=True)]
-            if self.interior(rows + more, limits + bounds):
-                self._descend(on[:, None] * z, on * constant, depth + 1, rows + more, limits + bounds)
+
+        def choose(signs, rows, limits):
+            """Unit after unit, so that a half without a point is left with all that lies in it."""
+            if (unit := len(signs)) == len(z):
+                on = np.array(signs)
+                self._descend(on[:, None] * z, on * constant, depth + 1, rows, limits)
+                return
+            for sign in (0.0, 1.0):
+                side = 2 * sign - 1
+                half = [*rows, -side * z[unit]], [*limits, side * constant[unit]]
+                if self.interior(*half):
+                    choose([*signs, sign], *half)
+
+        choose([], rows, limits)
 
     def constant(self, order):
         """sup ||J^T softmax f||: for two logits p_1 = sigmoid(z_1 - z_2) is an interval, and the norm is convex."""

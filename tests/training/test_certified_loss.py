@@ -55,20 +55,22 @@ def extremes(network: nn.Module, ball: Ball) -> tuple[torch.Tensor, torch.Tensor
     """Lowest and highest score found: random points and corners of the ball, and sign-gradient ascent both ways."""
     generator = torch.Generator().manual_seed(0)
     center = ball.center
-    lowest = highest = energy(network(center)).detach()
-    for turn in range(20):
-        noise = 2 * torch.rand(center.shape, dtype=torch.float64, generator=generator) - 1
-        noise = noise.sign() if turn % 2 else noise
-        score = energy(network(ball.project(center + noise * ball.per_pixel(ball.eps)))).detach()
-        lowest, highest = torch.minimum(lowest, score), torch.maximum(highest, score)
-    for sign in (1, -1):
-        points = center
-        for _ in range(10):
-            points = points.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(energy(network(points)).sum(), points)
-            points = ball.project(points + sign * 0.3 * gradient.sign() * ball.per_pixel(ball.eps))
-            score = energy(network(points)).detach()
-            lowest, highest = torch.minimum(lowest, score), torch.maximum(highest, score)
+    noise = 2 * torch.rand(20, *center.shape, dtype=torch.float64, generator=generator) - 1
+    noise[1::2] = noise[1::2].sign()
+    moved = torch.stack([ball.project(center + step * ball.per_pixel(ball.eps)) for step in noise])
+    score = energy(network(torch.cat([center, *moved]))).detach().reshape(-1, len(center))
+    lowest, highest = score.amin(0), score.amax(0)
+    both = Ball(center.repeat(2, 1, 1, 1), ball.eps.repeat(2), ball.norm)
+    sign = torch.ones(2, len(center), dtype=torch.float64)
+    sign[1] = -1
+    points = both.center
+    for _ in range(10):
+        points = points.detach().requires_grad_(True)
+        score = energy(network(points))
+        (gradient,) = torch.autograd.grad(score.sum(), points)
+        points = both.project(points + 0.3 * both.per_pixel(sign.flatten() * both.eps) * gradient.sign())
+        score = energy(network(points)).detach().reshape(2, -1)
+        lowest, highest = torch.minimum(lowest, score.amin(0)), torch.maximum(highest, score.amax(0))
     return lowest, highest
 
 
