@@ -66,10 +66,12 @@ def climbed(function, ball, steps=6):
 
 def seen_of(graph, ball):
     """Smallest and largest product of the logits with `ROWS` that is met in the ball."""
-    points = [*points_of(ball)]
-    for row in torch.cat([ROWS, -ROWS]):
-        points.append(climbed(lambda images, row=row: graph(images) @ row, ball))
-    values = torch.stack([graph(batch) @ ROWS.T for batch in points])
+    rows, count = torch.cat([ROWS, -ROWS]), len(ball.center)
+    many = Ball(ball.center.repeat(len(rows), 1, 1, 1), ball.eps.repeat(len(rows)), ball.norm)
+    wanted = rows.repeat_interleave(count, 0)
+    reached = climbed(lambda images: (graph(images) * wanted).sum(1), many)
+    values = graph(torch.cat([points_of(ball).flatten(0, 1), reached])) @ ROWS.T
+    values = values.reshape(-1, count, len(ROWS))
     return values.amin(0), values.amax(0)
 
 

@@ -25,14 +25,23 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what torch thi
 
 
 class InTurn(Dice):
-    """Every option of a choice has its turn."""
+    """Every option of a choice has its turn; `picked` says what was chosen, numbers apart."""
 
     def __init__(self, turn, *seed):
         super().__init__(turn, *seed)
-        self.turn = turn
+        self.turn, self.picked = turn, ()
 
     def pick(self, *options):
-        return options[self.turn % len(options)]
+        self.picked += (self.turn % len(options),)
+        return options[self.picked[-1]]
+
+    def chance(self, share):
+        self.picked += (super().chance(share),)
+        return self.picked[-1]
+
+    def integer(self, low, high):
+        self.picked += (super().integer(low, high),)
+        return self.picked[-1]
 
 
 def classes_of(module, *bases):
@@ -50,7 +59,7 @@ def operators(network, shape):
 
 
 def test_every_operation_is_made(monkeypatch):
-    reached, kinds = set(), set()
+    reached, kinds, seen = set(), set(), set()
 
     class Noting(dict):
         def __getitem__(self, name):
@@ -64,9 +73,11 @@ def test_every_operation_is_made(monkeypatch):
     for turn, shape, name in itertools.product(range(TURNS), SHAPES, STEPS):
         if turn and STEPS[name].__name__ == "maker":  # a step without choices
             continue
-        step = STEPS[name](InTurn(turn, shape), shape)
-        if step is None:
+        dice = InTurn(turn, shape)
+        step = STEPS[name](dice, shape)
+        if step is None or (made := (name, shape, dice.picked)) in seen:
             continue
+        seen.add(made)
         step = step.double().eval().requires_grad_(False)
         try:
             found = operators(step, shape)
