@@ -21,6 +21,7 @@ from grood_cert.cli import options
 from grood_cert.cli.certify import certify
 from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
+from grood_cert.cli.evaluate import evaluate
 from grood_cert.cli.export import export
 from grood_cert.cli.imports import import_
 from grood_cert.cli.lipschitz import lipschitz
@@ -31,6 +32,7 @@ from grood_cert.cli.report import report
 from grood_cert.cli.smooth import smooth
 from grood_cert.cli.status import status
 from grood_cert.cli.sweep import sweep
+from grood_cert.cli.table import table
 from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
 from grood_cert.cli.vnnlib import verdicts, vnnlib
@@ -84,6 +86,8 @@ for _command in (
     threshold,
     curve,
     report,
+    table,
+    evaluate,
     merge,
     export,
     vnnlib,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -37,6 +38,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much work it is and about how long; write nothing.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Take what there is of a run that is not finished.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already in the folder.")]
+ForceOut = Annotated[bool, typer.Option("--force", help="Overwrite the file that --out names.")]
 
 
 def help_without_command(context: typer.Context) -> None:
@@ -83,6 +85,47 @@ def norm_named(text: str) -> Norm_:
     if name not in _NORMS:
         raise InputError(f"unknown norm {text!r}; use one of {', '.join(_NORMS)}")
     return cast("Norm_", name)
+
+
+def output_format(form: str, out: Path | None, endings: Mapping[str, str], inputs: Sequence[Path], force: bool) -> str:
+    """The format that --format names, or that --out ends in; empty where neither is given.
+
+    Raises:
+        InputError: If it is unknown, or the file cannot be of it, is there already or is read.
+    """
+    from grood_cert.errors import InputError
+
+    if form and form not in endings:
+        raise InputError(f"unknown format {form!r}; use one of {', '.join(endings)}")
+    if out is None:
+        if force:
+            raise InputError("--force is for the file that --out names; give --out too")
+        return form
+    ending = next((name for name, suffix in endings.items() if out.suffix == suffix), "")
+    if not ending or form not in ("", ending):
+        wanted = endings[form] if form else " or ".join(endings.values())
+        raise InputError(f"{out}: expected the name of a file that ends in {wanted}")
+    if any(out.resolve() == path.resolve() for path in inputs):
+        raise InputError(f"{out} is read; choose another --out")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already; choose another --out, or add --force to overwrite it")
+    return ending
+
+
+def write_text(text: str, out: Path | None) -> None:
+    """Write a text to the file that --out names, else to the screen.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    from grood_cert.system.files import replacing
+
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    with replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+    typer.echo(f"wrote {out}")
 
 
 def warn_unfinished(table: Table, path: Path) -> None:

@@ -75,6 +75,12 @@ def grid_with_zero(rows: Table) -> _Floats:
     return np.array([0.0, *(value for value in rows.eps if value > 0)])
 
 
+def middle_eps(rows: Table) -> float:
+    """The middle of the positive eps of the grid."""
+    positive = [value for value in rows.eps if value > 0] or list(rows.eps)
+    return positive[(len(positive) - 1) // 2]
+
+
 def fpr_curve(rows: Table, perturbed: Perturbed = "ood") -> FprCurve:
     r"""FPR at 95 % TPR as eps grows.
 
@@ -194,8 +200,7 @@ def robustness_curve(rows: Table, eps: float | None = None) -> RobustnessCurve:
         InputError: If eps is not on the grid, or ID or OOD rows are missing.
     """
     sets = ood_sets(rows)
-    positive = [value for value in rows.eps if value > 0] or list(rows.eps)
-    eps = positive[(len(positive) - 1) // 2] if eps is None else eps
+    eps = middle_eps(rows) if eps is None else eps
     if eps not in rows.eps:
         raise InputError(f"eps {eps:g} is not on the grid of the rows; use one of {', '.join(map(repr, rows.eps))}")
     column = rows.eps.index(eps)
