@@ -31,6 +31,7 @@ from grood_cert.errors import InputError, SoundnessError
 from grood_cert.metrics import TPR_PERCENT, Class, Ranking, checked
 
 _Floats = NDArray[np.float64]
+_CLASSES: dict[Class, str] = {"id": "aupr_in", "ood": "aupr_out"}
 _PARTS = ("clean", "attacked", "certified")
 
 
@@ -145,15 +146,11 @@ def brackets(
     """
     if (inside.kind, outside.kind) != ("id", "ood"):
         raise InputError("the first side is ID, the second OOD")
-    clean = Ranking.of(inside.clean, outside.clean)
-    attacked = Ranking.of(inside.attacked, outside.attacked)
-    proved = Ranking.of(inside.proved, outside.proved)
-    found = {"auroc": Bracket(clean.auroc, attacked.auroc, proved.auroc_strict)}
-    errors = {}
-    names: tuple[tuple[Class, str], ...] = (("id", "in"), ("ood", "out"))
-    for positive, suffix in names:
-        found[f"aupr_{suffix}"] = Bracket(*(each.aupr(positive, "pessimistic") for each in (clean, attacked, proved)))
-        errors[f"fpr{tpr:g}_{positive}"] = Bracket(*(each.fpr(tpr, positive) for each in (clean, attacked, proved)))
+    rankings = _rankings(inside, outside)
+    found = _areas(rankings)
+    errors = {
+        f"fpr{tpr:g}_{positive}": Bracket(*(each.fpr(tpr, positive) for each in rankings)) for positive in _CLASSES
+    }
     if gamma is not None:
         stays = inside.proved < gamma if inside.moved else inside.clean <= gamma
         found["tpr_at_gamma"] = _rates(inside.clean <= gamma, inside.attacked <= gamma, stays)
@@ -183,13 +180,8 @@ def intervals(
     """
 
     def areas(drawn_id: _Floats, drawn_ood: _Floats) -> dict[str, float]:
-        found = brackets(_drawn(inside, drawn_id), _drawn(outside, drawn_ood), tpr=tpr)
-        return {
-            f"{name}/{part}": getattr(value, part)
-            for name, value in found.items()
-            if not name.startswith("fpr")
-            for part in _PARTS
-        }
+        found = _areas(_rankings(_drawn(inside, drawn_id), _drawn(outside, drawn_ood)))
+        return {f"{name}/{part}": getattr(value, part) for name, value in found.items() for part in _PARTS}
 
     spread = bootstrap(
         areas, *(np.stack([side.clean, side.attacked, side.proved], 1) for side in (inside, outside)), level=level
@@ -206,6 +198,23 @@ def intervals(
         low, high = np.stack(pairs, axis=1).tolist()
         ends[name] = Bracket(*low), Bracket(*high)
     return ends
+
+
+def _rankings(inside: Worst, outside: Worst) -> tuple[Ranking, Ranking, Ranking]:
+    """Clean, attacked and proved."""
+    return (
+        Ranking.of(inside.clean, outside.clean),
+        Ranking.of(inside.attacked, outside.attacked),
+        Ranking.of(inside.proved, outside.proved),
+    )
+
+
+def _areas(rankings: tuple[Ranking, Ranking, Ranking]) -> dict[str, Bracket]:
+    clean, attacked, proved = rankings
+    found = {"auroc": Bracket(clean.auroc, attacked.auroc, proved.auroc_strict)}
+    for positive, name in _CLASSES.items():
+        found[name] = Bracket(*(each.aupr(positive, "pessimistic") for each in rankings))
+    return found
 
 
 def _drawn(side: Worst, columns: _Floats) -> Worst:

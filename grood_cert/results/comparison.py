@@ -29,9 +29,9 @@ SHOWN = {  # by kind of result: the metrics of its table, in words
     },
     "smoothing": {
         "fpr95_id_estimate": "FPR95 (estimate)",
-        "fpr95_id_smoothed": "FPR95 certified",
+        "fpr95_id_smoothed": "FPR95 (1 - alpha)",
         "auroc_estimate": "AUROC (estimate)",
-        "auroc_smoothed": "GAUC",
+        "auroc_smoothed": "GAUC (1 - alpha)",
     },
 }
 _SIDES = {"ood": "OOD moves within eps", "id": "ID moves within eps", "both": "ID and OOD move within eps"}
@@ -123,7 +123,7 @@ def _notes(tables: Mapping[str, Table], kind: str, norm: str, perturbed: Perturb
         for name, table in tables.items():
             notes.append(
                 f"{name}: of the detector smoothed with sigma {table['sigma'][0]:g}, {table['n'][0]} draws. Estimate: of "
-                f"medians of draws. Certified, GAUC: from bounds that hold with probability {1 - table['alpha'].max():g} a "
+                f"medians of draws. (1 - alpha): from bounds that hold with probability {1 - table['alpha'].max():g} a "
                 "sample over the draws, not proved."
             )
     if with_intervals:
@@ -201,7 +201,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[list[str]]]]:
         ]
         if len(records) > 1:
             means = [f"{100 * np.mean([record[metric] for record in records]):.2f}" for metric in shown]
-            group.append([model, f"mean of {len(records)}", _word(eps), "", "", *means])
+            group.append([_word(model), f"mean of {len(records)}", _word(eps), "", "", *means])
         lines.append(group)
     return [*_HEAD.values(), *shown.values()], lines
 

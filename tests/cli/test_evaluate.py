@@ -53,7 +53,7 @@ def test_files_of_one_set_each_and_figures_in_files(call, tmp_path):
     np.save(tmp_path / "dtd.npy", outside + 1)
     arguments = ("evaluate", tmp_path / "id.npy", "--ood", tmp_path / "svhn.csv", "--column", "energy")
     assert call(*arguments, "--ood", tmp_path / "dtd.npy", "--out", tmp_path / "f.csv", "--intervals")[0] == 0
-    records = list(csv.DictReader((tmp_path / "f.csv").open()))
+    records = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
     expected = evaluate(inside, outside, intervals=True)
     for record in records[: len(records) // 2]:
         assert record["set"] == "svhn" and float(record["value"]) == expected[record["figure"]]

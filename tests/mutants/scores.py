@@ -68,6 +68,35 @@ MUTANTS = (
         },
     ),
     *planted(
+        "guarantees.py",
+        ("test_guarantees.py",),
+        {
+            "a bound that is not finite proves the score": ("sign * limit, np.inf)", "sign * limit, reached)"),
+            "scores beyond a proof are taken": ("wrong = reached > proved", "wrong = reached > np.inf"),
+            "a tie in GAUC counts half": ("proved.auroc_strict)", "proved.auroc)"),
+            "GAUPR ranks ties as scikit-learn does": ('each.aupr(positive, "pessimistic")', "each.aupr(positive)"),
+            "a bound on gamma keeps ID": ("inside.proved < gamma if", "inside.proved <= gamma if"),
+            "a bound on gamma rejects OOD": ("~(outside.proved > gamma)", "~(outside.proved >= gamma)"),
+            "the order of figures is not checked": (
+                "if not ascending[0] <= ascending[1] <= ascending[2]:",
+                "if not ascending[0] <= ascending[2]:",
+            ),
+        },
+    ),
+    *planted(
+        "conventions.py",
+        ("test_conventions.py",),
+        {
+            "OpenOOD keeps the points between others": ("kept[1:-1] = (np.diff", "kept[1:-1] |= (np.diff"),
+            "the nearest recall is looked for from below": (
+                "nearest = full - int(np.argmin(np.abs(recall[full::-1] - _TPR)))",
+                "nearest = int(np.argmin(np.abs(recall[: full + 1] - _TPR)))",
+            ),
+            "DOS counts ties": ("np.mean(outside < threshold)", "np.mean(outside <= threshold)"),
+            "ProoD counts ties half": ("ranking.auroc_strict,", "ranking.auroc,"),
+        },
+    ),
+    *planted(
         "results/curves.py",
         ("results/test_curves.py", "results/test_thresholds.py"),
         {

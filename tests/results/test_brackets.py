@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -9,10 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from grood_cert.confidence import bootstrap
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.brackets import brackets_of, smoothed_metrics
 from grood_cert.results.curves import PERTURBED, fpr95_curve, fpr_curve
 from tests.results.examples import EPS, random_certification, smoothing
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    few = functools.partial(bootstrap, resamples=60)
+    monkeypatch.setattr("grood_cert.guarantees.bootstrap", few)
+    monkeypatch.setattr("grood_cert.results.brackets.bootstrap", few)
 
 
 @pytest.mark.parametrize("perturbed", PERTURBED)
