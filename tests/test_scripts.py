@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from analysis import objective_vs_constant, radius_scatter
@@ -41,8 +43,10 @@ def test_sweep_and_objective_vs_constant(tmp_path, capsys):
     assert len(lines) == 1 + 2 * 2 and lines[1].startswith("0.0,id,0.01")
 
 
-def test_lipschitz_benchmark(small_recipe, tmp_path):
-    records = lipschitz_benchmark.measure("MLP-3", "greg", tmp_path, small_recipe, samples=2, repeats=1, batch=2)
+def test_lipschitz_benchmark(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(lipschitz_benchmark, "EPS", {"linf": (0.03,), "l2": (0.2,)})
+    tiny = replace(small_recipe, optimizer=replace(small_recipe.optimizer, epochs=2))
+    records = lipschitz_benchmark.measure("MLP-3", "greg", tmp_path, tiny, samples=2, repeats=1, batch=2)
     assert len(records) == 2 * sum(map(len, lipschitz_benchmark.EPS.values()))
     for record in records:
         assert tuple(record) == lipschitz_benchmark.COLUMNS

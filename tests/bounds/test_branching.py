@@ -206,18 +206,19 @@ def test_bounds_hold_in_three_norms(build, norm):
     eps = {"linf": 0.2, "l2": 0.7, "l1": 2.0}[norm]
     images = torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ball = Ball(images, torch.tensor([eps, eps / 2, eps], dtype=torch.float64), norm)
-    seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), images, images)
+    effort = attacks.AttackEffort.preset("fast")
+    seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), images, images, effort)
     hidden = preactivations(graph, ball)
     for side, extreme in (("upper", seen.maximum), ("lower", seen.minimum)):
         sign = 1 if side == "upper" else -1
         plain = optimised_bounds(graph, ball, side, hidden, 0)
         gamma = float((extreme + plain)[0] / 2)  # the first ball has work to do
-        found = branch_and_bound(graph, ball, gamma, side, nodes=24, steps=5)
+        found = branch_and_bound(graph, ball, gamma, side, nodes=16, steps=5)
         assert bool((sign * found.bound >= sign * extreme).all())
         assert bool((sign * found.bound <= sign * plain).all())
-        assert bool((found.nodes <= 24).all())
+        assert bool((found.nodes <= 16).all())
         assert found.decided.tolist() == (sign * found.bound < sign * gamma).tolist()
-        beyond = branch_and_bound(graph, ball, float(extreme[0]), side, nodes=12, steps=5)
+        beyond = branch_and_bound(graph, ball, float(extreme[0]), side, nodes=8, steps=5)
         assert not bool(beyond.decided[0])
         assert bool((ball.distance(beyond.points) <= ball.eps * (1 + 1e-12)).all())
 

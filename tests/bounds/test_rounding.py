@@ -4,6 +4,7 @@ Networks here cancel on purpose: pairs of hidden units of a size s whose differe
 sizes since the last activation only misses their values by up to 1e-16 s and more.
 """
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -46,6 +47,13 @@ def assert_inside(bounded, scores_at):
                 assert bool((found.lower <= scores).all()) and bool((scores <= found.upper).all())
 
 
+@functools.cache
+def captured(seed, scale):
+    """A network that cancels and its graph, to be left as they are."""
+    network = cancelling(seed, scale)
+    return network, capture(network, SHAPE)
+
+
 def balls(seed):
     image = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return [Ball(image, torch.tensor([eps], dtype=torch.float64), "linf") for eps in (0.0, 1e-9, 1e-3, 0.1)]
@@ -56,8 +64,8 @@ def balls(seed):
 def test_rows_enclose_what_exact_and_float64_arithmetic_give(engine, scale):
     rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]], dtype=torch.float64)
     for seed in range(2):
-        network = cancelling(seed, scale)
-        bounded = [engine(network, SHAPE, method) for method in ("ibp", "crown-ibp", "crown")]
+        network, graph = captured(seed, scale)
+        bounded = [engine(network, SHAPE, method, graph=graph) for method in ("ibp", "crown-ibp", "crown")]
         for ball in balls(seed):
             bounds = [part.relax(ball).rows(rows) for part in bounded]
             assert all(bool(torch.isfinite(end).all()) for pair in bounds for end in pair)
@@ -75,8 +83,7 @@ def test_rows_enclose_what_exact_and_float64_arithmetic_give(engine, scale):
 def test_refined_bounds_enclose_what_exact_arithmetic_gives(scale):
     score = MaxLogit()  # rational, unlike the energy
     for seed in range(2):
-        network = cancelling(seed, scale)
-        graph = capture(network, SHAPE)
+        network, graph = captured(seed, scale)
         for ball in balls(seed)[1:]:
             hidden = preactivations(graph, ball)
             upper = optimised_bounds(graph, ball, "upper", hidden, 5, score=score)
@@ -179,13 +186,19 @@ def convolutional(seed):
     return network
 
 
+@functools.cache
+def captured_convolutional(seed):
+    """In float64 and its graph; its weights are float32 numbers."""
+    network = convolutional(seed).double()
+    return network, capture(network, (1, 12, 12))
+
+
 @pytest.mark.parametrize("score", [Energy(), Energy(3.0), MaxLogit(), MSP(), MSP(0.5)], ids=str)
 def test_the_float32_network_stays_inside_bounds_for_its_deployment(score):
     """In balls of radius 0, where nothing but rounding is left, alone and in batches; and under attack in others."""
     outside = 0
     for seed in range(2):
-        network = convolutional(seed)
-        graph = capture(network.double(), (1, 12, 12))
+        network, graph = captured_convolutional(seed)
         images = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(seed))
         exact, single = (
             NativeNetwork(network.double(), (1, 12, 12), "crown", graph=graph.deployed(kind)) for kind in UNIT

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,10 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
     assert "give files of one kind" in refused(
         "curve", tmp_path / "a/lipschitz.csv", rows_file, "--out", tmp_path / "mixed.png"
     )
+    for option in (("--perturb", "id"), ("--at", "0.01")):
+        message = refused("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "figure.png", *option)
+        assert "are for certifications" in message
+    assert not (tmp_path / "mixed.png").exists() and not (tmp_path / "figure.png").exists()
     assert "expected a size such as 64M" in refused("lipschitz", model, "--memory", "lots", "--out", tmp_path / "b")
     assert "memory must be 65536 or more" in refused("lipschitz", model, "--memory", "1", "--out", tmp_path / "b")
     assert "eps -1.0" in refused("lipschitz", model, "--eps", "-1", "--out", tmp_path / "b")
@@ -96,9 +101,12 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_demo(tmp_path, small_recipe):
+def test_demo(tmp_path, small_recipe, quick_attacks, monkeypatch):
+    monkeypatch.setattr(demo, "EPS", demo.SHOWN_EPS)
     recorder = Recorder()
-    result = demo.run(tmp_path, limit=2, recipe=small_recipe, reporter=recorder)
+    data = replace(small_recipe.data, ood=("digits:8,9", "uniform-noise"))
+    tiny = replace(small_recipe, optimizer=replace(small_recipe.optimizer, epochs=2), data=data)
+    result = demo.run(tmp_path, limit=2, recipe=tiny, reporter=recorder)
     assert [stage for stage, _, _ in recorder.stages] == [
         "train energy",
         "certify energy",
@@ -159,7 +167,7 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--ood", "wrong-size.npy"], "images of 16x16, the model expects 8x8"),
         (["--ood", "empty.npy"], "is empty"),
         (["--ood", "minst"], "did you mean 'mnist'"),
-        (["--limit", "-1"], "limit must be 0 (all) or more"),
+        (["--limit", "-1", "--eps", "0.1"], "limit must be 0 (all) or more"),
         (["--device", "quantum"], "device 'quantum' cannot be used"),
         (["--bogus", "1"], "--bogus"),
     ],
@@ -220,7 +228,7 @@ def test_one_eps_and_norm_said_in_many_ways(call, model, tmp_path):
     for eps, norm in (("0.03125,1/16", "L2"), ("1/32,0.0625", "2"), ("0.03125, 0.0625", "l_2")):
         code, _, _ = call(
             "certify", model, "--eps", eps, "--norm", norm, "--limit", "1", "--effort", "fast", "--out", tmp_path,
-            "--force", "--ood", "digits:8,9", "--no-figure"
+            "--force", "--ood", "digits:8,9", "--no-figure", "--engine", "native"
         )  # fmt: skip
         assert code == 0
         written.append((tmp_path / "rows.csv").read_bytes())
@@ -228,7 +236,7 @@ def test_one_eps_and_norm_said_in_many_ways(call, model, tmp_path):
 
 
 def test_certify_draws_what_it_is_for(call, model, tmp_path):
-    options = ("--eps", "0.02", "--limit", "4", "--effort", "fast", "--ood")
+    options = ("--eps", "0.02", "--limit", "4", "--effort", "fast", "--engine", "native", "--ood")
     code, out, _ = call("certify", model, *options, "digits:8,9", "--out", tmp_path / "a")
     assert code == 0 and f"drew {tmp_path}/a/curves.png" in out and (tmp_path / "a/curves.png").exists()
     code, out, err = call("certify", model, *options, "uniform-noise", "--out", tmp_path / "b")
@@ -291,15 +299,6 @@ def test_a_demo_of_less_than_nothing_trains_nothing(refused, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-def test_curve_refuses_options_of_other_results(call, refused, model, tmp_path):
-    options = ("--eps", "0.01", "--limit", "2", "--samples", "8", "--clever-batches", "0", "--ood", "digits:8,9")
-    assert call("lipschitz", model, *options, "--out", tmp_path)[0] == 0
-    for option in (("--perturb", "id"), ("--at", "0.01")):
-        message = refused("curve", tmp_path / "lipschitz.csv", "--out", tmp_path / "figure.png", *option)
-        assert "are for certifications" in message
-    assert not (tmp_path / "figure.png").exists()
-
-
 @pytest.mark.parametrize(("command", "names"), [((), ("certify", "smooth")), (("recipe",), ("list", "copy"))])
 def test_without_a_command_there_is_help(call, command, names):
     code, out, err = call(*command)
@@ -335,7 +334,7 @@ def test_a_folder_that_cannot_be_written(refused, model, rows_file, tmp_path):
 def test_nothing_is_overwritten_unasked(refused, model, rows_file, tmp_path):
     shutil.copy(rows_file, tmp_path / "rows.csv")
     before = (tmp_path / "rows.csv").read_bytes()
-    assert "exists already" in refused("certify", model, "--out", tmp_path)
+    assert "exists already" in refused("certify", model, "--eps", "0.01", "--engine", "native", "--out", tmp_path)
     assert (tmp_path / "rows.csv").read_bytes() == before
 
 
@@ -343,7 +342,7 @@ def test_rows_of_another_norm_are_not_answered_from(refused, rows_file):
     """Rows in l_inf lie beside the model; asked for l_2 at another eps and gamma, nothing of them is handed out."""
     before = rows_file.read_bytes()
     manifest = json.loads(rows_file.with_suffix(".json").read_text())
-    options = ("--gamma", "-5", "--norm", "l2", "--eps", "0.5", "--out", rows_file.parent)
+    options = ("--gamma", "-5", "--norm", "l2", "--eps", "0.5", "--engine", "native", "--out", rows_file.parent)
     assert "exists already and holds another run" in refused("certify", manifest["model"]["path"], *options)
     assert rows_file.read_bytes() == before
 
@@ -435,7 +434,7 @@ def test_running_out_of_memory_is_one_line(call, model, tmp_path, monkeypatch, e
         raise error
 
     monkeypatch.setattr(certification, "run", full)
-    code, out, err = call("certify", model, "--out", tmp_path)
+    code, out, err = call("certify", model, "--eps", "0.01", "--out", tmp_path)
     assert (code, out) == (1, "") and err.count("\n") == 1
     assert err.startswith("grood-cert: error: out of memory; smaller batches need less, and the same command goes on")
 
@@ -448,7 +447,7 @@ def test_termination_is_one_line_and_undone_work_is_cleared_away(call, model, tm
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(certification, "run", terminated)
-    code, out, err = call("certify", model, "--out", tmp_path)
+    code, out, err = call("certify", model, "--eps", "0.01", "--out", tmp_path)
     assert (code, out, err) == (
         143,
         "",
@@ -462,7 +461,7 @@ def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(certification, "run", interrupted)
-    code, out, err = call("certify", model, "--out", tmp_path)
+    code, out, err = call("certify", model, "--eps", "0.01", "--out", tmp_path)
     assert (code, out, err) == (
         130,
         "",
