@@ -118,6 +118,35 @@ def bootstrap(
     return {name: np.quantile(values, [tail, 1 - tail]) for name, values in drawn.items()}
 
 
+def median_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+    r"""Exact interval of a median, between two order statistics: X_(k) and X_(n + 1 - k).
+
+    k is the largest rank with P(Bin(n, 1/2) < k) <= (1 - level) / 2. Ties make it wider than need be, never too narrow.
+
+    Args:
+        values: Sample, shape (n,); it may hold infinities.
+        level: Probability that the interval holds the true median, at least.
+
+    Returns:
+        Low and high; infinite where the sample is too small for the level (below 6 for 95 %).
+
+    Raises:
+        InputError: If there are no values, one is NaN, or the level is outside (0, 1).
+
+    Example:
+        >>> median_interval(range(1, 11)), median_interval(range(5))
+        ((2.0, 9.0), (-inf, inf))
+    """
+    from scipy.special import bdtr
+
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    if ordered.ndim != 1 or not len(ordered) or bool(np.isnan(ordered).any()):
+        raise InputError("the interval of a median needs a list of numbers, at least one and none of them NaN")
+    size = len(ordered)
+    rank = int((bdtr(np.arange((size + 1) // 2), size, 0.5) <= (1 - _checked(level)) / 2).sum())
+    return (float(ordered[rank - 1]), float(ordered[size - rank])) if rank else (-math.inf, math.inf)
+
+
 def _checked(level: float) -> float:
     if not 0 < level < 1:
         raise InputError(f"level: expected a probability between 0 and 1, got {level!r}")

@@ -23,13 +23,28 @@ def curve(
     at: Annotated[
         float | None, typer.Option(help="Certifications: eps of the gamma sweep, on the grid. [default: its middle]")
     ] = None,
+    panel: Annotated[
+        str | None,
+        typer.Option(
+            help="One panel alone: fpr95, id-radius, ood-radius, sweep; of Lipschitz constants id, ood. [default: all]"
+        ),
+    ] = None,
+    width: Annotated[str, typer.Option(help="single (8 cm) or double (17 cm).")] = "double",
+    mean: Annotated[bool, typer.Option("--mean", help="The mean over OOD sets, not a panel for each of them.")] = False,
+    cumulative: Annotated[
+        bool, typer.Option("--cumulative", help="Share with radius at most eps, not the share that survives eps.")
+    ] = False,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Draw models with other eps or samples together; the figure says so.")
+    ] = False,
     partial: options.Partial = False,
 ) -> None:
-    """Draw curves of one or more results. Robustness against FPR, Lipschitz constants or smoothed FPR95 against eps."""
+    """Draw curves of one or more results. Robustness against eps and FPR, Lipschitz constants, smoothed FPR95."""
     from typing import cast
 
     from grood_cert.results import figures
     from grood_cert.results.curves import Perturbed
+    from grood_cert.results.figures import Width
     from grood_cert.results.table import Table, check_target, labelled, manifest_path
 
     figures.check_format(out)
@@ -40,6 +55,16 @@ def curve(
         options.warn_unfinished(table, path)
     tables = labelled(found, rows, label or [])
     side = cast(Perturbed | None, perturb)
-    figures.save(figures.draw(tables, side, at), out)
-    figures.write_numbers(figures.numbers(tables, side), numbers)
+    figure = figures.draw(
+        tables,
+        side,
+        at,
+        panel=panel,
+        width=cast(Width, width),
+        mean=mean,
+        cumulative=cumulative,
+        mixed=mixed,
+    )
+    figures.save(figure, out)
+    figures.write_numbers(figures.numbers(tables, side, at, panel=panel, mean=mean), numbers)
     typer.echo(f"wrote {out} and {numbers}")

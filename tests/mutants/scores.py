@@ -115,10 +115,10 @@ MUTANTS = (
                 'np.searchsorted(np.sort(upper[np.isfinite(upper)]), gamma, side="left")',
                 'np.searchsorted(np.sort(upper[np.isfinite(upper)]), gamma, side="right")',
             ),
-            "a smoothed radius of eps is enough": (
-                '(rows["radius_smoothed"][mask][:, None] <= eps)',
-                '(rows["radius_smoothed"][mask][:, None] < eps)',
-            ),
+            "a radius of eps survives eps": ('side="right") / len(ordered)', 'side="left") / len(ordered)'),
+            "attacks count as proofs in limits": ("_level(sets))[0])", "_level(sets))[1])"),
+            "the limits of a mean hold for each set alone": ("return 1 - (1 - LEVEL) / len(sets)", "return LEVEL"),
+            "draws end at the level of both sides": ("inv_cdf(level ** (1 / n))", "inv_cdf((2 * level) ** (1 / n))"),
         },
     ),
     *planted(

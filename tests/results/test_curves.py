@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from grood_cert.errors import InputError
-from grood_cert.metrics import fpr95_id
+from grood_cert.metrics import auroc, fpr95_id
 from grood_cert.results import curves
-from tests.results.examples import EPS, certification, random_certification, sample, smoothing
+from tests.results.examples import EPS, certification, random_certification, sample, slopes, smoothing
 
 
 def smallest_threshold(scores):
@@ -74,6 +74,28 @@ def test_a_bound_equal_to_gamma_proves_nothing():
     assert curves.fpr_curve(result).certified.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("perturbed", curves.PERTURBED)
+def test_limits_of_fpr_curves(perturbed):
+    """Of one set those of its records; of a mean, means of limits at a level that all hold together with 95 %."""
+    result = random_certification(3)
+    for name in "ab":
+        curve = curves.fpr_curve(result, perturbed, {name: result["set"] == name})
+        for values, key in (
+            (curve.certified, "fpr95_id_certified"),
+            (curve.certified_limit, "fpr95_id_certified_high"),
+            (curve.attacked, "fpr95_id_attacked"),
+            (curve.attacked_limit, "fpr95_id_attacked_low"),
+        ):
+            assert [record[key] for record in curve.sets] == values.tolist()
+    mean = curves.fpr_curve(result, perturbed)
+    each = [curves.fpr_curve(result, perturbed, {name: result["set"] == name}) for name in "ab"]
+    assert (mean.certified_limit >= np.mean([one.certified_limit for one in each], axis=0)).all()
+    assert (mean.attacked_limit <= np.mean([one.attacked_limit for one in each], axis=0)).all()
+    for place, share in enumerate(mean.certified):
+        if share == 0:
+            assert mean.certified_limit[place] == pytest.approx(1 - 0.0125 ** (1 / 40))
+
+
 def test_intervals_of_the_table_are_clopper_pearson():
     """Exact values for 0 of n: the upper end is 1 - (alpha / 2)^(1 / n)."""
     result = random_certification(3, samples=30)
@@ -88,13 +110,40 @@ def test_intervals_of_the_table_are_clopper_pearson():
 @pytest.mark.parametrize("kind", ["id", "ood"])
 def test_radius_curve_by_brute_force(kind):
     result = random_certification(1)
-    curve = curves.radius_curve(result, kind, points=37)
     names = ["in"] if kind == "id" else ["a", "b"]
-    for eps, certified, attacked in zip(curve.eps, curve.certified, curve.attacked, strict=True):
-        for column, value in (("radius_certified", certified), ("radius_attack", attacked)):
-            expected = np.mean([np.mean(result[column][result["set"] == name] <= eps) for name in names])
-            assert value == pytest.approx(expected, abs=1e-12)
-    assert (curve.attacked <= curve.certified).all()
+    curve = curves.radius_curve(result, {name: result["set"] == name for name in names})
+    assert curve.eps[0] == 0 and (np.diff(curve.eps) > 0).all()
+    between = (curve.eps[:-1] + curve.eps[1:]) / 2
+    for place, eps in [*enumerate(curve.eps), *enumerate(between)]:  # each value holds up to the next eps
+        for column, values in (("radius_certified", curve.certified), ("radius_attack", curve.attacked)):
+            expected = np.mean(
+                [np.mean([radius > eps for radius in result[column][result["set"] == n]]) for n in names]
+            )
+            assert values[place] == pytest.approx(expected, abs=1e-12)
+    assert (curve.certified <= curve.attacked).all() and (np.diff(curve.certified) <= 0).all()
+
+
+def test_limits_of_radius_curves_are_those_of_dkw():
+    result = random_certification(1)
+    for names, level in ((["a"], 0.95), (["a", "b"], 0.975)):
+        curve = curves.radius_curve(result, {name: result["set"] == name for name in names})
+        width = math.sqrt(math.log(2 / (1 - level)) / (2 * 40))
+        np.testing.assert_allclose(curve.certified_limit, np.maximum(curve.certified - width, 0), atol=1e-12)
+        np.testing.assert_allclose(curve.attacked_limit, np.minimum(curve.attacked + width, 1), atol=1e-12)
+
+
+def test_limits_hold_what_the_samples_were_drawn_from():
+    """Radii are uniform on [0, 1] and attacks at most 0.2 beyond: in 95 % of draws the whole curve lies between limits."""
+    generator, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        radii = generator.random(25)
+        bounds = [(0.0,) * 4] * 2
+        records = [sample("id", "in", -1.0, bounds, radius, radius + 0.2) for radius in radii]
+        curve = curves.radius_curve(result := certification(records), curves.id_sets(result))
+        ends = np.append(curve.eps[1:], np.inf)  # the limits hold up to there, and the true curves fall meanwhile
+        highest, lowest = np.clip(1 - curve.eps, 0, 1), np.clip(1.2 - ends, 0, 1)
+        missed += bool((highest < curve.certified_limit).any() or (np.minimum(lowest, 1) > curve.attacked_limit).any())
+    assert missed <= 10
 
 
 def test_robustness_curve_by_brute_force():
@@ -111,6 +160,10 @@ def test_robustness_curve_by_brute_force():
         assert curve.certified[index] == pytest.approx(np.mean([bool(value < gamma) for value in upper]))
         assert curve.attacked[index] == pytest.approx(np.mean(result.grid["s_attack_max"][inside, 1] <= gamma))
     assert (curve.certified <= curve.attacked).all() and (curve.attacked <= curve.tpr).all()
+    clean = [auroc(result["score"][inside], result["score"][result["set"] == name]) for name in "ab"]
+    assert curve.auroc == pytest.approx(np.mean(clean))
+    assert (curve.certified - curve.certified_limit <= 0.2148).all()  # sqrt(log(40) / 80)
+    assert (curve.certified_limit <= curve.certified).all() and (curve.attacked_limit >= curve.attacked).all()
     assert (curve.fpr[0], curve.fpr[-1], curve.tpr[-1]) == (0, 1, 1) or curve.fpr[-1] == 1
 
 
@@ -147,17 +200,45 @@ def smoothed(seed, share_abstained=0.2):
 @pytest.mark.parametrize("seed", range(3))
 def test_curves_of_smoothing_by_brute_force(seed):
     result = smoothed(seed)
-    eps, rates = curves.fpr95_curve(result)
+    curve = curves.smoothed_fpr_curve(result)
     gamma = smallest_threshold(result["median_estimate"][result["kind"] == "id"].tolist())
-    assert eps.tolist() == [0, *EPS]
+    assert curve.eps.tolist() == [0, *EPS]
     bounds = [result["median_estimate"], *result.grid["s_lb_smoothed"].T]
-    for rate, lower in zip(rates, bounds, strict=True):
+    for rate, lower in zip(curve.certified, bounds, strict=True):
         shares = [1 - np.mean([bool(bound > gamma) for bound in lower[result["set"] == name]]) for name in "ab"]
         assert rate == pytest.approx(np.mean(shares), abs=1e-12)
-    mask = result["set"] == "a"
-    for value, share in zip(
-        (0.0, 0.3, 2.0), curves.not_certified(result, mask, np.array([0.0, 0.3, 2.0])), strict=True
-    ):
-        assert share == np.mean([not radius > value for radius in result["radius_smoothed"][mask]])
+    assert (curve.certified_limit >= curve.certified).all()
+    curve = curves.smoothed_radius_curve(result, {"a": result["set"] == "a"})
+    for value, share in zip(curve.eps, curve.certified, strict=True):
+        expected = np.mean([radius > value for radius in result["radius_smoothed"][result["set"] == "a"]])
+        assert share == pytest.approx(expected, abs=1e-12)
+    assert curve.certified[-1] == 0 and (curve.certified_limit <= curve.certified).all()
     with pytest.raises(InputError, match="no ID samples"):
-        curves.fpr95_curve(smoothing([("ood", "a", 1.0, 1.0, "rejected", "certified", 0.1, (0.0, 0.0))]))
+        curves.smoothed_fpr_curve(smoothing([("ood", "a", 1.0, 1.0, "rejected", "certified", 0.1, (0.0, 0.0))]))
+
+
+@pytest.mark.parametrize(("n", "sigma", "alpha"), [(20, 0.5, 0.05), (1000, 1.0, 0.001), (10**5, 0.25, 0.001)])
+def test_where_draws_end_is_what_smoothing_can_certify(n, sigma, alpha):
+    from grood_cert.certification.smoothing import order_statistics, smoothed_radius
+
+    largest = float(smoothed_radius(n, n, sigma, alpha))
+    assert curves.largest_smoothed_radius(n, sigma, alpha / 2) == pytest.approx(largest, rel=1e-9)
+    end = curves.largest_smoothed_radius(n, sigma, alpha / 6)
+    assert order_statistics(n, 0.5, end * (1 - 1e-6) / sigma, alpha / 6)[0] == 1
+    assert order_statistics(n, 0.5, end * (1 + 1e-6) / sigma, alpha / 6)[0] is None
+
+
+def test_slopes_are_medians_with_order_statistics_for_limits():
+    generator = np.random.default_rng(0)
+    found = generator.random((3, 40)).cumsum(0)
+    analysis = slopes(
+        [("id", eps, *found[:, i]) for eps in EPS for i in range(40)] + [("ood", 0.1, 9.0, 9.0, math.inf)]
+    )
+    curve = curves.slope_curve(analysis, analysis.of_kind("id"))
+    assert curve.eps.tolist() == list(EPS)
+    for values, drawn in zip((curve.gradient_norm, curve.ascended, curve.bound), found, strict=True):
+        assert values.tolist() == [np.median(drawn)] * 2
+    below = sum(math.comb(40, k) for k in range(14)) / 2**40  # 14 and 27: the exact ranks of a median of 40
+    assert below <= 0.025 < below + math.comb(40, 14) / 2**40
+    assert curve.ascended_limit[0] == np.sort(found[1])[13] and curve.bound_limit[0] == np.sort(found[2])[26]
+    assert curves.slope_curve(analysis, analysis.of_kind("ood")).bound.tolist() == [math.inf]

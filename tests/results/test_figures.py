@@ -1,14 +1,30 @@
 from __future__ import annotations
 
 import csv
+import math
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.results import curves, figures
+from grood_cert.results.table import Table
 from tests.results.examples import certification, random_certification, sample, slopes
 from tests.results.test_curves import smoothed
+
+SLOPES = slopes([(kind, eps, 1.0, 2.0, 3.0 + eps) for kind in ("id", "ood", "noise") for eps in (0.1, 0.2)])
+
+
+def drawn(axes, style, points=2):
+    """The curves of an axes in one style, model by model; single marks are left out."""
+    return [line for line in axes.lines if line.get_linestyle() == style and len(line.get_xdata()) >= points]
+
+
+def texts(figure):
+    """Everything that is written on a figure, line breaks as spaces."""
+    found = (text.get_text() for text in figure.findobj(mpl.text.Text))
+    return " ".join(" ".join(found).split())
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PNG"])
@@ -17,44 +33,130 @@ def test_figures_are_written_by_file_name_and_reproducible(tmp_path, suffix):
     content = []
     for name in ("a", "b"):
         path = tmp_path / f"{name}{suffix}"
-        figures.save(figures.robustness(models), path)
+        figures.save(figures.robustness(models, panel="id-radius"), path)
         content.append(path.read_bytes())
     assert content[0] == content[1]
     assert content[0][:4] == {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xm"}[suffix.lower()]
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == [f"a{suffix}", f"b{suffix}"]
+    if suffix == ".svg":
+        assert b">gamma of the run<" in content[0]  # text as text
 
 
-def test_the_figure_draws_what_the_curves_say():
+def test_fpr95_is_drawn_in_steps():
+    """Between two eps of the grid the proof of the larger ball holds, and the attack in the smaller one."""
     models = {"one": random_certification(0), "two": random_certification(1)}
-    figure = figures.robustness(models, "both", 0.2)
-    first, inside, outside, sweep = figure.axes
-    marked = [line.get_ydata() for line in first.lines if line.get_linestyle() == "None" and len(line.get_ydata()) == 3]
-    for values, result in zip(marked, models.values(), strict=True):
-        np.testing.assert_array_equal(values, curves.fpr_curve(result, "both").certified)
+    figure = figures.robustness(models, "both", panel="fpr95", mean=True)
+    (axes,) = figure.axes
     for name, style, where in (("certified", "-", np.ceil), ("attacked", "--", np.floor)):
-        steps = [line for line in first.lines if line.get_linestyle() == style and len(line.get_ydata()) == 6]
-        for line, result in zip(steps, models.values(), strict=True):
+        for line, result in zip(drawn(axes, style, 6), models.values(), strict=True):
             values, eps = getattr(curves.fpr_curve(result, "both"), name), line.get_xdata()
-            for left in range(5):  # proved up to the next eps of the grid, shown from the last one on
+            for left in range(5):
                 if eps[left] < eps[left + 1]:
                     place = int(where(np.interp((eps[left] + eps[left + 1]) / 2, (0, 0.1, 0.2), (0, 1, 2))))
                     assert line.get_ydata()[left] == line.get_ydata()[left + 1] == values[place]
-    np.testing.assert_array_equal(inside.lines[0].get_ydata(), curves.radius_curve(models["one"], "id").certified)
-    np.testing.assert_array_equal(outside.lines[0].get_ydata(), curves.radius_curve(models["one"], "ood").certified)
-    assert sweep.get_title().endswith("eps = 0.2")
-    colours = {line.get_color() for line in first.lines}
-    assert len(colours) == 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["one", "two"]
+    assert len({line.get_color() for line in axes.lines}) == 2
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_radii_fall_or_accumulate(cumulative):
+    models = {"one": random_certification(0), "two": random_certification(1)}
+    figure = figures.robustness(models, panel="ood-radius", cumulative=cumulative)
+    assert [axes.get_title() for axes in figure.axes] == ["a: rejected within eps", "b: rejected within eps"]
+    for axes, name in zip(figure.axes, "ab", strict=True):
+        for style, column in (("-", "radius_certified"), ("--", "radius_attack")):
+            for line, result in zip(drawn(axes, style), models.values(), strict=True):
+                assert line.get_drawstyle() == "steps-post"
+                radii = result[column][result["set"] == name]
+                for eps, share in zip(line.get_xdata()[:-1], line.get_ydata()[:-1], strict=True):
+                    expected = np.mean(radii <= eps) if cumulative else np.mean(radii > eps)
+                    assert share == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_ood_set_has_panels_and_the_mean_one():
+    rows = {"one": random_certification(0)}
+    titles = [axes.get_title() for axes in figures.robustness(rows, eps=0.2).axes]
+    assert titles == [
+        "in: accepted within eps",
+        *(f"{name}: FPR95, OOD moved" for name in "ab"),
+        *(f"{name}: rejected within eps" for name in "ab"),
+        *(f"{name}: ID robustness at eps 0.2" for name in "ab"),
+        "",  # the legend
+    ]
+    titles = [axes.get_title() for axes in figures.robustness(rows, mean=True).axes]
+    assert len(titles) == 4 and titles[0] == "mean of 2 sets: FPR95, OOD moved"
+    sweep = figures.robustness(rows, eps=0.2, panel="sweep", mean=True).axes[0]
+    curve = curves.robustness_curve(rows["one"], 0.2)
+    assert drawn(sweep, "-")[0].get_ydata().tolist() == curve.certified.tolist()
+    assert [text.get_text() for text in sweep.get_legend().get_texts()] == [f"{curve.auroc:.3f}"]
+    assert sweep.get_xlim()[1] <= 1
+
+
+def test_a_figure_says_what_it_was_made_from():
+    about = {"effort": "fast", "stages": ["ibp", "crown"], "bounded_by": "native", "gamma": -1.25}
+    rows = random_certification(0)
+    one, two = (Table({**rows.manifest, **about, **more}, rows.columns, rows.grid) for more in ({}, {"gamma": -2.5}))
+    said = texts(figures.robustness({"a": one}))
+    facts = "n 40 in (ID), 40 a, 40 b (OOD); norm l_inf; gamma -1.25; effort fast (ibp, crown); engine native; complete"
+    assert facts in said and "gamma accepts 95 % of these clean ID samples" in said and "gamma of the run" in said
+    assert "gamma -1.25 / -2.5; effort" in texts(figures.robustness({"a": one, "b": two}))
+    partial = {"complete": False, "samples_done": 160, "of_samples": 900}
+    unfinished = Table({**rows.manifest, **partial}, rows.columns, rows.grid)
+    said = texts(figures.robustness({"a": one, "b": unfinished}, width="single"))
+    assert "not finished: b: 160 of 900 samples" in said and "complete" not in said
+    said = texts(figures.smoothing({"a": smoothed(0)}))
+    assert "sigma 0.1; draws 10 a sample, each sample with probability 1 - 0.01; complete" in said
+    assert "norm l_inf; complete" in texts(figures.lipschitz({"a": SLOPES}))
+
+
+def test_names_wrap_and_are_taken_literally(tmp_path):
+    names = ["a name that is far longer than its place in a legend", "$^ {_", "_hidden", "C:\\new\\table"]
+    models = {name: random_certification(seed) for seed, name in enumerate(names)}
+    for width in ("single", "double"):
+        figure = figures.robustness(models, panel="sweep", width=width, mean=True)
+        figures.save(figure, tmp_path / "x.png")
+        found = [text.get_text() for text in figure.legends[0].get_texts()][:4]
+        assert [" ".join(text.split()).replace(r"\$", "$") for text in found] == names
+        assert max(len(line) for text in found for line in text.split("\n")) <= 27
+
+
+def test_where_the_draws_of_smoothing_end_is_marked():
+    result = smoothed(0)
+    figure = figures.smoothing({"one": result})
+    for axes in figure.axes[:-1]:
+        (line,) = [line for line in axes.lines if line.get_linestyle() == "-."]
+        level = 0.01 / 4 if "FPR95" in axes.get_title() else 0.01 / 2
+        assert line.get_xdata()[0] == pytest.approx(curves.largest_smoothed_radius(10, 0.1, level))
+    (inside,) = figures.smoothing({"one": result}, panel="id-radius").axes
+    (line,) = drawn(inside, "-")
+    radii = result["radius_smoothed"][result.of_kind("id")]
+    assert line.get_drawstyle() == "steps-post"
+    assert all(y == pytest.approx(np.mean(radii > x)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_slopes_have_legible_ticks():
+    for bounds in ((2.0, 2.1), (1.0, 40.0), (1e-3, 1e9), (3.0, math.inf)):
+        analysis = slopes([("id", eps, 1.0, 1.5, bound) for eps, bound in zip((0.1, 0.2), bounds, strict=True)])
+        (axes,) = figures.lipschitz({"one": analysis}).axes
+        ticks = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        assert 2 <= len(ticks) <= 7 and len(axes.get_yticks(minor=True)) == 0
+        assert "median" in axes.get_ylabel()
 
 
 def test_the_table_beside_the_figure(tmp_path):
     models = {"one": random_certification(0), "two": random_certification(1)}
-    figures.write_numbers(figures.numbers(models), tmp_path / "x.csv")
+    figures.write_numbers(figures.numbers(models, panel="fpr95"), tmp_path / "x.csv")
     with (tmp_path / "x.csv").open() as stream:
         records = list(csv.DictReader(stream))
-    assert len(records) == 2 * 2 * 3 and list(records[0])[:4] == ["model", "set", "eps", "samples"]
-    means = [float(r["fpr95_id_certified"]) for r in records if r["model"] == "two" and float(r["eps"]) == 0.2]
+    assert len(records) == 2 * 2 * 3 and list(records[0])[:4] == ["model", "panel", "set", "eps"]
+    means = [float(r["certified"]) for r in records if r["model"] == "two" and float(r["eps"]) == 0.2]
     assert np.mean(means) == pytest.approx(curves.fpr_curve(models["two"]).certified[2])
+    whole = figures.numbers(models)
+    assert {record["panel"] for record in whole} == {"fpr95", "id-radius", "ood-radius", "sweep"}
+    for record in whole:
+        rate = record["panel"] == "fpr95"
+        ends = [record[name] for name in ("certified_limit", "certified", "attacked", "attacked_limit")]
+        assert ends == sorted(ends, reverse=rate)
+        assert (record["clean_fpr"] is None) == (record["panel"] != "sweep")
 
 
 def test_what_figures_refuse(tmp_path):
@@ -63,24 +165,49 @@ def test_what_figures_refuse(tmp_path):
     other = certification([sample("id", "in", 0.0, [(0.0,) * 4] * 2)], norm="l2")
     with pytest.raises(InputError, match="different norms"):
         figures.robustness({"a": random_certification(0), "b": other})
+    with pytest.raises(InputError, match="unknown width 'wide'; use one of single, double"):
+        figures.robustness({"a": random_certification(0)}, width="wide")
+    for one, panel, known in (
+        (random_certification(0), "roc", "certifications have no panel 'roc'; use one of fpr95, id-radius, ood-radius"),
+        (SLOPES, "fpr95", "Lipschitz analyses have no panel 'fpr95'; use one of id, ood"),
+        (smoothed(0), "sweep", "smoothing has no panel 'sweep'; use one of fpr95, id-radius, ood-radius"),
+    ):
+        for function in (figures.draw, figures.numbers):
+            with pytest.raises(InputError, match=known):
+                function({"a": one}, panel=panel)
 
 
-SLOPES = slopes([(kind, eps, 1.0, 2.0, 3.0 + eps) for kind in ("id", "ood", "noise") for eps in (0.1, 0.2)])
+def test_other_samples_and_grids_are_drawn_together_only_with_a_word():
+    rows = random_certification(0)
+    fewer = random_certification(0, samples=39)
+    manifest = {**rows.manifest, "data": [{"set": "in", "kind": "id", "sha256": "x"}]}
+    for other, what in (
+        (fewer, r"different samples \(one: 40 in \(ID\), 40 a, 40 b \(OOD\); two: 39 in"),
+        (Table({**rows.manifest, "eps": [0.1, 0.3]}, rows.columns, rows.grid), "different grids of eps .*0.1, 0.3"),
+        (Table(manifest, rows.columns, rows.grid), "different samples"),
+    ):
+        with pytest.raises(InputError, match=f"the rows have {what}.*--mixed"):
+            figures.draw({"one": rows, "two": other})
+        figure = figures.draw({"one": rows, "two": other}, eps=0.1, mixed=True)
+        assert "different grids or samples are drawn together" in texts(figure)
+    assert "drawn together" not in texts(figures.draw({"one": rows, "two": rows}, mixed=True))
 
 
 def test_the_kind_of_result_chooses_the_figure():
     certified, analysed, smoothly = random_certification(0), SLOPES, smoothed(0)
     for one, title in (
-        (certified, "Worst-case FPR95, OOD moved"),
-        (analysed, "ID"),
-        (smoothly, "Certified FPR95, OOD moved"),
+        (certified, "in: accepted within eps"),
+        (analysed, "id (ID)"),
+        (smoothly, "in: accepted within eps"),
     ):
         assert figures.draw({"one": one}).axes[0].get_title() == title
-    assert figures.draw({"one": certified}, "id", 0.2).axes[3].get_title() == "ID robustness at eps = 0.2"
     for one in (analysed, smoothly):
         for options in ({"perturbed": "ood"}, {"eps": 0.1}):
             with pytest.raises(InputError, match=f"are for certifications, not for {one.kind}; leave them out"):
                 figures.draw({"one": one}, **options)
+    for options in ({"mean": True}, {"cumulative": True}):
+        with pytest.raises(InputError, match="are not for lipschitz; leave them out"):
+            figures.draw({"one": analysed}, **options)
     with pytest.raises(InputError, match="certification and lipschitz make different figures; give files of one kind"):
         figures.draw({"one": certified, "two": analysed})
     with pytest.raises(InputError, match="no results given"):
@@ -92,10 +219,13 @@ def test_the_kind_of_result_chooses_the_figure():
 
 def test_numbers_behind_the_other_figures():
     numbers = figures.numbers({"one": SLOPES, "two": SLOPES})
-    assert [(record["model"], record["kind"], record["eps"]) for record in numbers] == [
-        (name, kind, eps) for name in ("one", "two") for kind in ("id", "ood", "noise") for eps in (0.1, 0.2)
+    assert [(record["set"], record["model"], record["eps"]) for record in numbers] == [
+        (f"{kind} ({kind.upper()})", name, eps)
+        for kind in ("id", "ood")
+        for name in ("one", "two")
+        for eps in (0.1, 0.2)
     ]
     result = smoothed(1)
-    numbers = figures.numbers({"one": result})
+    numbers = figures.numbers({"one": result}, panel="fpr95", mean=True)
     assert [record["eps"] for record in numbers] == [0.0, 0.1, 0.2] and numbers[0]["alpha"] == 0.01
-    assert [record["fpr95_id_smoothed"] for record in numbers] == curves.fpr95_curve(result)[1].tolist()
+    assert [record["certified"] for record in numbers] == curves.smoothed_fpr_curve(result).certified.tolist()

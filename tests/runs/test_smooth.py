@@ -15,7 +15,7 @@ from grood_cert.certification.smoothing import SmoothingSettings, default_eps, s
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.results.columns import DECISIONS, SCHEMAS, header
-from grood_cert.results.curves import fpr95_curve, not_certified
+from grood_cert.results.curves import smoothed_fpr_curve, smoothed_radius_curve
 from grood_cert.results.summary import detection
 from grood_cert.results.table import Table
 from grood_cert.runs import smooth
@@ -144,16 +144,12 @@ def test_what_is_read_off_the_rows(smoothed):
         for column, label in (("score", "base"), ("median_estimate", "smoothed_estimate")):
             assert record[f"auroc_{label}"] == metrics.auroc(result[column][inside], result[column][outside])
             assert record[f"fpr95_id_{label}"] == metrics.fpr95_id(result[column][inside], result[column][outside])
-    eps, certified = fpr95_curve(result)
+    fpr = smoothed_fpr_curve(result)
     ood = [r["fpr95_id_smoothed_estimate"] for r in found if r["kind"] == "ood"]
-    assert eps.tolist() == [0.0, *result.eps] and certified[0] == pytest.approx(np.mean(ood), abs=1e-15)
-    assert (np.diff(certified) >= 0).all()
-    failed = not_certified(result, inside, np.array([0.0, 0.1, 9.0]))
-    assert (
-        failed[0] == np.mean(result["status"][inside] != "certified")
-        and failed[2] == 1
-        and (np.diff(failed) >= 0).all()
-    )
+    assert fpr.eps.tolist() == [0.0, *result.eps] and fpr.certified[0] == pytest.approx(np.mean(ood), abs=1e-15)
+    assert (np.diff(fpr.certified) >= 0).all()
+    decisions = smoothed_radius_curve(result, {"id": inside}).certified
+    assert decisions[0] == pytest.approx(np.mean(result["status"][inside] == "certified")) and decisions[-1] == 0
 
 
 def test_an_interrupted_run_and_shards_give_the_same_rows(smoothed, tmp_path):
