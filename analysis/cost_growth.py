@@ -23,6 +23,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -35,11 +36,13 @@ from grood_cert.certification.search import search_radius
 from grood_cert.cli import run_script
 from grood_cert.networks import architectures
 from grood_cert.results import figures
+from grood_cert.results.figures import style
 from grood_cert.scores import energy
 from grood_cert.system.files import write_csv
 
 COLUMNS = ("panel", "value", "engine", "samples", "ball_seconds", "radius_seconds", "radius_to_eps", "evaluations")
 ENGINES = {"auto_lirpa": ("auto_LiRPA", "#D55E00", "o"), "native": ("native", "#0072B2", "s")}
+_TIMES = {"ball_seconds": ("ball", "-"), "radius_seconds": ("radius", "--")}
 SHAPE = (1, 8, 8)
 PRECISION = 1e-2
 
@@ -143,33 +146,39 @@ def points(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """One panel for each thing that grows; time of a batch in the first, of a sample in the others."""
+    """One panel for each thing that grows, on one scale: CPU time of a sample."""
     names = list(dict.fromkeys(record["panel"] for record in records))
-    with mpl.rc_context(figures.STYLE):
-        drawing = Figure(figsize=(10.0, 2.9), layout="constrained")
-        for axes, panel in zip(drawing.subplots(1, len(names)), names, strict=True):
+    times = [1000 * record[column] / record["samples"] for record in records for column in _TIMES]
+    with style.styled("double"):
+        drawing = style.canvas("double")
+
+        def draw(axes: Axes, panel: str) -> None:
             for engine, (label, colour, marker) in ENGINES.items():
                 chosen = [record for record in records if (record["panel"], record["engine"]) == (panel, engine)]
-                for column, what, style in (("ball_seconds", "ball", "-"), ("radius_seconds", "radius", "--")):
-                    axes.loglog(
+                for column, (what, line) in _TIMES.items():
+                    axes.plot(
                         [record["value"] for record in chosen],
-                        [1000 * record[column] / (1 if panel == "samples" else record["samples"]) for record in chosen],
+                        [1000 * record[column] / record["samples"] for record in chosen],
                         label=f"{label}, {what}",
                         color=colour,
-                        linestyle=style,
+                        linestyle=line,
                         marker=marker,
                         markersize=3,
                     )
             values = list(dict.fromkeys(record["value"] for record in records if record["panel"] == panel))
+            axes.set_xscale("log")
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+            style.logarithmic(axes, times)
+            axes.tick_params(labelleft=panel == names[0])
             axes.set_xlabel(panel)
-            axes.set_title("ms a batch" if panel == "samples" else "ms a sample")
+            axes.set_ylabel("CPU time of one sample (ms)")
+
+        style.grid(drawing, [names], draw)
         handles, labels = drawing.axes[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        drawing.suptitle("random weights and images; medians; one thread; samples: size of the batch")
+        style.fit(drawing, 1, 4.6)
     return drawing
 
 

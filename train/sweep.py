@@ -1,7 +1,6 @@
 """Train one recipe over several lambda_grad and analyse the local Lipschitz constant of each detector.
 
     python train/sweep.py train/digits-greg.toml --out runs/sweep
-    python analysis/objective_vs_constant.py runs/sweep/*/lipschitz.csv --out runs/sweep/constant.png
 
 What is there already is not repeated; what is unfinished goes on.
 """

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError
-from grood_cert.results.curves import fpr_curve, id_sets, middle_eps, ood_sets
+from grood_cert.results.curves import fpr_curve, middle_eps
 from grood_cert.results.table import Table
 
 OBJECTIVE: dict[str, str] = {  # what `objective_records` holds, in words
@@ -43,68 +43,86 @@ OBJECTIVE: dict[str, str] = {  # what `objective_records` holds, in words
 
 
 def objective_records(
-    certification: Table, lipschitz: Table | None, metrics: Mapping[str, Any], eps: float | None = None
+    certification: Table | None, lipschitz: Table | None, metrics: Mapping[str, Any], eps: float | None = None
 ) -> list[dict[str, Any]]:
     """One record for the ID test set and for each OOD set of one trained detector, with the keys of `OBJECTIVE`.
 
-    `figures.objective` draws the records of all runs of a sweep together.
+    `figures.objective` draws the records of all runs of a sweep together. What is not known is None.
 
     Args:
-        certification: Of the detector; its manifest holds the recipe.
-        lipschitz: Analysis of the same detector; None: there is none, and the constant is None.
+        certification: Of the detector; None: there is none.
+        lipschitz: Analysis of the same detector; None: there is none.
         metrics: What training measured (`detector.origin.metrics`): `accuracy` is taken.
         eps: Where FPR95 and the constant are read, on both grids. By default FPR95 in the middle of its grid, the constant
             at the largest eps of its own.
 
     Raises:
-        InputError: If the manifest holds no recipe, the norms differ, or eps is on no grid.
+        InputError: If neither is given, they hold no recipe, the norms differ, or eps is not on a grid.
     """
-    recipe = certification.manifest.get("recipe")
-    if not recipe:
-        raise InputError("the certification is of a network without a recipe, so its lambda_grad is unknown")
-    if lipschitz is not None and lipschitz.norm != certification.norm:
-        raise InputError(f"certified in {certification.norm} and analysed in {lipschitz.norm}; use one norm")
-    at = middle_eps(certification) if eps is None else eps
-    if at not in certification.eps:
-        raise InputError(f"eps {at:g} is not among those certified, {', '.join(map(repr, certification.eps))}")
-    constant_at = max(lipschitz.eps) if lipschitz is not None and eps is None else eps
-    if lipschitz is not None and constant_at not in lipschitz.eps:
-        raise InputError(f"eps {constant_at:g} is not among those analysed, {', '.join(map(repr, lipschitz.eps))}")
-    about = certification.manifest
+    tables = [table for table in (certification, lipschitz) if table is not None]
+    if not tables:
+        raise InputError("neither a certification nor a Lipschitz analysis given; one of them is needed")
+    recipes = [table.manifest.get("recipe") for table in tables]
+    if not all(recipes):
+        raise InputError("a result of a network without a recipe: its lambda_grad is unknown")
+    if len({table.norm for table in tables}) > 1:
+        raise InputError(f"certified in {tables[0].norm} and analysed in {tables[1].norm}; use one norm")
+    for table in tables:
+        if eps is not None and eps not in table.eps:
+            raise InputError(
+                f"eps {eps:g} is not on the grid of the rows; use one of {', '.join(map(repr, table.eps))}"
+            )
     records = []
-    for kind, sets in (("id", id_sets(certification)), ("ood", ood_sets(certification))):
-        for name, mask in sets.items():
-            right = mask & (certification["status"] != "misdecided")
-            record = dict.fromkeys(OBJECTIVE) | {
-                "lambda_grad": float(recipe["objective"]["lambda_grad"]),
-                "seed": int(recipe["seed"]),
+    for kind in ("id", "ood"):
+        for name, mask in tables[0].sets(kind).items():
+            record: dict[str, Any] = dict.fromkeys(OBJECTIVE) | {
+                "lambda_grad": float(recipes[0]["objective"]["lambda_grad"]),
+                "seed": int(recipes[0]["seed"]),
                 "kind": kind,
                 "set": name,
-                "samples": int(mask.sum()),
-                "norm": certification.norm,
-                "effort": about.get("effort"),
-                "engine": about.get("bounded_by"),
-                "complete": certification.complete and (lipschitz is None or lipschitz.complete),
+                "samples": len(set(tables[0]["index"][mask].tolist())),
+                "norm": tables[0].norm,
+                "complete": all(table.complete for table in tables),
                 "accuracy": float(metrics["accuracy"]),
-                "gradient_norm_estimate": _median(certification["gradient_norm_estimate"][right]),
-                "margin": _median(np.abs(certification["score"][right] - certification.gamma)),
-                "radius_certified": _median(certification["radius_certified"][right]),
-                "radius_attack": _median(certification["radius_attack"][right]),
             }
             if lipschitz is not None:
-                chosen = (lipschitz["set"] == name) & lipschitz.of_kind(kind) & (lipschitz["eps"] == constant_at)
-                record |= {"eps_constant": constant_at, "constant_bound": _median(lipschitz["bound"][chosen])}
-            if kind == "ood":
-                fpr = fpr_curve(certification, "ood", {name: mask})
-                (place,) = np.flatnonzero(fpr.eps == at)
-                record |= {
-                    "eps": at,
-                    "fpr95_id_clean": float(fpr.certified[0]),
-                    "fpr95_id_attacked": float(fpr.attacked[place]),
-                    "fpr95_id_certified": float(fpr.certified[place]),
-                }
+                record |= _slope(lipschitz, kind, name, max(lipschitz.eps) if eps is None else eps)
+            if certification is not None:
+                record |= _certified(certification, kind, name, middle_eps(certification) if eps is None else eps)
             records.append(record)
     return records
+
+
+def _slope(rows: Table, kind: str, name: str, eps: float) -> dict[str, Any]:
+    chosen = rows.of_kind(kind) & (rows["set"] == name) & (rows["eps"] == eps)
+    return {
+        "gradient_norm_estimate": _median(rows["gradient_norm_estimate"][chosen]),
+        "eps_constant": eps,
+        "constant_bound": _median(rows["bound"][chosen]),
+    }
+
+
+def _certified(rows: Table, kind: str, name: str, eps: float) -> dict[str, Any]:
+    mask = rows.sets(kind)[name]
+    right = mask & (rows["status"] != "misdecided")
+    record = {
+        "effort": rows.manifest.get("effort"),
+        "engine": rows.manifest.get("bounded_by"),
+        "gradient_norm_estimate": _median(rows["gradient_norm_estimate"][right]),
+        "margin": _median(np.abs(rows["score"][right] - rows.gamma)),
+        "radius_certified": _median(rows["radius_certified"][right]),
+        "radius_attack": _median(rows["radius_attack"][right]),
+    }
+    if kind == "ood" and rows.of_kind("id").any():
+        fpr = fpr_curve(rows, "ood", {name: mask})
+        (place,) = np.flatnonzero(fpr.eps == eps)
+        record |= {
+            "eps": eps,
+            "fpr95_id_clean": float(fpr.certified[0]),
+            "fpr95_id_attacked": float(fpr.attacked[place]),
+            "fpr95_id_certified": float(fpr.certified[place]),
+        }
+    return record
 
 
 def _median(values: NDArray[np.float64]) -> float | None:

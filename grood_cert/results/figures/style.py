@@ -137,7 +137,7 @@ def wrapped(text: str, characters: int) -> str:
         >>> wrapped("a long name at $5", 11)
         'a long name\nat \\$5'
     """
-    lines = textwrap.wrap(text, characters, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(text, characters) or [""]
     return "\n".join(line.replace("$", r"\$") for line in lines)
 
 

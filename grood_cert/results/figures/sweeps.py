@@ -18,7 +18,7 @@ from grood_cert.results.figures import style
 _PROVED, _SHOWN, _ESTIMATED = ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#555555", ":", "^")
 _ROWS: tuple[tuple[str, Mapping[str, tuple[str, str, str]]], ...] = (
     ("slope of S, median", {"gradient_norm_estimate": _ESTIMATED, "constant_bound": _PROVED}),
-    ("margin |S - gamma|, median", {"margin": _ESTIMATED}),
+    ("margin, median", {"margin": _ESTIMATED}),
     ("radius, median", {"radius_attack": _SHOWN, "radius_certified": _PROVED}),
 )
 _ACCURACY = ("ID accuracy", {"accuracy": _ESTIMATED})
