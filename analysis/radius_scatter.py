@@ -10,7 +10,7 @@ can, and for OOD of gradient-regularised nets do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -50,7 +50,7 @@ def figure(rows: Table, width: style.Width = "double") -> Figure:
             axes.scatter(attack, radius, s=10, c=colour, marker=marker, linewidths=0.8, alpha=0.7)
             refuted.append(f"{int((radius > attack).sum())} {short}")
         axes.plot([0, most], [0, most], color=style.GREY, linewidth=1, linestyle="--", scalex=False, scaley=False)
-        place = {"xytext": (3, -3), "textcoords": "offset points", "rotation": 45, "ha": "center", "va": "top"}
+        place: Any = {"xytext": (3, -3), "textcoords": "offset points", "rotation": 45, "ha": "center", "va": "top"}
         axes.annotate("radius = attack radius", (0.75 * most, 0.75 * most), size=6, color=style.GREY, **place)
         axes.set_aspect("equal")
         for set_limits in (axes.set_xlim, axes.set_ylim):

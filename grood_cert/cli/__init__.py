@@ -23,6 +23,7 @@ from grood_cert.cli.curve import curve
 from grood_cert.cli.demo import demo
 from grood_cert.cli.evaluate import evaluate
 from grood_cert.cli.export import export
+from grood_cert.cli.gallery import gallery
 from grood_cert.cli.imports import import_
 from grood_cert.cli.lipschitz import lipschitz
 from grood_cert.cli.merge import merge
@@ -85,6 +86,7 @@ for _command in (
     status,
     threshold,
     curve,
+    gallery,
     report,
     table,
     evaluate,

@@ -62,8 +62,8 @@ def objective_records(
     tables = [table for table in (certification, lipschitz) if table is not None]
     if not tables:
         raise InputError("neither a certification nor a Lipschitz analysis given; one of them is needed")
-    recipes = [table.manifest.get("recipe") for table in tables]
-    if not all(recipes):
+    recipe = tables[0].manifest.get("recipe")
+    if not recipe:
         raise InputError("a result of a network without a recipe: its lambda_grad is unknown")
     if len({table.norm for table in tables}) > 1:
         raise InputError(f"certified in {tables[0].norm} and analysed in {tables[1].norm}; use one norm")
@@ -76,8 +76,8 @@ def objective_records(
     for kind in ("id", "ood"):
         for name, mask in tables[0].sets(kind).items():
             record: dict[str, Any] = dict.fromkeys(OBJECTIVE) | {
-                "lambda_grad": float(recipes[0]["objective"]["lambda_grad"]),
-                "seed": int(recipes[0]["seed"]),
+                "lambda_grad": float(recipe["objective"]["lambda_grad"]),
+                "seed": int(recipe["seed"]),
                 "kind": kind,
                 "set": name,
                 "samples": len(set(tables[0]["index"][mask].tolist())),

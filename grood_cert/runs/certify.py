@@ -93,7 +93,8 @@ def certify(
     Args:
         cascade: Detector and settings.
         batch: Images and their names; the `kind` says which decision is right.
-        adversarial: Folder in which the nearest points with the other decision are saved, one file a batch.
+        adversarial: Folder in which the images and the nearest points with the other decision are saved, one file a batch
+            (`grood_cert.results.adversarial`).
         proofs: Takes the proofs of samples that are to be checked elsewhere.
 
     Returns:
@@ -110,6 +111,7 @@ def certify(
                 stream,
                 set=np.array(images.name),
                 index=np.array(batch.index),
+                images=images.images.cpu().numpy(),
                 points=found.points.cpu().numpy(),
                 radius_attack=found.radius_attack.cpu().numpy(),
             )
@@ -219,7 +221,7 @@ def run(
         limit: Most images of each set, 0 for all.
         shard: Which part of the batches to do.
         memory: Bytes of peak memory to stay within, 0 for no bound; fewer balls are bounded at once.
-        save_adversarial: Whether to keep the points that attacks found, in `adversarial/`.
+        save_adversarial: Whether to keep the points that attacks found, and their images, in `adversarial/`.
         save_proofs: For how many samples of each set, the first ones, to write a proof that needs no engine to be
             checked, in `proofs/`.
         force: Start afresh, whatever is there.

@@ -2,7 +2,7 @@
 
 The kind of result chooses the figure: `robustness` of certifications, `lipschitz`, `smoothing`. Where several models are
 drawn together they share norm, eps and samples, unless `mixed` allows other grids and samples. `objective` draws what
-training penalised against what was proved, over the runs of a sweep.
+training penalised against what was proved, over the runs of a sweep; `gallery` shows samples and their counterexamples.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from grood_cert.results.figures.slopes import lipschitz
 from grood_cert.results.figures.smoothed import smoothing
 from grood_cert.results.figures.style import NORM_LABELS, STYLE, Width, check_format, check_width, save
 from grood_cert.results.figures.sweeps import objective
+from grood_cert.results.figures.twins import gallery
 from grood_cert.results.table import Table
 from grood_cert.system.files import write_csv
 
@@ -34,6 +35,7 @@ __all__ = [
     "common_norm",
     "draw",
     "facts",
+    "gallery",
     "lipschitz",
     "numbers",
     "objective",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from grood_cert.errors import InputError
-from grood_cert.results.figures.style import WIDTHS, Width, wrapped
+from grood_cert.results.figures.style import WIDTHS, Width, small_type, wrapped
 from grood_cert.results.table import Table
 
 MIXED = "different grids or samples are drawn together"
@@ -132,6 +131,6 @@ def state(figure: Figure, tables: Mapping[str, Table], mixed: bool, width: Width
     unfinished = [f"{name}: {table.progress} samples" for name, table in tables.items() if not table.complete]
     warnings = [f"not finished: {'; '.join(unfinished)}"] if unfinished else []
     warnings += [MIXED] if mixed else []
-    characters = int(WIDTHS[width] / 2.54 * 72 / ((0.68 if warnings else 0.57) * mpl.rcParams["figure.titlesize"]))
+    characters = int(WIDTHS[width] / 2.54 * 72 / ((0.68 if warnings else 0.57) * small_type()))
     lines = [wrapped(text, characters) for text in (*warnings, facts(tables))]
     figure.suptitle("\n".join(lines), fontweight="bold" if warnings else "normal", linespacing=1.25)

@@ -115,6 +115,11 @@ def styled(width: Width) -> Iterator[None]:
         yield
 
 
+def small_type() -> float:
+    """The size of notes and of the facts, under the settings in force."""
+    return float(mpl.rcParams["figure.titlesize"])
+
+
 def canvas(width: Width) -> Figure:
     """An empty figure; `fit` gives it its height."""
     return Figure(figsize=(WIDTHS[width] / 2.54, 1), layout="constrained")
@@ -187,7 +192,7 @@ def logarithmic(axes: Axes, values: ArrayLike) -> None:
 def titled(axes: Axes, title: str, note: str, characters: int) -> None:
     """A title and, in small type, a note below it."""
     below = wrapped(note, round(characters * 1.25))
-    size = mpl.rcParams["figure.titlesize"]
+    size = small_type()
     axes.set_title(wrapped(title, characters), pad=4 + 1.25 * size * (below.count("\n") + 1) * bool(note))
     axes.annotate(
         below, (0.5, 1.0), (0, 3), "axes fraction", "offset points", size=size, color=GREY, ha="center", va="bottom"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -128,7 +127,7 @@ def objective(records: Sequence[Mapping[str, Any]], width: style.Width = "double
 
     with style.styled(width):
         figure = style.canvas(width)
-        size = mpl.rcParams["figure.titlesize"]
+        size = style.small_type()
         figure.suptitle(style.wrapped(_said(records), int(style.WIDTHS[width] / 2.54 * 72 / (0.57 * size))))
         style.grid(figure, rows, draw)
         entries = [
