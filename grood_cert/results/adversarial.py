@@ -73,7 +73,7 @@ def read_twins(folder: Path, rows: Table, chosen: Iterable[int]) -> dict[int, Tw
     found: dict[int, Twin] = {}
     for path in sorted(folder.glob("*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 name, indices = str(archive["set"]), archive["index"].tolist()
                 if not any((name, index) in wanted for index in indices):
                     continue

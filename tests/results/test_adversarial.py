@@ -62,7 +62,7 @@ def test_twins_are_those_of_their_rows(tmp_path):
         ({"points": np.zeros((7, 1, 4, 4))}, "a point lies .* from its image, the rows say"),
         ({"points": np.full((7, 1, 4, 4), np.nan)}, "images of shape"),
         ({"images": np.zeros((7, 16))}, "images of shape"),
-        ({"index": np.arange(7)}, "lacks sample"),
+        ({"index": np.arange(7)}, "not the points of these rows|lacks sample"),
         ({"set": np.array("other")}, "lacks sample"),
         ({"images": np.array(["a"] * 7)}, "could not convert"),
         ({"images": np.zeros((1, 1, 4, 4))}, "not the points of these rows"),

@@ -180,6 +180,7 @@ def robustness(
     Raises:
         InputError: If they cannot share an axis, or there is no such panel.
     """
+    style.check_width(width)
     norm, differ = common_norm(tables), is_mixed(tables, mixed)
     found = panels(tables, perturbed, eps, panel, mean)
     largest, look_of = _largest_radius(tables), dict(zip(tables, style.looks(len(tables)), strict=True))

@@ -51,6 +51,7 @@ def lipschitz(
     Raises:
         InputError: If they cannot share an axis, or there is no such panel.
     """
+    style.check_width(width)
     norm, differ = common_norm(tables), is_mixed(tables, mixed)
     found = panels(tables, panel)
     look_of = dict(zip(tables, style.looks(len(tables)), strict=True))

@@ -98,6 +98,7 @@ def smoothing(
     Raises:
         InputError: If they cannot share an axis, there is no such panel, no ID or no OOD set, or no result at all.
     """
+    style.check_width(width)
     norm, differ = common_norm(tables), is_mixed(tables, mixed)
     found = panels(tables, panel, mean)
     most = max(map(len, found.values()))
@@ -119,7 +120,7 @@ def smoothing(
                 )
                 axes.plot(0, curve.certified[0], color=look.colour, **style.STAR)
             else:
-                eps = np.append(curve.eps, farthest)
+                eps = np.append(curve.eps, max(farthest, curve.eps[-1]))
                 certified, limit = (np.append(v, v[-1]) for v in (curve.certified, curve.certified_limit))
                 certified, limit = (1 - certified, 1 - limit) if cumulative else (certified, limit)
                 axes.step(eps, certified, where="post", color=look.colour, **look.marks(len(eps)))

@@ -110,7 +110,6 @@ def check_width(width: str) -> None:
 @contextmanager
 def styled(width: Width) -> Iterator[None]:
     """The settings of matplotlib under which a figure of this width is made."""
-    check_width(width)
     with mpl.rc_context(STYLE | (_SMALL if width == "single" else {})):
         yield
 

@@ -74,6 +74,7 @@ def objective(records: Sequence[Mapping[str, Any]], width: style.Width = "double
     Raises:
         InputError: If there are no records, or they were made in different norms or at different eps.
     """
+    style.check_width(width)
     if not records:
         raise InputError("no records of a sweep given")
     for key in ("norm", "eps", "eps_constant"):

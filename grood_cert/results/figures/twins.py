@@ -81,10 +81,15 @@ def gallery(rows: Table, folder: Path, samples: int = 0, width: style.Width = "d
     with style.styled(width):
         figure = style.canvas(width)
         state(figure, {str(rows.manifest["model"]["name"]): rows}, False, width)
+        figure.suptitle(
+            f"{figure.get_suptitle()}\nx' - x: 0 is grey, black and white are minus and plus the number below"
+        )
         parts = figure.subfigures(len(picked), 2, squeeze=False)
         for line, ((kind, name), found) in zip(parts, picked.items(), strict=True):
             for side, part in enumerate(line):
-                title = style.wrapped(f"{name} ({kind.upper()}), {('least', 'most')[side]} robust", 40)
+                title = style.wrapped(
+                    f"{name} ({kind.upper()}), {('least', 'most')[side]} robust", 2 * round(style.WIDTHS[width] * 1.5)
+                )
                 _block(part, title, [twins[row] for row in found[side]], columns, names=side == 0)
         cell = style.WIDTHS[width] / (2 * columns + 0.8)
         style.fit(figure, len(picked), 3 * cell + 2.2)
