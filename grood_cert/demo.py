@@ -133,7 +133,7 @@ def run(
     write_csv(out / "summary.csv", ["model", *QUANTITIES], summary)
     files = {
         out / "curves.png": "the figure: certified and attacked FPR95, radii, robustness against FPR",
-        out / "curves.csv": "its FPR95 curves as numbers, with binomial intervals",
+        out / "curves.csv": "the points of its curves, with 95 % limits",
         out / "summary.csv": "the table above",
         out / "energy": "model.pt, log.csv, rows.csv, rows.json of the energy-only detector",
         out / "greg": "the same of the GReg detector",
