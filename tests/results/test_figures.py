@@ -191,6 +191,12 @@ def test_other_samples_and_grids_are_drawn_together_only_with_a_word():
         figure = figures.draw({"one": rows, "two": other}, eps=0.1, mixed=True)
         assert "different grids or samples are drawn together" in texts(figure)
     assert "drawn together" not in texts(figures.draw({"one": rows, "two": rows}, mixed=True))
+    for eps, panels in (([0.1, 0.3], 8), ([0.3, 0.4], 6)):  # the sweep needs an eps that all have
+        other = Table({**rows.manifest, "eps": eps}, rows.columns, rows.grid)
+        figure = figures.draw({"one": rows, "two": other}, mixed=True)
+        assert len(figure.axes) == panels and ("robustness at eps 0.1" in texts(figure)) == (panels == 8)
+    with pytest.raises(InputError, match="no value in common, so there is no eps to sweep gamma at"):
+        figures.draw({"one": rows, "two": other}, panel="sweep", mixed=True)
 
 
 def test_the_kind_of_result_chooses_the_figure():

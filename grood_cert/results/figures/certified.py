@@ -66,17 +66,24 @@ def _groups(tables: Mapping[str, Table], kind: str, mean: bool) -> dict[str, dic
 def panels(
     tables: Mapping[str, Table], perturbed: Perturbed, eps: float | None, panel: str | None, mean: bool
 ) -> dict[str, list[Panel]]:
-    """The curves of each panel asked for, by its name.
+    """The curves of each panel asked for, by its name; grids of eps that share no value have no sweep.
 
     Raises:
         InputError: If there is no such panel, or what it needs is missing.
     """
     if panel not in (None, *PANELS):
         raise InputError(f"certifications have no panel {panel!r}; use one of {', '.join(PANELS)}")
+    names = PANELS if panel is None else (panel,)
     if eps is None:
-        eps = middle_eps(next(iter(tables.values())))
+        first, *others = tables.values()
+        shared = [value for value in first.eps if all(value in table.eps for table in others)]
+        if not shared and panel == "sweep":
+            raise InputError("the grids of eps have no value in common, so there is no eps to sweep gamma at")
+        names = names if shared else tuple(name for name in names if name != "sweep")
+        middle = middle_eps(first)
+        eps = min(shared, key=lambda value: abs(value - middle), default=middle)
     found: dict[str, list[Panel]] = {}
-    for name in PANELS if panel is None else (panel,):
+    for name in names:
         groups = _groups(tables, "id" if name == "id-radius" else "ood", mean)
         found[name] = []
         for group, sets in groups.items():
@@ -170,7 +177,8 @@ def robustness(
     Args:
         tables: Certifications by the name to print.
         perturbed: Which side moves in the FPR95 panels.
-        eps: The eps of the panels over gamma; must be on every grid. By default the middle of the first model's grid.
+        eps: The eps of the panels over gamma; must be on every grid. By default the middle of the first model's grid, or
+            what all share nearest to it.
         panel: One of `PANELS` alone.
         width: Of the figure: 8 or 17 cm.
         mean: One panel with the mean over the OOD sets, in place of one panel for each of them.

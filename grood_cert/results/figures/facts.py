@@ -29,7 +29,7 @@ def common_norm(tables: Mapping[str, Table]) -> str:
 
 
 def _samples(table: Table) -> Any:
-    hashes = {(entry["set"], entry["kind"]): entry.get("sha256") for entry in table.manifest.get("data", ())}
+    hashes = {(entry.get("set"), entry.get("kind")): entry.get("sha256") for entry in table.manifest.get("data", ())}
     drawn = table.of_kind("id") | table.of_kind("ood")
     names = zip(*(table[name][drawn].tolist() for name in ("set", "kind", "index")), strict=True)
     return frozenset((*name, hashes.get(name[:2])) for name in names)
