@@ -13,7 +13,7 @@ import pytest
 from grood_cert.confidence import bootstrap
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.brackets import brackets_of, smoothed_metrics
-from grood_cert.results.curves import PERTURBED, fpr95_curve, fpr_curve
+from grood_cert.results.curves import PERTURBED, fpr_curve, smoothed_fpr_curve
 from tests.results.examples import EPS, random_certification, smoothing
 
 
@@ -90,7 +90,8 @@ def test_smoothing():
            ((1.0, (0.5, -0.5)), (0.0, (-1.0, -3.0)), (2.0, (0.1, -math.inf)), (-1.0, (-math.inf, -math.inf)))]
     )  # fmt: skip
     found = smoothed_metrics(rows, EPS)
-    curve = dict(zip(*fpr95_curve(rows), strict=True))
+    fpr = smoothed_fpr_curve(rows)
+    curve = dict(zip(fpr.eps, fpr.certified, strict=True))
     assert [record["fpr95_id_smoothed"] for record in found] == [curve[eps] for eps in EPS] == [0.5, 0.75]
     assert [record["fpr95_id_estimate"] for record in found] == [curve[0.0]] * 2 == [0.25] * 2
     assert found[0]["auroc_smoothed"] == (19 + 18 + 19 + 0) / (4 * 19)

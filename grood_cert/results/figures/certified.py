@@ -73,7 +73,7 @@ def panels(
     """
     if panel not in (None, *PANELS):
         raise InputError(f"certifications have no panel {panel!r}; use one of {', '.join(PANELS)}")
-    names = PANELS if panel is None else (panel,)
+    names: tuple[str, ...] = PANELS if panel is None else (panel,)
     if eps is None:
         first, *others = tables.values()
         shared = [value for value in first.eps if all(value in table.eps for table in others)]
