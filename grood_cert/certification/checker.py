@@ -137,10 +137,10 @@ def main() -> int:
         with np.errstate(all="ignore"):
             value = bound(unpacked(content), claim, x, proof["row"], proof["slopes"])
     except Exception as error:  # noqa: BLE001 (whatever it is, nothing is proved)
-        print(f"no proof ({type(error).__name__}: {error}); usage: checker.py PROOF", file=sys.stderr)
+        print(f"no proof ({error!r}); usage: checker.py PROOF", file=sys.stderr)
         return 2
     sign, proved = ("<", value < gamma) if claim["decision"] == "id" else (">", value > gamma)
-    ball = f"the whole {claim['norm']} ball of eps {eps} around {claim['name']}; S {sign}= {value} there"
+    ball = f"the whole {claim['norm']} ball of eps {eps} around {claim['name']!r}; S {sign}= {value} there"
     print(f"{'proved' if proved else 'NOT proved'}: S {sign} {gamma} on {ball}")
     return int(not proved)
 
