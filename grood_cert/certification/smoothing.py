@@ -357,7 +357,9 @@ class Smoother:
         with torch.no_grad():
             return float(self._score.value(self._base(image[None].to(next(self._base.parameters())))))
 
-    def draws(self, image: Tensor, role: Literal["calibration", "test"], name: str, index: int) -> NDArray[np.float64]:
+    def draws(
+        self, image: Tensor, role: Literal["calibration", "test", "verification"], name: str, index: int
+    ) -> NDArray[np.float64]:
         """Scores of one image under noise, shape (n,).
 
         Args:

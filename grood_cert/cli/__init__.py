@@ -36,6 +36,7 @@ from grood_cert.cli.sweep import sweep
 from grood_cert.cli.table import table
 from grood_cert.cli.threshold import threshold
 from grood_cert.cli.train import train
+from grood_cert.cli.verify import verify
 from grood_cert.cli.vnnlib import verdicts, vnnlib
 
 app = typer.Typer(
@@ -91,6 +92,7 @@ for _command in (
     table,
     evaluate,
     merge,
+    verify,
     export,
     vnnlib,
     verdicts,

@@ -1,16 +1,19 @@
 r"""What holds between the columns of every result that grood-cert writes, and between its rows and its manifest.
 
 *Certifications*, with right = (S(x) <= gamma) for ID and S(x) > gamma otherwise: `accepted`, `status` and `stage` say what
-score, gamma and `radius_certified` say; every proved radius is at most `radius_attack`;
+score, gamma and `radius_certified` say; every proved radius is at most `radius_certified`, and that at most `radius_attack`;
+the gradient-norm radius is |S(x) - gamma| over the gradient norm; proofs are by stages of the manifest;
 
     S_lb(eps) <= S(x) <= S_ub(eps),        S_lb(eps) <= s_attack_min(eps),        s_attack_max(eps) <= S_ub(eps);
 
 S_lb and s_attack_min never rise with eps, S_ub and s_attack_max never fall; the outcome of a ball is a proof exactly up to
 `radius_certified`, and an attack exactly from `radius_attack` on; what decides a ball, bound or attack, counts in the radii.
 
-*Smoothing*: counts of draws and decisions go together, only right decisions have a radius, bounds are in order.
+*Smoothing*: counts of draws and decisions go together, only right decisions have a radius, bounds are in order; sigma, n and
+alpha are the manifest's.
 
-*Lipschitz analyses*: no estimate from below exceeds the bound, no bound of a method lies below it; it never falls with eps.
+*Lipschitz analyses*: no estimate from below exceeds the bound, no bound of a method lies below it; it never falls with eps;
+`provenance` names the method with the smallest bound at its eps.
 
 Of all: no sample occurs twice, every image set is one that the manifest names, of its kind and with so many images.
 """
@@ -144,8 +147,27 @@ def _check_certification(table: Table) -> None:
         if name.startswith("radius_") and name not in ("radius_attack", "radius_gradient_norm_estimate"):
             _refuse(table, table[name] < 0, name, "is negative")
             _refuse(table, table[name] > attack, name, "exceeds the attack radius")
+            _refuse(table, table[name] > radius, name, "exceeds radius_certified, which counts all proofs")
     _check_envelopes(table)
     _check_outcomes(table, right)
+    _check_stages(table)
+    _check_estimate(table, right)
+
+
+def _check_estimate(table: Table, right: _Mask) -> None:
+    name, found = "radius_gradient_norm_estimate", table["radius_gradient_norm_estimate"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.where(right, np.abs(table["score"] - table.gamma) / table["gradient_norm_estimate"], 0.0)
+        fits = (np.abs(found - expected) <= _SLACK * (1 + np.abs(expected))) | (found == expected)
+    fits |= np.isnan(found) & np.isnan(expected)
+    _refuse(table, ~fits, name, "does not follow from score, gamma and gradient_norm_estimate")
+
+
+def _check_stages(table: Table) -> None:
+    stages = table.manifest.get("stages")
+    if isinstance(stages, list):
+        for name, values in (("stage", table["stage"]), ("outcome", table.grid["outcome"])):
+            _refuse(table, np.isin(values, STAGES) & ~np.isin(values, stages), name, "is none of the manifest's stages")
 
 
 def _check_envelopes(table: Table) -> None:
@@ -208,6 +230,8 @@ def _check_smoothing(table: Table) -> None:
     _refuse(table, (above < 0) | (above > n - below), "draws_above", "is no count of the draws")
     _refuse(table, ~((table["alpha"] > 0) & (table["alpha"] < 1)), "alpha", "is no probability")
     _refuse(table, ~(table["sigma"] > 0), "sigma", "is no standard deviation")
+    for name in ("sigma", "n", "alpha"):
+        _refuse(table, table[name] != table.manifest.get(name, table[name]), name, "is not the manifest's")
     inside, decision, status = table.of_kind("id"), table["decision"], table["status"]
     _refuse(table, (decision == "accepted") & (2 * below < n), "decision", "contradicts the draws")
     _refuse(table, (decision == "rejected") & (2 * above < n), "decision", "contradicts the draws")
@@ -235,6 +259,12 @@ def _check_lipschitz(table: Table) -> None:
         name = f"bound_{method.replace('-', '_')}"
         _refuse(table, table[name] < bound - near, name, "lies below the smallest of all bounds")
     _refuse(table, ~np.isin(table["eps"], table.eps), "eps", "is not on the manifest's grid")
+    bounds = np.stack([table[f"bound_{method.replace('-', '_')}"] for method in LIPSCHITZ_METHODS], axis=1)
+    bounds = np.where(np.isfinite(bounds), bounds, np.inf)
+    named = np.where(table["provenance"][:, None] == np.array(LIPSCHITZ_METHODS), bounds, np.inf).min(1)
+    least = bounds.min(1)
+    fits = np.where(np.isinf(least), table["provenance"] == "none", named <= least + _SLACK * (1 + least))
+    _refuse(table, ~fits, "provenance", "is not the method with the smallest bound")
     order = np.lexsort([table["eps"], table["index"], table["set"], table["kind"]])
     same = np.ones(len(table) - 1, bool)
     for name in ("kind", "set", "index"):

@@ -28,7 +28,7 @@ def manifest(
         "schema": SCHEMAS[kind].version,
         "model": {
             "path": str(model) if model else None,
-            "sha256": sha256(model) if model else _hash_of(detector),
+            "sha256": model_hash(detector, model),
             "name": detector.name,
         },
         "recipe": origin.recipe.to_dict() if isinstance(origin, Provenance) else None,
@@ -48,6 +48,11 @@ def manifest(
         "versions": {**versions(), "auto_LiRPA": lirpa_version()},
         "machine": platform.machine(),
     }
+
+
+def model_hash(detector: Detector, model: Path | None) -> str:
+    """How manifests name a model: the hash of its checkpoint, or of the network where there is none."""
+    return sha256(model) if model else _hash_of(detector)
 
 
 def _hash_of(detector: Detector) -> str:

@@ -71,6 +71,7 @@ def as_written(record, generator):
     radius, attack = (radius, attack) if right else (0.0, 0.0)
     record |= {"accepted": int(score <= 0), "radius_certified": radius, "radius_attack": attack}
     record |= {"radius_certified_per_logit": radius / 2}
+    record["radius_gradient_norm_estimate"] = abs(score) * right
     record["status"] = "misdecided" if not right else "certified" if radius else "undecided"
     record["stage"] = "misdecision" if not right else "crown" if radius else "undecided"
     for eps in EPS:
@@ -102,5 +103,5 @@ def slopes(records, **manifest):
     for kind, eps, gradient, ascended, bound in records:
         row = dict.fromkeys(SCHEMAS["lipschitz"].columns, math.nan) | {"set": kind, "kind": kind, "index": len(rows)}
         row |= {"file": "", "eps": eps, "gradient_norm_estimate": gradient, "ascended_estimate": ascended}
-        rows.append(row | {"bound": bound, "provenance": "interval"})
+        rows.append(row | {"bound": bound, "bound_interval": bound, "provenance": "interval"})
     return Table.of(rows, given | manifest)

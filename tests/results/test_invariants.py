@@ -61,6 +61,8 @@ CASES = {
     "a radius beyond the attack": (ID, {"radius_certified": 5.0}, "radius_certified: 5.0 exceeds the attack radius"),
     "a negative radius": (ID, {"radius_certified_per_logit": -0.5}, "radius_certified_per_logit: -0.5 is negative"),
     "another radius": (ID, {"radius_lipschitz_path": 9.0}, "radius_lipschitz_path: 9.0 exceeds the attack radius"),
+    "a radius that counts as none": (ID, {"radius_lipschitz_path": (ROWS["radius_certified"][ID] + ROWS["radius_attack"][ID]) / 2}, "radius_lipschitz_path: .* exceeds radius_certified"),
+    "another estimate": (ID, {"radius_gradient_norm_estimate": 77.0}, "radius_gradient_norm_estimate: 77.0 does not follow"),
     "another score": (ID, {"score": 5.0}, "accepted: 1 does not follow from the score and gamma 0"),
     "another score, the same decision": (ID, {"score": -99.0}, "s_lb@0.1: .* exceeds the score"),
     "another decision": (OOD, {"accepted": 1}, "accepted: 1 does not follow from the score and gamma 0"),
@@ -73,8 +75,8 @@ CASES = {
     "an attack above the bound": (ID, {"s_attack_max": (None, 99.0)}, "s_ub@0.2: .* lies below what an attack reached"),
     "an attack weaker than the image itself": (ID, {"s_attack_min": (9.0, 9.0)}, "s_attack_min@0.1: 9.0 exceeds the score"),
     "a larger ball with a better bound": (ID, {"s_ub": (99.0, None)}, "s_ub@0.2: .* lies below the one of a smaller eps"),
-    "a proof of a larger ball": (ID, {"outcome": (None, "crown"), "radius_certified": 0.15, "radius_attack": 0.19}, "outcome@0.2: crown does not follow from radius_certified"),
-    "an attack that was none": (ID, {"outcome": (None, "attack"), "radius_certified": 0.15, "radius_attack": 0.5}, "outcome@0.2: attack does not follow"),
+    "a proof of a larger ball": (ID, {"outcome": (None, "crown"), "radius_certified": 0.15, "radius_certified_per_logit": 0.1, "radius_attack": 0.19}, "outcome@0.2: crown does not follow from radius_certified"),
+    "an attack that was none": (ID, {"outcome": (None, "attack"), "radius_certified": 0.15, "radius_certified_per_logit": 0.1, "radius_attack": 0.5}, "outcome@0.2: attack does not follow"),
     "a ball twice": (ID + 1, {"index": int(ROWS["index"][ID])}, "index: [0-9]+ occurs for the second time in its set"),
     "no position": (ID, {"index": -1}, "index: -1 is no position of an image"),
 }  # fmt: skip
@@ -100,6 +102,12 @@ def test_rows_that_contradict_themselves_are_refused(row, cells, message):
 def test_a_manifest_that_is_not_of_the_rows_is_refused(entries, message):
     with pytest.raises(ValueError, match=message):
         check_invariants(replace(ROWS, manifest={**ROWS.manifest, **entries}))
+
+
+def test_proofs_are_by_stages_of_the_manifest():
+    check_invariants(replace(ROWS, manifest={**ROWS.manifest, "stages": ["ibp", "crown"]}))
+    with pytest.raises(ValueError, match="stage: crown is none of the manifest's stages"):
+        check_invariants(replace(ROWS, manifest={**ROWS.manifest, "stages": ["ibp"]}))
 
 
 def test_a_sample_of_another_kind_is_refused():
@@ -134,6 +142,9 @@ def test_smoothing():
     ):
         with pytest.raises(ValueError, match=f"line {row + 2}, {message}"):
             check_invariants(changed(table, row, **cells))
+    for name in ("sigma", "n", "alpha"):
+        with pytest.raises(ValueError, match=f"line 2, {name}: .* is not the manifest's"):
+            check_invariants(replace(table, manifest={**table.manifest, name: 0.5}))
 
 
 def test_lipschitz():
@@ -145,6 +156,7 @@ def test_lipschitz():
         (1, {"bound": 1.7}, "bound: 1.7 lies below the one of a smaller eps"),
         (0, {"bound": math.nan}, "bound: nan is no constant"),
         (0, {"bound_interval": 1.9}, "bound_interval: 1.9 lies below the smallest of all bounds"),
+        (0, {"provenance": "hull"}, "provenance: hull is not the method with the smallest bound"),
         (1, {"eps": 0.7}, "eps: 0.7 is not on the manifest's grid"),
         (1, {"eps": EPS[0]}, "index: 0 occurs for the second time"),
     ):

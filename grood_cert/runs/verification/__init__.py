@@ -1,0 +1,1 @@
+"""A finished run, checked again from outside."""
