@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from grood_cert.results.table import Table
 
 _PROOFS = (*STAGES, LOOKED_UP)
+_NORMS = ("linf", "l2", "l1")
 _SLACK = 1e-9  # relative: what rounding may do between a score and one computed in another batch
 _Mask = NDArray[np.bool_]
 
@@ -95,6 +96,9 @@ def _check_manifest(table: Table) -> None:
     eps = table.eps
     if not all(math.isfinite(value) and value >= 0 for value in eps) or list(eps) != sorted(set(eps)):
         raise ValueError(f"its manifest's eps {list(eps)} are not ascending numbers of at least 0")
+    norms = ("l2",) if table.kind.startswith("smoothing") else _NORMS
+    if table.norm not in norms:
+        raise ValueError(f"its manifest's norm is {table.norm!r}, not {' or '.join(norms)}")
     for name in ("gamma", "gamma_base"):
         value: Any = table.manifest.get(name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
@@ -253,7 +257,7 @@ def _check_smoothing(table: Table) -> None:
 def _check_lipschitz(table: Table) -> None:
     bound, near = table["bound"], _SLACK * (1 + np.abs(np.nan_to_num(table["bound"], posinf=0.0)))
     _refuse(table, ~(bound >= 0), "bound", "is no constant")
-    for name in ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate"):
+    for name in ("gradient_norm_estimate", "sampled_estimate", "ascended_estimate", "secant_estimate"):
         _refuse(table, table[name] > bound + near, name, "exceeds the proved bound")
     for method in LIPSCHITZ_METHODS:
         name = f"bound_{method.replace('-', '_')}"

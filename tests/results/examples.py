@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -105,3 +106,20 @@ def slopes(records, **manifest):
         row |= {"file": "", "eps": eps, "gradient_norm_estimate": gradient, "ascended_estimate": ascended}
         rows.append(row | {"bound": bound, "bound_interval": bound, "provenance": "interval"})
     return Table.of(rows, given | manifest)
+
+
+def changed(table, row, manifest=None, **cells):
+    """The table with other cells in a row; a grid column takes one value for each eps, None for what it was."""
+    columns = {name: values.copy() for name, values in table.columns.items()}
+    grid = {name: values.copy() for name, values in table.grid.items()}
+    for name, value in cells.items():
+        if name in columns:
+            columns[name] = columns[name].astype(object)
+            columns[name][row] = value
+            columns[name] = columns[name].astype(table.columns[name].dtype if not isinstance(value, str) else str)
+        else:
+            for place, part in enumerate(value):
+                if part is not None:
+                    grid[name] = grid[name].astype("U20") if isinstance(part, str) else grid[name]
+                    grid[name][row, place] = part
+    return replace(table, manifest={**table.manifest, **(manifest or {})}, columns=columns, grid=grid)

@@ -11,30 +11,13 @@ import pytest
 from grood_cert.errors import InputError
 from grood_cert.results.invariants import check_invariants
 from grood_cert.results.table import Table
-from tests.results.examples import EPS, random_certification, slopes, smoothing
+from tests.results.examples import EPS, changed, random_certification, slopes, smoothing
 
 ROWS = random_certification(3)
 DATA = [
     {"set": name, "kind": kind, "images": 160}
     for kind, name in (("id", "in"), ("ood", "a"), ("ood", "b"), ("noise", "n"))
 ]
-
-
-def changed(table, row, manifest=None, **cells):
-    """The table with other cells in a row; a grid column takes one value for each eps, None for what it was."""
-    columns = {name: values.copy() for name, values in table.columns.items()}
-    grid = {name: values.copy() for name, values in table.grid.items()}
-    for name, value in cells.items():
-        if name in columns:
-            columns[name] = columns[name].astype(object)
-            columns[name][row] = value
-            columns[name] = columns[name].astype(table.columns[name].dtype if not isinstance(value, str) else str)
-        else:
-            for place, part in enumerate(value):
-                if part is not None:
-                    grid[name] = grid[name].astype("U20") if isinstance(part, str) else grid[name]
-                    grid[name][row, place] = part
-    return replace(table, manifest={**table.manifest, **(manifest or {})}, columns=columns, grid=grid)
 
 
 def some(kind, **wanted):

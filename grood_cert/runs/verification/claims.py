@@ -28,7 +28,7 @@ import contextlib
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ from grood_cert import attacks
 from grood_cert.ball import Ball, dual_norm
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import branch_and_bound
-from grood_cert.bounds.engine import Method
+from grood_cert.bounds.engine import Method, Side
 from grood_cert.bounds.engines import Choice, build
 from grood_cert.bounds.hidden import engine_preactivations
 from grood_cert.bounds.score import score_bounds
@@ -105,7 +105,7 @@ class Claims(ABC, Generic[_SettingsOf]):
 
     def __init__(self, table: Table, detector: Detector, found: Findings) -> None:
         self.table, self.detector, self.found = table, detector, found
-        self.settings = _settings(self.kind, table.manifest, detector.shape)
+        self.settings: _SettingsOf = _settings(self.kind, table.manifest, detector.shape)
 
     @property
     def batch_size(self) -> int:
@@ -129,7 +129,7 @@ class Claims(ABC, Generic[_SettingsOf]):
         other = "native" if own == "auto_lirpa" else "auto_lirpa"
         network, shape = self.detector.network, self.detector.shape
         graph = capture(network, shape).deployed(self.deployment)
-        engines = []
+        engines: list[Choice] = []
         try:
             engines.append(build(other, network, shape, self.method, graph))
         except (InputError, RunError) as error:
@@ -150,8 +150,11 @@ class Claims(ABC, Generic[_SettingsOf]):
 def _settings(kind: type[_SettingsOf], manifest: Mapping[str, Any], shape: tuple[int, int, int]) -> _SettingsOf:
     """The settings that a manifest holds."""
     try:
-        given = {field.name: manifest[field.name] for field in dataclasses.fields(kind) if field.name in manifest}
-        settings = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        names = [field.name for field in dataclasses.fields(kind) if field.name in manifest]
+        given: dict[str, Any] = {
+            name: tuple(manifest[name]) if isinstance(manifest[name], list) else manifest[name] for name in names
+        }
+        settings: _SettingsOf = kind(**given)
         settings.check(shape)
     except (TypeError, KeyError, ValueError, AttributeError, InputError) as error:
         raise InputError(f"the manifest's settings make no sense ({error})") from None
@@ -198,12 +201,8 @@ class CertificationClaims(Claims[Settings]):
         for name in _RADII:
             values = self.table[name][part.rows]
             if not np.isnan(values).all():
-                claimed = torch.from_numpy(values).to(radius)
-                found.attempt(
-                    f"{name}, attacked afresh",
-                    int((values > 0).sum()),
-                    lambda name=name, claimed=claimed: adversary.check_radius(name, claimed),
-                )
+                check = functools.partial(adversary.check_radius, name, torch.from_numpy(values).to(radius))
+                found.attempt(f"{name}, attacked afresh", int((values > 0).sum()), check)
         ball = Ball(images, radius, self.settings.norm)
         effort = EFFORTS[self.settings.effort].attack
         seen = attacks.extremes(
@@ -239,18 +238,24 @@ class CertificationClaims(Claims[Settings]):
     def _proved_again(self, part: Part, ball: Ball) -> NDArray[np.bool_]:
         """Whether the decision is proved on each ball again, by whichever means."""
         gamma, score, effort = self.detector.gamma, self.detector.score, EFFORTS[self.settings.effort]
-        side = "upper" if part.kind == "id" else "lower"
-        own = self.engines[-1].bounded
-        ways = [
-            lambda ball, engine=engine: _score_bounds(engine, ball, self.settings, self.detector)[side == "upper"]
-            for engine in self.engines
+        side: Side = "upper" if part.kind == "id" else "lower"
+        graph, own = self.engines[-1].bounded.graph, self.engines[-1].bounded
+
+        def linear(choice: Choice, ball: Ball) -> Tensor:
+            return _score_bounds(choice, ball, self.settings, self.detector)[side == "upper"]
+
+        def optimised(ball: Ball) -> Tensor:
+            hidden = engine_preactivations(own, graph, ball)
+            return optimised_bounds(graph, ball, side, hidden, effort.steps, score=score)
+
+        def branched(ball: Ball) -> Tensor:
+            return branch_and_bound(graph, ball, gamma, side, effort.nodes, score=score).bound
+
+        ways: list[Callable[[Ball], Tensor]] = [
+            *(functools.partial(linear, engine) for engine in self.engines),
+            optimised,
+            branched,
         ]
-        ways.append(
-            lambda ball: optimised_bounds(
-                own.graph, ball, side, engine_preactivations(own, own.graph, ball), effort.steps, score=score
-            )
-        )
-        ways.append(lambda ball: branch_and_bound(own.graph, ball, gamma, side, effort.nodes, score=score).bound)
         done = torch.zeros_like(ball.eps, dtype=torch.bool)
         for way in ways:
             index = (~done).nonzero().squeeze(1)
