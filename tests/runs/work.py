@@ -22,6 +22,7 @@ SETS = [image_set("z", 11), image_set('a "b", c', 6, "ood"), image_set("m", 1, "
 BATCHES = batches(SETS, 0, 2, 0)  # 6 + 3 + 1
 DESCRIPTION = {
     "kind": "smoothing-calibration",
+    "norm": "l2",
     "schema": 1,
     "model": {"path": "model.pt", "sha256": "ab"},
     "data": [{"set": images.name, "kind": images.kind, "images": len(images)} for images in SETS],
