@@ -21,34 +21,18 @@ def report(
     force: options.Force = False,
 ) -> None:
     """Write one page to hand in, and a card for programs. What was tested, proved, shown, estimated, and what it does not say."""
-    import dataclasses
-
     from grood_cert.errors import InputError
-    from grood_cert.results import card as cards
+    from grood_cert.results import card
     from grood_cert.results import report as pages
-    from grood_cert.system.files import replacing, write_json
+    from grood_cert.runs.progress import command_line
 
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{out}: a report is written as .html; choose this ending")
-    target = out.with_suffix(".json")
-    for path in (out, target):
+    for path in (out, pages.card_path(out)):
         if path.exists() and not force:
             raise InputError(f"{path} exists already; choose another --out, or add --force to overwrite it")
-    results = cards.found(runs, partial)
-    if target.resolve() in {
-        path.resolve() for result in results for path in (result.path, result.path.with_suffix(".json"))
-    }:
-        raise InputError(f"{target} would overwrite a manifest that is read; choose another --out")
+    results = card.found(runs, partial)
     for result in results:
         options.warn_unfinished(result.table, result.path)
-    detectors = cards.by_detector(results, label or [])
-    content = cards.card(detectors, title)
-    drawn = pages.pictures(detectors)
-    content["figures"] = [
-        {name: value for name, value in dataclasses.asdict(picture).items() if name != "source"} for picture in drawn
-    ]
-    text = pages.page(content, drawn)
-    with replacing(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-        write_json(target, content)
-    typer.echo(f"wrote {out} ({len(text.encode()) / 1e6:.1f} MB, nothing in it loads from elsewhere) and {target}")
+    pages.write(card.by_detector(results, label or []), out, title, command_line(joint=False))
+    typer.echo(
+        f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, loads nothing from elsewhere) and {pages.card_path(out)}"
+    )

@@ -27,7 +27,7 @@ def sweep(
     ] = True,
     eps: options.Eps = None,
     norm: options.Norm = "linf",
-    effort: Annotated[str, typer.Option(help="Of certify: fast, default or max.")] = "default",
+    effort: Annotated[str | None, typer.Option(help="Of certify: fast, default or max. [default: default]")] = None,
     limit: options.Limit = 100,
     seed: options.Seed = 0,
     shard: options.Shard = "",
@@ -57,9 +57,13 @@ def sweep(
     axes = [sweeping.axis(text) for text in grid]
     if len({key for key, _ in axes}) < len(axes):
         raise InputError("--grid names a setting twice; give all its values at once")
+    if effort and not certify:
+        raise InputError("--effort is for certifying, which --no-certify leaves out; leave it out")
+    if eps and not (certify or lipschitz):
+        raise InputError("--eps is for certify and lipschitz, and there is neither; leave it out")
     ball = options.norm_named(norm)
     radii = options.eps_grid(eps) or DEFAULT_EPS[ball]
-    certifying = Settings(radii, ball, effort=effort, seed=seed) if certify else None
+    certifying = Settings(radii, ball, effort=effort or "default", seed=seed) if certify else None
     analysing = AnalysisSettings(radii, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
     cells = sweeping.cells(recipes.find(recipe), dict(axes), seeds, out, settings or ())
     part = options.shard_of(shard)

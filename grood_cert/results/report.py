@@ -7,11 +7,13 @@ escaped.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -20,8 +22,9 @@ from matplotlib.figure import Figure
 
 from grood_cert.errors import InputError
 from grood_cert.results import figures
-from grood_cert.results.card import NORMS, TOLD, Result
-from grood_cert.results.summary import RADII, SLOPES
+from grood_cert.results.card import NORMS, TOLD, Result, card
+from grood_cert.results.table import manifest_path
+from grood_cert.system.files import replacing, write_json
 
 _SHOWN_EPS = 3
 
@@ -129,9 +132,49 @@ def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
     )
     environment.filters |= {"number": number, "percent": percent, "clock": duration}
     text = resources.files("grood_cert.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(text).render(
-        card=content, pictures=drawn, radii=RADII, slopes=SLOPES, norms=NORMS, shown_eps=shown_eps
-    )
+    return environment.from_string(text).render(card=content, pictures=drawn, norms=NORMS, shown_eps=shown_eps)
+
+
+def write(detectors: Mapping[str, Sequence[Result]], out: Path, title: str, command: str | None = None) -> None:
+    """Write the page, and its card beside it.
+
+    Args:
+        detectors: Results by the name of their detector, as from `by_detector`.
+        out: The page, .html; the card is called the same, .json.
+        title: Of the page.
+        command: The command that makes it again.
+
+    Raises:
+        InputError: If a file cannot be written, or would be one of the results.
+    """
+    target = card_path(out)
+    read = {
+        path.resolve()
+        for group in detectors.values()
+        for result in group
+        for path in (result.path, manifest_path(result.path))
+    }
+    if target.resolve() in read:
+        raise InputError(f"{target} would overwrite the manifest of a result; choose another --out")
+    drawn = pictures(detectors)
+    content = card(detectors, title, command)
+    content["figures"] = [
+        {name: value for name, value in dataclasses.asdict(picture).items() if name != "source"} for picture in drawn
+    ]
+    with replacing(out) as temporary:
+        temporary.write_text(page(content, drawn), encoding="utf-8")
+        write_json(target, content)
+
+
+def card_path(out: Path) -> Path:
+    """Where the card of a page lies.
+
+    Raises:
+        InputError: If the page's name does not end in .html.
+    """
+    if out.suffix.lower() != ".html":
+        raise InputError(f"{out}: a report is written as .html; choose this ending")
+    return out.with_suffix(".json")
 
 
 def number(value: Any, digits: int = 3) -> str:
