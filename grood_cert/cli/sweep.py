@@ -29,6 +29,10 @@ def sweep(
     norm: options.Norm = "linf",
     effort: Annotated[str | None, typer.Option(help="Of certify: fast, default or max. [default: default]")] = None,
     limit: options.Limit = 100,
+    lipschitz_eps: Annotated[
+        str, typer.Option(metavar="EPS", help="Radii of the Lipschitz analyses. [default: the middle of the grid]")
+    ] = "",
+    lipschitz_limit: Annotated[int, typer.Option(min=0, help="As --limit, for the Lipschitz analyses.")] = 30,
     seed: options.Seed = 0,
     shard: options.Shard = "",
     data_dir: options.DataDir = None,
@@ -59,12 +63,15 @@ def sweep(
         raise InputError("--grid names a setting twice; give all its values at once")
     if effort and not certify:
         raise InputError("--effort is for certifying, which --no-certify leaves out; leave it out")
+    if lipschitz_eps and not lipschitz:
+        raise InputError("--lipschitz-eps is for analyses, which --no-lipschitz leaves out; leave it out")
     if eps and not (certify or lipschitz):
         raise InputError("--eps is for certify and lipschitz, and there is neither; leave it out")
     ball = options.norm_named(norm)
     radii = options.eps_grid(eps) or DEFAULT_EPS[ball]
     certifying = Settings(radii, ball, effort=effort or "default", seed=seed) if certify else None
-    analysing = AnalysisSettings(radii, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
+    slopes = options.eps_grid([lipschitz_eps]) if lipschitz_eps else (radii[(len(radii) - 1) // 2],)
+    analysing = AnalysisSettings(slopes, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
     cells = sweeping.cells(recipes.find(recipe), dict(axes), seeds, out, settings or ())
     part = options.shard_of(shard)
     if dry_run:
@@ -76,7 +83,7 @@ def sweep(
             cells,
             certifying,
             analysing,
-            limit=limit,
+            limits=sweeping.Limits(limit, lipschitz_limit),
             shard=part,
             data_dir=data_dir,
             download=download,

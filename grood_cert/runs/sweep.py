@@ -61,6 +61,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Most images of each set, 0 for all.
+
+    Attributes:
+        certify: Of a certification.
+        lipschitz: Of a Lipschitz analysis.
+    """
+
+    certify: int = 0
+    lipschitz: int = 0
+
+
+ALL = Limits()
+
+
+@dataclass(frozen=True)
 class Measured:
     """What is known of a cell.
 
@@ -189,7 +205,7 @@ def measure(
     certifying: Settings | None,
     analysing: AnalysisSettings | None,
     *,
-    limit: int = 0,
+    limits: Limits = ALL,
     data_dir: Path | None = None,
     download: bool = False,
     device: str = "cpu",
@@ -201,7 +217,7 @@ def measure(
         cell: The cell.
         certifying: How it is certified; None: not at all.
         analysing: How its Lipschitz constants are bounded; None: not at all. Noise sets are left out.
-        limit: Most images of each set, 0 for all.
+        limits: Most images of each set.
         data_dir: Folder that holds downloaded data sets.
         download: Whether a missing torchvision set may be downloaded.
         device: "cpu", "cuda", ...
@@ -217,10 +233,19 @@ def measure(
     sets = [experiment.test, *experiment.ood]
     if certifying:
         stage = f"certify {cell.name}"
-        certify.run(trained, cell.model, sets, certifying, cell.folder, limit=limit, stage=stage, reporter=reporter)
+        certify.run(
+            trained,
+            cell.model,
+            sets,
+            certifying,
+            cell.folder,
+            limit=limits.certify,
+            stage=stage,
+            reporter=reporter,
+        )
     if analysing:
         real = [images for images in sets if images.kind != "noise"]
-        analyse.run(trained, cell.model, real, analysing, cell.folder, limit=limit, reporter=reporter)
+        analyse.run(trained, cell.model, real, analysing, cell.folder, limit=limits.lipschitz, reporter=reporter)
 
 
 def run(
@@ -228,7 +253,7 @@ def run(
     certifying: Settings | None,
     analysing: AnalysisSettings | None,
     *,
-    limit: int = 0,
+    limits: Limits = ALL,
     shard: Shard = WHOLE,
     data_dir: Path | None = None,
     download: bool = False,
@@ -243,7 +268,7 @@ def run(
         chosen: All cells of the sweep.
         certifying: As for `measure`.
         analysing: As for `measure`.
-        limit: As for `measure`.
+        limits: As for `measure`.
         shard: Which cells to do.
         data_dir: As for `measure`.
         download: As for `measure`.
@@ -271,7 +296,7 @@ def run(
                 cell,
                 certifying,
                 analysing,
-                limit=limit,
+                limits=limits,
                 data_dir=data_dir,
                 download=download,
                 device=device,

@@ -69,10 +69,10 @@ def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
     cells = sweep.cells(tiny, {"objective.lambda_grad": ("0", "0.1")}, 1, tmp_path / "sweep")
     certifying = Settings((0.01, 0.02), stages=("ibp",), engine="native")
     assert sweep.lacking(cells[0], True, False) == ["train", "certify"]
-    sweep.run(cells, certifying, None, limit=2, shard=Shard.parse("2/2"))
+    sweep.run(cells, certifying, None, limits=sweep.Limits(2), shard=Shard.parse("2/2"))
     assert [sweep.lacking(cell, True, False) for cell in cells] == [["train", "certify"], []]
     written = {path: path.read_bytes() for path in cells[1].folder.iterdir()}
-    sweep.run(cells, certifying, None, limit=2)
+    sweep.run(cells, certifying, None, limits=sweep.Limits(2))
     assert {path: path.read_bytes() for path in cells[1].folder.iterdir()} == written
     found = sweep.collected(cells, True, False)
     assert [len(measured.rows) for measured in found] == [4, 4] and found[0].slopes is None
@@ -81,7 +81,7 @@ def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
     assert alone.gamma == found[1].detector.gamma == detector.load(cells[1].model).gamma
     others = sweep.cells(tiny, {"objective.lambda_grad": ("0", "0.1")}, 1, tmp_path / "sweep", ["optimizer.lr=0.01"])
     with pytest.raises(InputError, match=r"of another recipe \(optimizer.lr = 0.002, not 0.01\)"):
-        sweep.run(others, certifying, None, limit=2)
+        sweep.run(others, certifying, None, limits=sweep.Limits(2))
     with pytest.raises(InputError, match="3 shards for 2 cells"):
         sweep.run(cells, certifying, None, shard=Shard.parse("3/3"))
     with pytest.raises(InputError, match="unknown effort"):
