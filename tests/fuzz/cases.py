@@ -134,7 +134,7 @@ def command_lines(given: Material, draw: random.Random, place: Path) -> Case:
             if not getattr(item, "is_flag", False):
                 words.append(value)
                 outs += [value] if item.name == "out" else []
-    if name in ("certify", "smooth", "lipschitz"):
+    if name in ("certify", "smooth", "lipschitz", "sweep"):
         words += ["--dry-run", "--limit", "2"]  # what works would work for long
     if name in ("import", "predict", "verdicts", "vnnlib") and "--limit" not in words:
         words += ["--limit", "2"] if name == "vnnlib" else []
