@@ -13,7 +13,8 @@ from grood_cert.data import experiment_of
 from grood_cert.detector import Detector
 from grood_cert.metrics import mean_over_sets
 from grood_cert.recipe import Recipe
-from grood_cert.results import curves, figures
+from grood_cert.results import curves, figures, report
+from grood_cert.results.card import Result
 from grood_cert.results.summary import RADII, radius_summary
 from grood_cert.results.table import Table
 from grood_cert.runs import certify
@@ -39,6 +40,7 @@ QUANTITIES: dict[str, str] = {
     **{f"fpr95_id_attacked@{eps}": f"attacked fpr95_id at eps {eps}" for eps in SHOWN_EPS},
 }
 TITLE = "digits 0-5 (ID) against digits 8-9 and photograph patches (OOD), l_inf, CROWN"
+REPORT_TITLE = "Two detectors of handwritten digits: what is proved about their robustness"
 NOTE = (
     "fpr95_id: share of OOD accepted when 95 % of ID is. Numbers on OOD are means over the real OOD sets, noise apart.\n"
     "An estimate proves nothing. A certified radius is proved, an attack radius is a counterexample: the true radius\n"
@@ -90,7 +92,7 @@ def run(
     """Train energy-only and GReg detectors that differ in lambda_grad alone, certify both, and draw the curves.
 
     Args:
-        out: Folder; one sub-folder a model, `curves.png`, `curves.csv`, `summary.csv`.
+        out: Folder; one sub-folder a model, `curves.png`, `curves.csv`, `summary.csv`, `report.html` and `report.json`.
         limit: Most samples certified of each set, 0 for all.
         device: "cpu", "cuda", ...
         force: Overwrite an earlier demo.
@@ -131,10 +133,14 @@ def run(
     figures.save(figures.robustness(certifications), out / "curves.png")
     figures.write_numbers(figures.numbers(certifications), out / "curves.csv")
     write_csv(out / "summary.csv", ["model", *QUANTITIES], summary)
+    results = {name: [Result(out / name / "rows.csv", rows)] for name, rows in certifications.items()}
+    report.write(results, out / "report.html", REPORT_TITLE)
     files = {
         out / "curves.png": "the figure: certified and attacked FPR95, radii, robustness against FPR",
         out / "curves.csv": "the points of its curves, with 95 % limits",
         out / "summary.csv": "the table above",
+        out
+        / "report.html": "all of it on one page to hand in: what was tested, proved, shown, estimated, and its limits",
         out / "energy": "model.pt, log.csv, rows.csv, rows.json of the energy-only detector",
         out / "greg": "the same of the GReg detector",
     }
