@@ -123,6 +123,7 @@ def run(
             settings,
             folder,
             limit=limit,
+            save_adversarial=True,
             force=force,
             stage=f"certify {name}",
             reporter=reporter,
@@ -141,7 +142,8 @@ def run(
         out / "summary.csv": "the table above",
         out
         / "report.html": "all of it on one page to hand in: what was tested, proved, shown, estimated, and its limits",
-        out / "energy": "model.pt, log.csv, rows.csv, rows.json of the energy-only detector",
+        out
+        / "energy": "model.pt, log.csv, rows.csv, rows.json of the energy-only detector; counterexamples in adversarial/",
         out / "greg": "the same of the GReg detector",
     }
     return Demonstration(summary, files)

@@ -92,7 +92,14 @@ def sweep(
         )
     waiting = [cell.name for cell in cells if sweeping.lacking(cell, certify, lipschitz)]
     if waiting:
-        typer.echo(
-            f"{len(cells) - len(waiting)} of {len(cells)} detectors are done; the last shard to end draws the figures"
-        )
+        done = f"{len(cells) - len(waiting)} of {len(cells)} detectors are done"
+        typer.echo(f"{done}; whoever ends the last one draws the figures")
         return
+    if not (certify or lipschitz):
+        typer.echo(f"trained {len(cells)} detectors, see {out}")
+        return
+    found = sweeping.collected(cells, certify, lipschitz)
+    for name, records in sweeping.over_seeds(found).items():
+        output.print_across(records, "cell", sweeping.SHOWN, f"{name}: mean over {seeds} seeds (smallest to largest)")
+    for path, what in sweeping.draw(found, out).items():
+        typer.echo(f"wrote {path}: {what}")

@@ -66,10 +66,15 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+_TOGETHER = 6  # detectors in one figure
+_GALLERY = (
+    "Below each sample the nearest image that an attack found to be decided otherwise, and the difference, enlarged. "
+    "Radii are those of the decision at gamma."
+)
 _CAPTIONS = {
     "certification": (
         "Robustness against false positives",
-        "Solid lines are proved, dashed lines were reached by an attack; the truth lies in between.",
+        "Solid lines are proved, dashed lines were reached by an attack; the truth lies in the shaded band between them.",
     ),
     "lipschitz": (
         "Local Lipschitz constant of S",
@@ -83,44 +88,57 @@ _CAPTIONS = {
 
 
 def pictures(detectors: Mapping[str, Sequence[Result]]) -> list[Picture]:
-    """The figures of the results, one for each kind and norm; detectors that cannot share one get their own.
+    """The figures of the results: curves of a few detectors together that may share them, and galleries.
 
-    Raises:
-        InputError: If a figure cannot be drawn.
+    What cannot be drawn, because something it needs was not tested or saved, is left out.
     """
     drawn: list[Picture] = []
     for kind in TOLD:
-        groups: dict[str, dict[str, Result]] = {}
+        norms: dict[str, dict[str, Result]] = {}
         for name, group in detectors.items():
             for result in group:
                 if result.table.kind == kind:
-                    groups.setdefault(result.table.norm, {})[name] = result
-        for norm, results in groups.items():
-            try:
-                drawn.append(_picture(kind, norm, results))
-            except InputError:
-                for name, result in results.items():
-                    try:
-                        drawn.append(_picture(kind, norm, {name: result}))
-                    except InputError:  # of what it needs, something was not tested
-                        continue
+                    norms.setdefault(result.table.norm, {})[name] = result
+        for results in norms.values():
+            names = list(results)
+            for start in range(0, len(names), _TOGETHER):
+                drawn += _curves(kind, {name: results[name] for name in names[start : start + _TOGETHER]})
+        if kind == "certification":
+            drawn += [picture for results in norms.values() for picture in _galleries(results)]
     return drawn
 
 
-def _picture(kind: str, norm: str, results: Mapping[str, Result]) -> Picture:
-    figure = figures.draw({name: result.table for name, result in results.items()})
+def _curves(kind: str, results: Mapping[str, Result]) -> list[Picture]:
+    try:
+        figure = figures.draw({name: result.table for name, result in results.items()})
+    except InputError:
+        if len(results) == 1:
+            return []
+        return [picture for name, result in results.items() for picture in _curves(kind, {name: result})]
     title, caption = _CAPTIONS[kind]
-    files = [str(result.path) for result in results.values()]
+    norm = next(iter(results.values())).table.norm
     labels = [part for name in results for part in ("--label", name)]
-    names = ", ".join(results)
-    return Picture(
-        title=f"{title} ({NORMS[norm]}): {names}",
-        caption=caption,
-        alt=f"{title} of {names}, in {NORMS[norm]}. {caption} The numbers are in the card and the tables of this page.",
-        form="probabilistic" if kind == "smoothing" else "proved",
-        command=shlex.join(["grood-cert", "curve", *files, *labels, "--out", f"{kind}-{norm}.pdf"]),
-        source=data_uri(figure),
-    )
+    files = [str(result.path) for result in results.values()]
+    command = ["grood-cert", "curve", *files, *labels, "--out", f"{kind}-{norm}.pdf"]
+    form = "probabilistic" if kind == "smoothing" else "proved"
+    return [_picture(f"{title} ({NORMS[norm]}): {', '.join(results)}", caption, form, command, figure)]
+
+
+def _galleries(results: Mapping[str, Result]) -> list[Picture]:
+    found = []
+    for name, result in results.items():
+        try:
+            figure = figures.gallery(result.table, result.path.parent / "adversarial")
+        except InputError:  # no counterexamples were kept
+            continue
+        command = ["grood-cert", "gallery", str(result.path), "--out", "gallery.pdf"]
+        found.append(_picture(f"Least and most robust samples: {name}", _GALLERY, "shown", command, figure))
+    return found
+
+
+def _picture(title: str, caption: str, form: str, command: Sequence[str], figure: Figure) -> Picture:
+    alt = f"{title}. {caption} The numbers are in the tables of this page and in its card."
+    return Picture(title, caption, alt, form, shlex.join(command), data_uri(figure))
 
 
 def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:

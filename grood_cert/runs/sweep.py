@@ -1,7 +1,9 @@
 r"""A sweep: one recipe over a grid of settings and several seeds, each trained, certified and analysed alike.
 
     OUT/lambda_grad=0.1-seed=2/    model.pt, log.csv, rows.csv, lipschitz.csv of one cell
-    OUT/sweep.json                 what the sweep is
+    OUT/sweep.csv                  one row a cell and image set: `grood_cert.results.sweeps.OBJECTIVE`
+    OUT/objective.png              slope, margin, radius, accuracy and FPR95 against lambda_grad, where the grid varies it
+    OUT/worst-case.png             FPR95 against eps, means and ranges over the seeds
 
 Every process does the cells of its shard and leaves alone what is there already: a sweep goes on after any interruption,
 and can be divided among machines that share a folder.
@@ -14,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grood_cert import detector, recipe
 from grood_cert.certification.settings import Settings
@@ -22,12 +25,28 @@ from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.analyser import AnalysisSettings
 from grood_cert.recipe import Recipe
+from grood_cert.results import figures
+from grood_cert.results.sweeps import objective_records
 from grood_cert.results.table import Table
 from grood_cert.runs import analyse, certify
 from grood_cert.runs.progress import status
 from grood_cert.runs.shards import WHOLE, Shard
+from grood_cert.system.files import write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import run as training
+
+_OBJECTIVE = "objective.lambda_grad"
+SHOWN = {  # what `over_seeds` tells of, in words
+    "accuracy": "ID accuracy",
+    "gradient_norm_estimate": "gradient norm at x (estimate), median",
+    "constant_bound": "Lipschitz constant (proved), median",
+    "margin": "margin |S - gamma|, median",
+    "radius_certified": "certified radius, median",
+    "radius_attack": "attack radius, median",
+    "fpr95_id_clean": "fpr95_id, clean",
+    "fpr95_id_attacked": "fpr95_id, attacked",
+    "fpr95_id_certified": "fpr95_id, certified",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,11 @@ class Cell:
     def name(self) -> str:
         """What it is called."""
         return self.folder.name
+
+    def label(self, but: str | None = None) -> str:
+        """What it shares with the cells of other seeds: its settings of the grid, without one of them."""
+        chosen = {key: value for key, value in self.values.items() if key != but}
+        return _plain(",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items()))
 
     @property
     def model(self) -> Path:
@@ -336,3 +360,70 @@ def collected(chosen: Sequence[Cell], certified: bool, analysed: bool) -> list[M
         )
         for cell in chosen
     ]
+
+
+def records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One record a cell and image set: `cell`, the settings of the grid, and the keys of `OBJECTIVE`."""
+    found = []
+    for one in measured:
+        pages = objective_records(one.rows, one.slopes, one.detector.origin.metrics)
+        found += [{"cell": one.cell.name, **one.cell.values, **page} for page in pages]
+    return found
+
+
+def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
+    """Write `sweep.csv` and the figures of a complete sweep that was certified or analysed.
+
+    Returns:
+        The files, with what they are.
+
+    Raises:
+        InputError: If the cells cannot share a figure (their test sets differ), or a file cannot be written.
+    """
+    found = records(measured)
+    files = {out / "sweep.csv": "one row a detector and image set"}
+    write_csv(out / "sweep.csv", list(found[0]), found)
+    varied = next((key for key in measured[0].cell.values if key == _OBJECTIVE), None)
+    groups: dict[str, list[Measured]] = {}
+    for one in measured:
+        groups.setdefault(one.cell.label(but=varied), []).append(one)
+    for label, group in groups.items() if varied else ():
+        path = out / f"{'-'.join(filter(None, ['objective', label]))}.png"
+        names = {one.cell.name for one in group}
+        figures.save(figures.objective([record for record in found if record["cell"] in names]), path)
+        files[path] = "slope, margin, radius, accuracy and FPR95 against lambda_grad"
+    tables: dict[str, list[Table]] = {}
+    for one in measured:
+        if one.rows is not None:
+            tables.setdefault(one.cell.label() or "recipe", []).append(one.rows)
+    if tables:
+        path = out / "worst-case.png"
+        figures.save(figures.worst_case(tables), path)
+        files[path] = "FPR95 as OOD is moved, certified and attacked, over the seeds"
+    return files
+
+
+def over_seeds(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
+    """For each image set, what to print: one record a combination of the grid, `cell` and the keys of `SHOWN`.
+
+    Values are means over the seeds; where there are several, the smallest and the largest stand in brackets.
+    """
+    labels = {one.cell.name: one.cell.label() or "recipe" for one in measured}
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in records(measured):
+        groups.setdefault(record["set"], {}).setdefault(labels[record["cell"]], []).append(record)
+    return {
+        name: [
+            {"cell": label, **{key: _spread([record[key] for record in seeds]) for key in SHOWN}}
+            for label, seeds in cells.items()
+        ]
+        for name, cells in groups.items()
+    }
+
+
+def _spread(values: Sequence[float | None]) -> str | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    mean = f"{sum(known) / len(known):.3g}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.2g}-{max(known):.2g})"

@@ -21,7 +21,7 @@ from grood_cert.results.figures.facts import common_norm, facts
 from grood_cert.results.figures.slopes import lipschitz
 from grood_cert.results.figures.smoothed import smoothing
 from grood_cert.results.figures.style import NORM_LABELS, STYLE, Width, check_format, check_width, save
-from grood_cert.results.figures.sweeps import objective
+from grood_cert.results.figures.sweeps import objective, worst_case
 from grood_cert.results.figures.twins import gallery
 from grood_cert.results.table import Table
 from grood_cert.system.files import write_csv
@@ -42,6 +42,7 @@ __all__ = [
     "robustness",
     "save",
     "smoothing",
+    "worst_case",
     "write_numbers",
 ]
 _DRAWN = ("certification", "lipschitz", "smoothing")

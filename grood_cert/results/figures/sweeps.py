@@ -1,4 +1,4 @@
-"""lambda_grad on one page: slope, margin and radius of ID and of each OOD set, with accuracy and FPR95."""
+"""A sweep: lambda_grad on one page (slope, margin, radius, accuracy, FPR95), and worst-case curves over the seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError
+from grood_cert.results.curves import fpr_curve, ood_sets
 from grood_cert.results.figures import style
+from grood_cert.results.figures.facts import common_norm, is_mixed
+from grood_cert.results.table import Table
 
 _PROVED, _SHOWN, _ESTIMATED = ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#555555", ":", "^")
 _ROWS: tuple[tuple[str, Mapping[str, tuple[str, str, str]]], ...] = (
@@ -140,4 +143,57 @@ def objective(records: Sequence[Mapping[str, Any]], width: style.Width = "double
             entry.set_color(colour)
         style.legend(figure, (), entries, width, 1 if width == "single" else 3)
         style.fit(figure, len(rows), 4.2 if width == "double" else 3.4)
+    return figure
+
+
+def worst_case(groups: Mapping[str, Sequence[Table]], width: style.Width = "double") -> Figure:
+    """FPR95 of each OOD set as it is moved, certified and attacked: means over seeds, and bands over them.
+
+    Args:
+        groups: Certifications of the seeds by what they share, the name to print.
+        width: Of the figure: 8 or 17 cm.
+
+    Raises:
+        InputError: If there are none, or they have different norms, grids or samples.
+    """
+    every = {f"{name} {number}": table for name, group in groups.items() for number, table in enumerate(group)}
+    norm = common_norm(every)
+    is_mixed(every, mixed=False)
+    first = next(iter(every.values()))
+    looks = dict(zip(groups, style.looks(len(groups)), strict=True))
+    told = [
+        {"kind": kind, "set": name, "samples": int(mask.sum()), "norm": norm, "eps": None, "eps_constant": None}
+        | {"effort": first.manifest.get("effort"), "engine": first.manifest.get("bounded_by")}
+        | {"seed": number, "complete": all(table.complete for table in every.values())}
+        for number in range(max(map(len, groups.values())))
+        for kind in ("id", "ood")
+        for name, mask in first.sets(kind).items()
+    ]
+
+    def draw(axes: Axes, name: str) -> None:
+        for group, tables in groups.items():
+            curves = [fpr_curve(table, "ood", {name: table.sets("ood")[name]}) for table in tables]
+            for shown, line, early in (("certified", "-", True), ("attacked", "--", False)):
+                rates = np.array([getattr(curve, shown) for curve in curves])
+                eps, mean, least, most = style.stairs(
+                    curves[0].eps, rates.mean(0), rates.min(0), rates.max(0), early=early
+                )
+                axes.fill_between(eps, least, most, color=looks[group].colour, alpha=0.18, linewidth=0)
+                axes.plot(eps, mean, color=looks[group].colour, linestyle=line)
+                if early:
+                    marks: Any = {"marker": looks[group].marker, "markersize": 3.2, "linestyle": ""}
+                    axes.plot(curves[0].eps, rates.mean(0), color=looks[group].colour, **marks)
+        style.radii(axes, norm, max(first.eps))
+        style.percent(axes, "FPR at 95 % TPR")
+        style.titled(axes, f"{name}: FPR95, OOD moved", "gamma accepts 95 % of the clean ID samples", 30)
+
+    with style.styled(width):
+        figure = style.canvas(width)
+        size = style.small_type()
+        figure.suptitle(style.wrapped(_said(told), int(style.WIDTHS[width] / 2.54 * 72 / (0.57 * size))))
+        rows = style.in_rows([list(ood_sets(first))], 1 if width == "single" else 3)
+        spare = style.grid(figure, rows, draw)
+        entries = [style.line("certified (proved)"), style.line("attacked (shown)", "--")]
+        style.legend(spare or figure, groups, entries, width)
+        style.fit(figure, len(rows), 5.2)
     return figure
