@@ -76,7 +76,7 @@ def test_the_page_is_whole_and_loads_nothing(detectors):
 
 def test_whatever_comes_from_data_is_escaped():
     table = random_certification(0, kinds=(("id", HOSTILE + "in"), ("ood", HOSTILE + "out")))
-    data = [{"set": HOSTILE + "in", "images": 99, "sha256": HOSTILE, "note": HOSTILE}]
+    data = [{"set": HOSTILE + "in", "kind": "id", "images": 99, "sha256": HOSTILE, "note": HOSTILE}]
     table = named(table, HOSTILE, HOSTILE, **MANIFEST, data=data, command=HOSTILE, failures={HOSTILE: 1})
     table = dataclasses.replace(table, manifest={**table.manifest, "versions": {HOSTILE: HOSTILE}})
     page = page_of({HOSTILE: [Result(table.manifest["model"]["name"], table)]}, HOSTILE)
