@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html.parser
 import re
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_whatever_comes_from_data_is_escaped():
     data = [{"set": HOSTILE + "in", "kind": "id", "images": 99, "sha256": HOSTILE, "note": HOSTILE}]
     table = named(table, HOSTILE, HOSTILE, **MANIFEST, data=data, command=HOSTILE, failures={HOSTILE: 1})
     table = dataclasses.replace(table, manifest={**table.manifest, "versions": {HOSTILE: HOSTILE}})
-    page = page_of({HOSTILE: [Result(table.manifest["model"]["name"], table)]}, HOSTILE)
+    page = page_of({HOSTILE: [Result(Path(HOSTILE), table)]}, HOSTILE)
     assert "script" not in page.tags and not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(HOSTILE) > 10 and "49" not in page.text
 
