@@ -100,6 +100,6 @@ def sweep(
         return
     found = sweeping.collected(cells, certify, lipschitz)
     for name, records in sweeping.over_seeds(found).items():
-        output.print_across(records, "cell", sweeping.SHOWN, f"{name}: mean over {seeds} seeds (smallest to largest)")
+        output.print_across(records, "cell", sweeping.SHOWN, f"{name}: mean over {seeds} seeds ± half the range")
     for path, what in sweeping.draw(found, out).items():
         typer.echo(f"wrote {path}: {what}")

@@ -406,7 +406,7 @@ def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
 def over_seeds(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
     """For each image set, what to print: one record a combination of the grid, `cell` and the keys of `SHOWN`.
 
-    Values are means over the seeds; where there are several, the smallest and the largest stand in brackets.
+    Values are means over the seeds; where there are several, plus or minus half the range.
     """
     labels = {one.cell.name: one.cell.label() or "recipe" for one in measured}
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -426,4 +426,4 @@ def _spread(values: Sequence[float | None]) -> str | None:
     if not known:
         return None
     mean = f"{sum(known) / len(known):.3g}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.2g}-{max(known):.2g})"
+    return mean if len(known) == 1 else f"{mean} ±{(max(known) - min(known)) / 2:.2g}"
