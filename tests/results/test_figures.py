@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 
 import matplotlib as mpl
@@ -235,3 +236,19 @@ def test_numbers_behind_the_other_figures():
     numbers = figures.numbers({"one": result}, panel="fpr95", mean=True)
     assert [record["eps"] for record in numbers] == [0.0, 0.1, 0.2] and numbers[0]["alpha"] == 0.01
     assert [record["certified"] for record in numbers] == curves.smoothed_fpr_curve(result).certified.tolist()
+
+
+def test_worst_case_curves_are_means_over_seeds():
+    groups = {"a": [random_certification(0), random_certification(0)], "b": [random_certification(0)]}
+    scores = groups["a"][0].grid["s_lb"] * 0 - 9  # nothing is proved of the second seed
+    groups["a"][1] = dataclasses.replace(groups["a"][0], grid={**groups["a"][0].grid, "s_lb": scores})
+    figure = figures.worst_case(groups)
+    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["a", "b", "a", "b"]  # names of the OOD sets
+    first = figure.axes[0]
+    (proved,) = [record for record in [curves.fpr_curve(groups["b"][0], "ood", {"a": groups["b"][0].sets("ood")["a"]})]]
+    marked = [line.get_ydata() for line in first.lines if line.get_linestyle() == "None"]
+    np.testing.assert_allclose(marked[0], np.r_[proved.certified[0], (proved.certified[1:] + 1) / 2])
+    np.testing.assert_array_equal(marked[1], proved.certified)
+    assert "mean of 2 seeds" in figure.get_suptitle() and "40 in (ID)" in figure.get_suptitle()
+    with pytest.raises(InputError, match="different samples"):
+        figures.worst_case({"a": [random_certification(0)], "b": [random_certification(1, samples=20)]})

@@ -161,6 +161,12 @@ def worst_case(groups: Mapping[str, Sequence[Table]], width: style.Width = "doub
     is_mixed(every, mixed=False)
     first = next(iter(every.values()))
     looks = dict(zip(groups, style.looks(len(groups)), strict=True))
+    sets = list(ood_sets(first))
+    columns = 1 if width == "single" else min(len(sets), 3)
+    parts = [[(name, shown) for name in sets] for shown in ("certified", "attacked")]
+    rows = [part[start : start + columns] for part in parts for start in range(0, len(part), columns)]
+    characters = int(style.WIDTHS[width] / columns / 0.185)
+    entries = [style.line("certified (proved)"), style.line("attacked (shown)", "--")]
     told = [
         {"kind": kind, "set": name, "samples": int(mask.sum()), "norm": norm, "eps": None, "eps_constant": None}
         | {"effort": first.manifest.get("effort"), "engine": first.manifest.get("bounded_by")}
@@ -170,30 +176,28 @@ def worst_case(groups: Mapping[str, Sequence[Table]], width: style.Width = "doub
         for name, mask in first.sets(kind).items()
     ]
 
-    def draw(axes: Axes, name: str) -> None:
+    def draw(axes: Axes, panel: tuple[str, str]) -> None:
+        name, shown = panel
+        proved = shown == "certified"
         for group, tables in groups.items():
             curves = [fpr_curve(table, "ood", {name: table.sets("ood")[name]}) for table in tables]
-            for shown, line, early in (("certified", "-", True), ("attacked", "--", False)):
-                rates = np.array([getattr(curve, shown) for curve in curves])
-                eps, mean, least, most = style.stairs(
-                    curves[0].eps, rates.mean(0), rates.min(0), rates.max(0), early=early
-                )
-                axes.fill_between(eps, least, most, color=looks[group].colour, alpha=0.18, linewidth=0)
-                axes.plot(eps, mean, color=looks[group].colour, linestyle=line)
-                if early:
-                    marks: Any = {"marker": looks[group].marker, "markersize": 3.2, "linestyle": ""}
-                    axes.plot(curves[0].eps, rates.mean(0), color=looks[group].colour, **marks)
+            rates = np.array([getattr(curve, shown) for curve in curves])
+            eps, mean, least, most = style.stairs(
+                curves[0].eps, rates.mean(0), rates.min(0), rates.max(0), early=proved
+            )
+            marks: Any = {"marker": looks[group].marker, "markersize": 3.2, "linestyle": ""}
+            axes.fill_between(eps, least, most, color=looks[group].colour, alpha=0.16, linewidth=0)
+            axes.plot(eps, mean, color=looks[group].colour, linestyle="-" if proved else "--")
+            axes.plot(curves[0].eps, rates.mean(0), color=looks[group].colour, **marks)
         style.radii(axes, norm, max(first.eps))
         style.percent(axes, "FPR at 95 % TPR")
-        style.titled(axes, f"{name}: FPR95, OOD moved", "gamma accepts 95 % of the clean ID samples", 30)
+        style.titled(axes, f"{name}: {shown} FPR95", "gamma accepts 95 % of the clean ID samples", characters)
 
     with style.styled(width):
         figure = style.canvas(width)
         size = style.small_type()
         figure.suptitle(style.wrapped(_said(told), int(style.WIDTHS[width] / 2.54 * 72 / (0.57 * size))))
-        rows = style.in_rows([list(ood_sets(first))], 1 if width == "single" else 3)
-        spare = style.grid(figure, rows, draw)
-        entries = [style.line("certified (proved)"), style.line("attacked (shown)", "--")]
-        style.legend(spare or figure, groups, entries, width)
+        style.grid(figure, rows, draw)
+        style.legend(figure, groups, entries, width)
         style.fit(figure, len(rows), 5.2)
     return figure
