@@ -146,14 +146,8 @@ def _merge(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    import sys
-
-    from grood_cert.cli import run_script
-    from train import sweep
-
-    values = "--lambda-grad 0 --lambda-grad 0.1 --limit 6 --eps 0.02"
-    sys.argv = ["sweep.py", str(folder.parent / "recipe.toml"), "--out", str(folder), *values.split()]
-    run_script(sweep.main)
+    given = "--grid objective.lambda_grad=0,0.1 --eps 0.02 --limit 2 --lipschitz-limit 4 --effort fast --device cpu"
+    command(["sweep", folder.parent / "recipe.toml", "--out", folder, *given.split()])()
 
 
 def _empty(folder: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from grood_cert import detector
 from grood_cert.certification.settings import Settings
 from grood_cert.errors import InputError, RunError
+from grood_cert.lipschitz.analyser import AnalysisSettings
 from grood_cert.recipe import load
 from grood_cert.runs import sweep
 from grood_cert.runs.shards import Shard
@@ -86,6 +89,31 @@ def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
         sweep.run(cells, certifying, None, shard=Shard.parse("3/3"))
     with pytest.raises(InputError, match="unknown effort"):
         sweep.run(cells, Settings((0.01,), effort="much"), None)
+
+
+def test_a_sweep_is_drawn(tiny, tmp_path):
+    cells = sweep.cells(
+        tiny, {"objective.lambda_grad": ("0", "0.3"), "optimizer.lr": ("0.002",)}, 2, tmp_path / "sweep"
+    )
+    slopes = AnalysisSettings((0.01,), samples=4, ascents=1, clever_batches=0)
+    sweep.run(cells, Settings((0.01,), stages=("ibp",), engine="native"), slopes, limits=sweep.Limits(3, 1))
+    found = sweep.collected(cells, True, True)
+    files = sweep.draw(found, tmp_path / "sweep")
+    names = ["sweep.csv", "objective-lr=0.002.png", "worst-case.png"]
+    assert [path.name for path in files] == names and all(path.stat().st_size for path in files)
+    with (tmp_path / "sweep" / "sweep.csv").open() as stream:
+        records = list(csv.DictReader(stream))
+    assert [(r["objective.lambda_grad"], r["seed"], r["kind"]) for r in records] == [
+        (value, seed, kind) for value in ("0", "0.3") for seed in ("5", "6") for kind in ("id", "ood")
+    ]
+    printed = sweep.over_seeds(found)
+    assert list(printed) == ["digits:0-5", "digits:8,9"]
+    two = [one.detector.origin.metrics["accuracy"] for one in found[:2]]
+    mean, half = sum(two) / 2, abs(two[0] - two[1]) / 2
+    assert printed["digits:0-5"][0]["cell"] == "lambda_grad=0,lr=0.002"
+    assert printed["digits:0-5"][0]["accuracy"] == f"{mean:.3g} ±{half:.2g}"
+    for one in found:  # what was found by search never exceeds what was proved
+        assert (one.slopes["ascended_estimate"] <= one.slopes["bound"]).all()
 
 
 def test_a_cell_that_fails_does_not_keep_the_others(tiny, tmp_path, monkeypatch):
