@@ -252,6 +252,22 @@ def test_the_extremes_of_one_hidden_layer_in_one_dimension_are_enclosed_and_met(
             assert proof is not None and proof.claim["eps"] > 0.5 * eps
 
 
+@pytest.mark.parametrize("leak", [0.0, 0.3])
+@pytest.mark.parametrize("shift", [0.3, 0.5, 0.6])
+def test_one_neuron_is_met_at_both_ends(leak, shift):
+    """Chords meet the function at the ends of an interval, lines below at 0 or at an end."""
+    layer = {"stride": [1, 1], "pad": [0, 0], "size": [1, 1], "out": [1, 1]}
+    layers = [{"reads": []}, layer | {"reads": [0]}, {"reads": [1], "leak": leak}]
+    read = {"text": layers, "weight1": np.ones((1, 1, 1, 1, 1)), "bias1": np.array([-shift])}
+    relaxed = checker.Relaxation(read, np.array([0.5]), "linf", 0.25)
+    low, high = 0.25 - shift, 0.75 - shift
+    largest, smallest = high, leak * low
+    assert largest <= relaxed.upper(2, np.ones((1, 1)))[0] <= largest + 1e-9
+    lowest = -relaxed.upper(2, -np.ones((1, 1)), np.zeros((1, 1)))[0]
+    assert smallest - 1e-9 <= lowest <= smallest
+    assert low - 1e-9 <= -relaxed.upper(2, -np.ones((1, 1)), np.ones((1, 1)))[0] <= smallest
+
+
 # Rounding
 
 
@@ -353,8 +369,9 @@ def test_false_claims_are_not_proved(proof_files, decision, capsys, monkeypatch)
         save(folder / "false.npz", claim | changes, arrays)
         code, said = check(folder / "false.npz", capsys, monkeypatch)
         assert code in (1, 2) and "NOT proved" in said if "decision" not in changes else code in (1, 2), said
-    save(folder / "false.npz", claim, arrays | {"x": found[other][0].numpy()})  # an image of the other decision
-    assert check(folder / "false.npz", capsys, monkeypatch)[0] == 1
+    for changes in ({"x": found[other][0].numpy()}, {"row": np.full(3, np.nan)}):  # of the other decision; no number
+        save(folder / "false.npz", claim, arrays | changes)
+        assert check(folder / "false.npz", capsys, monkeypatch)[0] == 1
 
 
 @pytest.mark.parametrize("decision", ["id", "ood"])
