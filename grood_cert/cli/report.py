@@ -15,7 +15,7 @@ def report(
         list[Path], typer.Argument(help="Results (rows.csv, smoothing.csv, lipschitz.csv), or folders that hold them.")
     ],
     out: Annotated[Path, typer.Option(help="Page, .html; its card goes beside it as .json.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "How robust these OOD detectors are, and what proves it",
+    title: Annotated[str, typer.Option(help="Of the page.")] = "OOD detectors under perturbation: what is proved",
     label: Annotated[list[str] | None, typer.Option(help="Name of each detector, in order. [default: its own]")] = None,
     partial: options.Partial = False,
     force: options.Force = False,
