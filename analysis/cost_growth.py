@@ -176,7 +176,7 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
 
         style.grid(drawing, [names], draw)
         handles, labels = drawing.axes[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, handlelength=3.5)
         drawing.suptitle("random weights and images; medians; one thread; samples: size of the batch")
         style.fit(drawing, 1, 4.6)
     return drawing
