@@ -24,7 +24,7 @@ def test_any_admissible_multiplier_bounds_the_domain(build):
     network = make(build, seed=3)
     graph, ball = capture(network, SHAPE), balls("linf")
     inputs = list(preactivations(graph, ball).inputs)
-    points = points_in(ball, 1000)
+    points = points_in(ball, 1000).unflatten(0, (-1, 4))
     generator = torch.Generator().manual_seed(0)
     values = [graph.values(part) for part in points]
     signs, inside = [], torch.ones(len(points), 4, dtype=torch.bool)
@@ -63,7 +63,7 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     sign = 1 if side == "upper" else -1
     hidden = preactivations(graph, ball)
     domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
-    points = points_in(ball, 3000)
+    points = points_in(ball, 3000).unflatten(0, (-1, 3))
     score = sign * torch.stack([energy(network(part)) for part in points])
     level = float(score.flatten().quantile(0.9))
     proof = ScoreProof(domains, reduction(ENERGY, side))
