@@ -306,6 +306,8 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         InputError: If the file is missing, is not TOML, or holds unknown keys or ill-typed values.
     """
     values = _table(path)
+    if not values:
+        raise InputError(f"{path}: an empty recipe; grood-cert recipe copy NAME makes one to start from")
     base = values.pop("base", None)
     if base is not None:
         if not isinstance(base, str):

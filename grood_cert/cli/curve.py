@@ -46,9 +46,11 @@ def curve(
     from grood_cert.results.curves import Perturbed
     from grood_cert.results.figures import Width
     from grood_cert.results.table import Table, check_target, labelled, manifest_path
+    from grood_cert.system.files import check_apart
 
     figures.check_format(out)
     numbers = out.with_name(f"{out.stem}-curve.csv")
+    check_apart([out], (file for path in rows for file in (path, manifest_path(path))))
     check_target(numbers, rows, force=not manifest_path(numbers).exists())  # beside a manifest lies a result
     found = [Table.read(path, partial=partial) for path in rows]
     for path, table in zip(rows, found, strict=True):

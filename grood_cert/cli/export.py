@@ -27,12 +27,9 @@ def export(
     from typing import cast
 
     from grood_cert import detector
-    from grood_cert.errors import InputError
     from grood_cert.runs import exports
 
     loaded = detector.load(model)
-    if out.exists() and out.samefile(model):
-        raise InputError(f"{out} is the model itself; choose another --out")
-    written = exports.export(loaded, out, cast(exports.Format, form), force=force)
+    written = exports.export(loaded, out, cast(exports.Format, form), model=model, force=force)
     typer.echo(f"wrote {written.path}: {written.said}")
     typer.echo(f"wrote {written.beside}: normalisation, score, gamma and class names")

@@ -21,9 +21,11 @@ def gallery(
     from typing import cast
 
     from grood_cert.results import figures
-    from grood_cert.results.table import Table
+    from grood_cert.results.table import Table, manifest_path
+    from grood_cert.system.files import check_apart
 
     figures.check_format(out)
+    check_apart([out], [rows, manifest_path(rows)])
     table = Table.read(rows, "certification", partial)
     options.warn_unfinished(table, rows)
     drawn = figures.gallery(table, rows.parent / "adversarial", samples, cast(figures.Width, width))

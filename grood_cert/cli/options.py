@@ -94,6 +94,7 @@ def output_format(form: str, out: Path | None, endings: Mapping[str, str], input
         InputError: If it is unknown, or the file cannot be of it, is there already or is read.
     """
     from grood_cert.errors import InputError
+    from grood_cert.system.files import check_apart
 
     if form and form not in endings:
         raise InputError(f"unknown format {form!r}; use one of {', '.join(endings)}")
@@ -105,8 +106,7 @@ def output_format(form: str, out: Path | None, endings: Mapping[str, str], input
     if not ending or form not in ("", ending):
         wanted = endings[form] if form else " or ".join(endings.values())
         raise InputError(f"{out}: expected the name of a file that ends in {wanted}")
-    if any(out.resolve() == path.resolve() for path in inputs):
-        raise InputError(f"{out} is read; choose another --out")
+    check_apart([out], inputs)
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another --out, or add --force to overwrite it")
     return ending

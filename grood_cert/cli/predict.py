@@ -56,7 +56,7 @@ def predict(
     from grood_cert.errors import InputError
     from grood_cert.system.files import check_writable
 
-    form = _format(form, out, images, force)
+    form = _format(form, out, model, images, force)
     for name, value in {"norm": norm, "effort": effort, "engine": engine, "seed": seed}.items():
         if value is not None and not eps:
             raise InputError(f"--{name} is for certifying; give --eps too")
@@ -102,13 +102,14 @@ def _words(column: str) -> str:
     return words.get(column, column.replace("outcome@", "within "))
 
 
-def _format(form: str, out: Path | None, images: Sequence[str], force: bool) -> str:
+def _format(form: str, out: Path | None, model: Path, images: Sequence[str], force: bool) -> str:
     """The format to write in.
 
     Raises:
         InputError: If it is unknown, or the file cannot be of it, is there already or is read.
     """
     from grood_cert.errors import InputError
+    from grood_cert.system.files import check_apart
 
     if form not in ("", "table", *_FORMATS):
         raise InputError(f"unknown format {form!r}; use one of table, {', '.join(_FORMATS)}")
@@ -122,8 +123,7 @@ def _format(form: str, out: Path | None, images: Sequence[str], force: bool) -> 
     if not ending or form not in ("", ending):
         wanted = _FORMATS[form] if form else " or ".join(_FORMATS.values())
         raise InputError(f"{out}: predictions are written to a file that ends in {wanted}")
-    if any(out.resolve() == Path(part).resolve() for text in images for part in _files(text)):
-        raise InputError(f"{out} is read; choose another --out")
+    check_apart([out], [model, *(Path(part) for text in images for part in _files(text))])
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another --out, or add --force to overwrite it")
     return ending

@@ -54,13 +54,14 @@ def copy(
     """Copy a recipe file, comments and all, as a start for your own; a base it names is found wherever it lies."""
     from grood_cert.errors import InputError
     from grood_cert.recipe import find, load
-    from grood_cert.system.files import replacing
+    from grood_cert.system.files import check_apart, replacing
 
     source = find(name)
     load(source)  # refuses what is no recipe
     target = destination or Path(source.name)
     if target.is_dir():
         target /= source.name
+    check_apart([target], [source])
     if target.exists() and not force:
         raise InputError(f"{target} exists already; choose another file, or add --force to overwrite it")
     with replacing(target) as temporary:

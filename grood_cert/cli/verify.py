@@ -42,7 +42,10 @@ def verify(
     from grood_cert.results.table import Table
     from grood_cert.runs.saving import save_evidence
     from grood_cert.runs.verification import run as verification
+    from grood_cert.system.files import check_writable
 
+    if out:
+        check_writable(out)
     table = Table.read(rows, partial=partial)
     options.warn_unfinished(table, rows)
     loaded = detector.load(model, options.device_name(device))

@@ -28,7 +28,7 @@ from grood_cert.errors import InputError, RunError, said
 from grood_cert.results.checksum import KEY, Checksum, check_sum
 from grood_cert.results.columns import SCHEMAS, Column, Schema, grid_column, header
 from grood_cert.results.invariants import check_columns, check_invariants, line
-from grood_cert.system.files import as_json, csv_text, replacing, write_json
+from grood_cert.system.files import as_json, check_apart, csv_text, replacing, write_json
 
 if TYPE_CHECKING:
     import pandas
@@ -259,10 +259,7 @@ def check_target(target: Path, inputs: Sequence[Path], force: bool) -> None:
     """
     if target.suffix != ".csv":
         raise InputError(f"{target}: results are written as .csv; choose this ending")
-    written = {target.resolve(), manifest_path(target).resolve()}
-    for path in inputs:
-        if written & {path.resolve(), manifest_path(path).resolve()}:
-            raise InputError(f"{target} would overwrite {path}, which is read; choose another --out")
+    check_apart((target, manifest_path(target)), (file for path in inputs for file in (path, manifest_path(path))))
     for path in (target, manifest_path(target)):
         if path.exists() and not force:
             raise InputError(f"{path} exists already; choose another --out, or add --force to overwrite it")

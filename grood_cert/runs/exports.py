@@ -22,7 +22,7 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.networks.architectures import Normalize
 from grood_cert.networks.weights import published_state
 from grood_cert.runs.onnx_file import write_onnx
-from grood_cert.system.files import replacing, sha256, write_json
+from grood_cert.system.files import check_apart, replacing, sha256, write_json
 from grood_cert.system.torch_files import opened
 
 Format = Literal["onnx", "safetensors", "state-dict", "openood", "pytorch-ood"]
@@ -75,7 +75,7 @@ class Exported:
     said: str
 
 
-def export(detector: Detector, path: Path, form: Format, *, force: bool = False) -> Exported:
+def export(detector: Detector, path: Path, form: Format, *, model: Path | None = None, force: bool = False) -> Exported:
     """Write a detector's network for other programs, and FILE.json beside it.
 
     Args:
@@ -83,6 +83,7 @@ def export(detector: Detector, path: Path, form: Format, *, force: bool = False)
         path: Where to write.
         form: "onnx"; "safetensors" or "state-dict" (`torch.save`): weights under their published names; "openood" or
             "pytorch-ood": the same, for a network of that package, which loads them strictly.
+        model: The checkpoint it came from, which is not overwritten.
         force: Overwrite files that are there.
 
     Raises:
@@ -94,6 +95,7 @@ def export(detector: Detector, path: Path, form: Format, *, force: bool = False)
     if not path.name or path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file")
     beside = path.with_name(f"{path.name}.json")
+    check_apart((path, beside), [model] if model else [])
     for place in (path, beside):
         if place.exists() and not force:
             raise InputError(f"{place} exists already; choose another --out, or add --force to overwrite it")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grood_cert import metrics
-from grood_cert.data import load_evaluation
+from grood_cert.data import load_evaluation, parse_spec
 from grood_cert.detector import Architecture, Detector, Import, check_device, logits, versions
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures, origins
@@ -18,7 +18,7 @@ from grood_cert.networks.capture import capture
 from grood_cert.networks.rebuild import Rebuilt
 from grood_cert.scores import ENERGY, Score
 from grood_cert.sections import DataSection
-from grood_cert.system.files import check_writable
+from grood_cert.system.files import check_apart, check_writable
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training.evaluation import evaluate
 
@@ -72,6 +72,7 @@ def run(
         RunError: If a package that is needed is missing, or the graph does not compute what the network does.
     """
     inputs = [path for path in (weights, origin if isinstance(origin, Path) else None) if path]
+    inputs += [Path(parse_spec(spec)[0]) for spec in (data.id, data.test, data.calibration, *data.ood) if spec]
     _check_output(out, force, inputs)
     check_device(device)
     if bool(mean) != bool(std):
@@ -152,8 +153,7 @@ def _normalised(
 def _check_output(out: Path, force: bool, inputs: Sequence[Path]) -> None:
     if not out.name or out.is_dir():
         raise InputError(f"{out} is a folder; expected the name of a file such as {out / 'model.pt'}")
-    if any(path.exists() and out.exists() and out.samefile(path) for path in inputs):
-        raise InputError(f"{out} is what is imported; choose another --out")
+    check_apart([out], inputs)
     if out.exists() and not force:
         raise InputError(f"{out} exists already; choose another --out, or add --force to overwrite it")
     check_writable(out.parent)

@@ -9,12 +9,12 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, said
 from grood_cert.system.files import as_json, is_locked
 from grood_cert.system.reporting import clock
 
@@ -195,10 +195,22 @@ def status(folder: Path) -> list[Status]:
     return found
 
 
+def _damaged(folder: Path) -> Iterator[str]:
+    """A line on every manifest beside rows that cannot be read."""
+    for page in sorted(folder.glob("*.json")):
+        if page.with_suffix(".csv").is_file():
+            try:
+                manifest = json.loads(page.read_text(encoding="utf-8"))
+                if isinstance(manifest, dict):
+                    Progress.of(manifest)
+            except (OSError, ValueError) as error:
+                yield f"{page.name}: damaged ({said(error)[:120]}), so its run cannot go on; begin again with --force"
+
+
 def _lines(folder: Path) -> list[str]:
     """What there is to say of one folder."""
     runs = status(folder)
-    lines = [str(run) for run in runs]
+    lines = [*map(str, runs), *_damaged(folder)]
     divided: dict[tuple[str, int], dict[int, Status]] = {}
     for run in runs:
         if run.progress.shard:

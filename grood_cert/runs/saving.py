@@ -28,7 +28,7 @@ from grood_cert.runs.batches import Batch, extent
 from grood_cert.runs.merge import merge
 from grood_cert.runs.progress import FORCE, Progress, command_line, difference
 from grood_cert.runs.shards import WHOLE, Shard
-from grood_cert.system.files import appending, check_writable, csv_text, locked, replacing, write_json
+from grood_cert.system.files import appending, check_apart, check_writable, csv_text, locked, replacing, write_json
 from grood_cert.system.memory import peak_memory
 from grood_cert.system.processes import joined, wait
 from grood_cert.system.reporting import SILENT, Reporter
@@ -83,6 +83,8 @@ def execute(
         raise InputError(f"{shard.count} shards for {len(batches)} batches; use fewer, or a smaller --batch-size")
     if not shard.leads:
         reporter = SILENT
+    if source := description["model"].get("path"):
+        check_apart((shard.file(target), manifest_path(shard.file(target)), target), [Path(source)])
     if shard.joint and not force:
         found = _saved(target, columns, description)
         if found and found[0].complete:

@@ -23,7 +23,7 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, versions
 from grood_cert.errors import InputError
 from grood_cert.runs.vnnlib import INSTANCES
-from grood_cert.system.files import sha256, write_csv, write_json
+from grood_cert.system.files import check_apart, sha256, write_csv, write_json
 
 VERDICTS = ("unsat", "sat", "timeout", "unknown", "error")
 COLUMNS: dict[str, str] = {
@@ -182,6 +182,7 @@ def write_verdicts(
         raise InputError(f"{folder} was not exported from {model}")
     if not verifier.strip():
         raise InputError("name the verifier, with its version; its certificates are not ours")
+    check_apart((folder / "verdicts.csv", folder / "verdicts.json"), [model, results])
     records = judge(detector, exported, sets, read_verdicts(results), verifier)
     write_csv(folder / "verdicts.csv", list(COLUMNS), records)
     origin = {"verifier": verifier, "results": str(results), "versions": versions()}

@@ -171,11 +171,31 @@ def check_writable(folder: Path) -> None:
         InputError: If not.
     """
     try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"cannot write to {folder}: it is no folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def check_apart(written: Iterable[Path], read: Iterable[Path]) -> None:
+    """Make sure that nothing is written over what is read, whatever it is called: by another spelling, through a link.
+
+    Raises:
+        InputError: Naming both.
+
+    Example:
+        >>> check_apart([Path("a/../rows.csv")], [Path("other.csv"), Path("rows.csv")])
+        Traceback (most recent call last):
+        ...
+        grood_cert.errors.InputError: a/../rows.csv would overwrite rows.csv, which is read; choose another --out
+    """
+    inputs = {path.resolve(): path for path in read}
+    for path in written:
+        if path.resolve() in inputs:
+            raise InputError(f"{path} would overwrite {inputs[path.resolve()]}, which is read; choose another --out")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

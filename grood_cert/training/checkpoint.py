@@ -63,7 +63,10 @@ def _write(path: Path, kind: Format, content: dict[str, Any]) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(stream.getbuffer())
     except InputError as error:
-        raise RunError(f"{error}; the run stops, what it last saved is kept: make room, then add --resume") from error
+        kept = "what it last saved is kept: make room, then add --resume"
+        if not path.with_name("last.pt").exists():
+            kept = "nothing of it is saved yet: make room, then give the same command"
+        raise RunError(f"{error}; the run stops, {kept}") from error
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:

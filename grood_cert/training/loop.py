@@ -190,7 +190,8 @@ class _Loop:
         )
         return RunError(
             f"training diverged in epoch {number}: the loss or a score is no finite number any more; "
-            f"lower optimizer.lr{bounds}, objective.lambda_grad or objective.lambda_S"
+            f"lower optimizer.lr{bounds}, objective.lambda_grad or objective.lambda_S and begin again with --force "
+            "(--resume would take the same steps)"
         )
 
 

@@ -22,10 +22,10 @@ from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.networks.weights import load_into
 from grood_cert.recipe import Recipe
-from grood_cert.scores import named
+from grood_cert.scores import ENERGY, named
 from grood_cert.sections import ObjectiveSection
 from grood_cert.system import processes
-from grood_cert.system.files import check_writable, locked, write_csv
+from grood_cert.system.files import check_apart, check_writable, locked, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import checkpoint
 from grood_cert.training.certified_loss import certified_loss
@@ -170,6 +170,23 @@ def _warn(epoch: Epoch, floor: float, reporter: Reporter) -> None:
         )
 
 
+def _warn_margins(epoch: Epoch, network: nn.Module, recipe: Recipe, experiment: Experiment, reporter: Reporter) -> None:
+    """Say so where the penalty had no sample to act on in the last epoch: none scored beyond the margins."""
+    section = recipe.objective
+    active = epoch.active_gradient_id > 0 or epoch.active_gradient_aux > 0
+    if active or not section.lambda_grad > 0 or epoch.epoch < recipe.optimizer.epochs:
+        return
+    ranges = []
+    for images in (experiment.calibration, experiment.auxiliary_heldout):
+        scores = ENERGY.value(logits(network, images.images))
+        ranges.append(f"from {float(scores.min()):.4g} to {float(scores.max()):.4g}")
+    reporter.say(
+        f"warning: in the last epoch no ID image scored below m_in = {section.m_in:g} and no outlier above "
+        f"m_out = {section.m_out:g}, so objective.lambda_grad had nothing to act on: scores of ID run {ranges[0]}, of "
+        f"outliers {ranges[1]}; choose objective.m_in and objective.m_out among them"
+    )
+
+
 def _detector(network: nn.Module, recipe: Recipe, architecture: Architecture, experiment: Experiment) -> Detector:
     """The trained network, in float64, with its threshold and what it is worth."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -241,6 +258,8 @@ def run(
     check_layout(recipe, torch.device(device))
     experiment = _images(recipe, data_dir, download and first, reporter)
     architecture = architecture_of(recipe, experiment)
+    if pretrained := recipe.network.pretrained:
+        check_apart((out / name for name in _NAMES), [Path(pretrained)])
     network = _network(recipe, architecture, reporter)
     _check_bounds(network, experiment, recipe.objective)
     files = _Files(out, recipe, architecture)
@@ -264,6 +283,7 @@ def run(
                 files.add(epoch, network)
                 report(epoch)
                 _warn(epoch, files.floor, reporter)
+                _warn_margins(epoch, network, recipe, experiment, reporter)
         if recipe.evaluation.keep == "best":
             network.load_state_dict(processes.value_of_first(files.best_weights() if first else None))
         detector = _detector(network, recipe, architecture, experiment)

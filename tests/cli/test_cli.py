@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -480,10 +481,84 @@ def test_export(call, model, tmp_path):
     assert code == 2 and "unknown format 'keras'; use one of onnx, safetensors" in err
     before = model.read_bytes()
     code, _, err = call("export", model, "--format", "onnx", "--out", model, "--force")
-    assert code == 2 and "is the model itself" in err and model.read_bytes() == before
+    assert code == 2 and "would overwrite" in err and model.read_bytes() == before
 
 
 def test_recipes_of_networks_that_bounds_say_nothing_of_say_so(call):
     code, out, _ = call("recipe", "show", "cifar10-densenet-bc-100-greg")
     assert code == 0 and out.startswith("# densenet-bc-100: bounds through so many layers prove nothing; certify this")
     assert "grood-cert smooth" not in call("recipe", "show", "digits-greg")[1]
+
+
+def test_nothing_is_written_over_what_is_read(refused, model, rows_file, tmp_path, monkeypatch):
+    """However it is called: by its path, another spelling, or a link."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "rows.json"):
+        shutil.copy(rows_file.with_name(name), name)
+    shutil.copy(model, "net.json")
+    Path("shown.png").symlink_to("rows.csv")
+    Path("page.html").symlink_to("rows.csv")
+    Path("out.csv").symlink_to("net.json")
+    Path("run").mkdir()
+    shutil.copy(model, "run/best.pt")
+    recipe = Path("own.toml")
+    recipe.write_text('name = "own"\n[network]\npretrained = "run/best.pt"\n[optimizer]\nepochs = 1\n')
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for command in (
+        ("curve", "rows.csv", "--out", "shown.png"),
+        ("report", "rows.csv", "--out", "page.html", "--force"),
+        ("gallery", "rows.csv", "--out", "shown.png"),
+        ("export", "net.json", "--format", "state-dict", "--out", "net", "--force"),
+        ("predict", "net.json", "digits:8", "--out", "out.csv", "--force"),
+        (
+            "certify",
+            "net.json",
+            "--out",
+            ".",
+            "--eps",
+            "0.1",
+            "--force",
+            "--limit",
+            "1",
+            "--no-figure",
+            "--out",
+            "link",
+        ),
+        ("recipe", "copy", "own.toml", "run/../own.toml", "--force"),
+        ("import", "net.onnx", "--id", "out.csv", "--out", "out.csv", "--force"),
+        ("train", "own.toml", "--out", "run", "--force"),
+        ("threshold", "rows.csv", "--gamma", "1", "--out", "./run/../rows.csv", "--force"),
+    ):
+        if command[0] == "certify":
+            Path("link").mkdir()
+            Path("link/rows.json").symlink_to(Path("net.json").resolve())
+        assert "would overwrite" in refused(*command), command
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_empty_recipe_is_no_run(refused, tmp_path):
+    (tmp_path / "empty.toml").write_text("# nothing\n")
+    assert "an empty recipe; grood-cert recipe copy" in refused(
+        "train", tmp_path / "empty.toml", "--out", tmp_path / "a"
+    )
+
+
+def test_verify(call, refused, rows_file, model, tmp_path):
+    code, out, err = call("verify", rows_file, model, "--limit", "1")
+    assert code == 0 and "radius_certified, proved again" in out and "nothing contradicts these rows" in out
+    assert "--every and --limit must be 0 or more" in refused("verify", rows_file, model, "--every", "-1")
+    path, table = tmp_path / "rows.csv", Table.read(rows_file)
+    labels = table["label"].copy()
+    labels[0] += 1
+    dataclasses.replace(table, columns={**table.columns, "label": labels}).write(path)
+    code, out, err = call("verify", path, model, "--limit", "1", "--out", tmp_path / "found")
+    assert code == 3 and err.splitlines()[-1].startswith(
+        "grood-cert: error: SOUNDNESS VIOLATION: label, computed again: line 2 says"
+    )
+    assert np.load(tmp_path / "found" / "counterexample.npz")["rows"].tolist() == [0]
+    manifest = {**table.manifest, "model": {**table.manifest["model"], "sha256": "0"}}
+    dataclasses.replace(table, manifest=manifest).write(path)
+    assert "is not the model of these rows" in refused("verify", path, model)
+    data = [{**entry, "sha256": "0"} for entry in table.manifest["data"]]
+    dataclasses.replace(table, manifest={**table.manifest, "data": data}).write(path)
+    assert "holds other images or labels than that of the rows" in refused("verify", path, model)

@@ -217,7 +217,9 @@ def test_refusals(arguments, there, refused):
 
 
 def test_what_is_imported_is_never_overwritten(there, refused):
-    assert "net.onnx is what is imported" in refused("import", "net.onnx", *SETS, "--out", "net.onnx", "--force")
+    assert "net.onnx would overwrite net.onnx, which is read" in refused(
+        "import", "net.onnx", *SETS, "--out", "net.onnx", "--force"
+    )
     assert "exists already" in refused("import", "net.onnx", *SETS, "--out", "held.npz")
 
 

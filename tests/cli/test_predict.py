@@ -119,7 +119,7 @@ def test_what_predict_refuses(refused, model, pictures, tmp_path):
         ([folder, "--format", "table", "--out", tmp_path / "a.csv"], "a table goes to the screen"),
         ([folder, "--out", tmp_path / "a.txt"], "ends in .csv or .jsonl"),
         ([folder, "--out", there], "there.csv exists already; choose another --out, or add --force"),
-        ([f"{folder}@!{there}", "--out", there, "--force"], "there.csv is read; choose another --out"),
+        ([f"{folder}@!{there}", "--out", there, "--force"], "there.csv, which is read; choose another --out"),
         ([folder, "--force"], "--force is for the file that --out names"),
     ):
         assert message in refused("predict", model, *arguments)

@@ -131,3 +131,14 @@ def test_looking_needs_no_torch():
     code = "import sys, grood_cert.runs.progress; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_damaged_manifest_is_said(tmp_path):
+    execute(tmp_path)
+    path = tmp_path / "rows.json"
+    assert describe(tmp_path)[0].startswith("rows.csv: smoothing-calibration, complete")
+    path.write_text(path.read_text()[:100])
+    (line,) = describe(tmp_path)
+    assert line.startswith("rows.json: damaged (") and line.endswith("begin again with --force")
+    path.write_text('{"complete": "no", "batches": 1}')
+    assert "rows.json: damaged (its manifest's complete is 'no')" in describe(tmp_path)[0]

@@ -78,7 +78,7 @@ def test_an_unusable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot write .*file/rows.csv: "):
         write_csv(tmp_path / "file" / "rows.csv", ["a"], [])
-    with pytest.raises(InputError, match=r"cannot write to .*file: File exists"):
+    with pytest.raises(InputError, match=r"cannot write to .*file: it is no folder"):
         check_writable(tmp_path / "file")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import re
 
 import numpy as np
 import pytest
@@ -270,6 +271,16 @@ def test_a_collapsed_classifier_is_warned_of(tmp_path):
     assert all("is below 0.167" in message for message in recorder.lines)
     with pytest.raises(RunError, match=r"no epoch reached an ID accuracy of 0\.250, so there is none to keep"):
         training.run(small(optimizer=still, evaluation={"keep": "best"}), tmp_path / "c")
+
+
+def test_margins_that_no_sample_passes_are_warned_of(tmp_path):
+    recorder = Recorder()
+    training.run(small(objective={"m_in": -1000.0, "m_out": 1000.0}), tmp_path, reporter=recorder)
+    (line,) = (line for line in recorder.lines if "m_in" in line)
+    assert "no ID image scored below m_in = -1000 and no outlier above m_out = 1000" in line
+    assert re.search(
+        r"scores of ID run from -[0-9.]+ to -?[0-9.]+, of outliers from -[0-9.]+ to -?[0-9.]+; choose", line
+    )
 
 
 def test_the_best_epoch_is_calibrated_on_images_that_did_not_choose_it(tmp_path):
