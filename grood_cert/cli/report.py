@@ -24,18 +24,12 @@ def report(
     from grood_cert.errors import InputError
     from grood_cert.results import card
     from grood_cert.results import report as pages
-    from grood_cert.results.table import manifest_path
     from grood_cert.runs.progress import command_line
-    from grood_cert.system.files import check_apart
 
     for path in (out, pages.card_path(out)):
         if path.exists() and not force:
             raise InputError(f"{path} exists already; choose another --out, or add --force to overwrite it")
     results = card.found(runs, partial)
-    check_apart(
-        (out, pages.card_path(out)),
-        (path for result in results for path in (result.path, manifest_path(result.path))),
-    )
     for result in results:
         options.warn_unfinished(result.table, result.path)
     pages.write(card.by_detector(results, label or []), out, title, command_line(joint=False))

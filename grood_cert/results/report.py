@@ -24,7 +24,7 @@ from grood_cert.errors import InputError
 from grood_cert.results import figures
 from grood_cert.results.card import NORMS, TOLD, Result, card
 from grood_cert.results.table import manifest_path
-from grood_cert.system.files import replacing, write_json
+from grood_cert.system.files import check_apart, replacing, write_json
 
 _SHOWN_EPS = 3
 
@@ -166,14 +166,8 @@ def write(detectors: Mapping[str, Sequence[Result]], out: Path, title: str, comm
         InputError: If a file cannot be written, or would be one of the results.
     """
     target = card_path(out)
-    read = {
-        path.resolve()
-        for group in detectors.values()
-        for result in group
-        for path in (result.path, manifest_path(result.path))
-    }
-    if target.resolve() in read:
-        raise InputError(f"{target} would overwrite the manifest of a result; choose another --out")
+    results = [result for group in detectors.values() for result in group]
+    check_apart((out, target), (path for result in results for path in (result.path, manifest_path(result.path))))
     drawn = pictures(detectors)
     content = card(detectors, title, command)
     content["figures"] = [

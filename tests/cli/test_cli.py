@@ -373,8 +373,8 @@ def test_wrong_options_of_curve(refused, rows_file, tmp_path, monkeypatch, argum
         ('[objective]\nlambda_grad = "much"\n', [], "objective.lambda_grad: expected a number"),
         ("[objective]\nlambda_grad = -1\n", [], "objective.lambda_grad: expected"),
         ("name = ", [], "not a readable TOML file"),
-        ("", ["--set", "objective"], "expected KEY=VALUE"),
-        ("", ["--set", "optimizer.epoch=3"], "did you mean optimizer.epochs"),
+        ("seed = 0", ["--set", "objective"], "expected KEY=VALUE"),
+        ("seed = 0", ["--set", "optimizer.epoch=3"], "did you mean optimizer.epochs"),
     ],
 )
 def test_wrong_recipes(refused, tmp_path, content, options, message):

@@ -220,7 +220,7 @@ def test_what_is_imported_is_never_overwritten(there, refused):
     assert "net.onnx would overwrite net.onnx, which is read" in refused(
         "import", "net.onnx", *SETS, "--out", "net.onnx", "--force"
     )
-    assert "exists already" in refused("import", "net.onnx", *SETS, "--out", "held.npz")
+    assert "held.npz would overwrite held.npz" in refused("import", "net.onnx", *SETS, "--out", "held.npz")
 
 
 def test_a_network_that_cannot_be_bounded_says_so(there, refused, monkeypatch):

@@ -240,12 +240,12 @@ def main(model: Path, out: Path, limit: int, dies: int = -1, waits: int = -1) ->
     settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
     shard, real = shards.shard_of_environment(), certification.certify
 
-    def certify(certifier, batch, adversarial):
+    def certify(certifier, batch, *rest):
         if batch.number == dies:
             os.kill(os.getpid(), signal.SIGKILL)
         if batch.number == waits:
             signal.pause()
-        return real(certifier, batch, adversarial)
+        return real(certifier, batch, *rest)
 
     certification.certify = certify
     result = certification.run(loaded, model, sets, settings, out, limit=limit, shard=shard)

@@ -241,19 +241,21 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, whole, mon
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_file(tmp_path):
     """The kernel refuses to write more than 100 kB to a file."""
-    path = tmp_path / "best.pt"
+    path = tmp_path / "last.pt"
     checkpoint.save_weights(path, 1, {"a": torch.zeros(100)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(RunError) as caught:
             checkpoint.save_weights(path, 2, {"a": torch.zeros(100_000)})
+        with pytest.raises(RunError, match="nothing of it is saved yet: make room, then give the same command"):
+            checkpoint.save_weights(tmp_path / "other" / "last.pt", 1, {"a": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot write" in str(caught.value) and "File too large" in str(caught.value)
     assert "what it last saved is kept: make room, then add --resume" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["best.pt"] and checkpoint.load_weights(path)["a"].shape == (100,)
+    assert {*os.listdir(tmp_path)} == {"last.pt", "other"} and checkpoint.load_weights(path)["a"].shape == (100,)
 
 
 def test_best_weights_are_those_of_the_epoch(whole):
