@@ -6,6 +6,7 @@ torch and matplotlib are imported inside the commands, so that `--help` answers 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -49,6 +50,11 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 _TERMINATED = 143
+_FULL = (
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EIO,
+)  # of what is printed; files are written elsewhere, with words of their own
 _NO_MEMORY = (
     *("failed to map segment", "cannot allocate memory", "Cannot allocate memory", "can't start new thread"),
     "Resource temporarily unavailable",
@@ -173,6 +179,9 @@ def _run(application: typer.Typer, program: str) -> None:
             code = fail(
                 "out of memory; smaller batches need less, and the same command goes on (train: with --resume)", 1
             )
+        elif isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            code = fail(f"cannot print: {error.strerror}", 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python prints what is left when it ends
         else:
             raise
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from grood_cert.cli.output import Bar, Shown
 
 
@@ -41,3 +47,16 @@ def test_a_bar_of_eighty_columns_shows_the_time_left(monkeypatch, capsys):
         bar.advance(100, {"certified": 200, "misdecided": 20, "undecided": 300})
     lines = capsys.readouterr().err.splitlines()
     assert any("eta" in line and "200/123456 samples" in line and "…" in line for line in lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_behind_what_is_printed_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "grood_cert", "recipe", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "grood-cert: error: cannot print: No space left on device\n")
