@@ -91,10 +91,17 @@ class Limits:
     Attributes:
         certify: Of a certification.
         lipschitz: Of a Lipschitz analysis.
+
+    Raises:
+        InputError: If one is negative.
     """
 
     certify: int = 0
     lipschitz: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.certify, self.lipschitz) < 0:
+            raise InputError(f"limit must be 0 (all) or more, got {min(self.certify, self.lipschitz)}")
 
 
 ALL = Limits()

@@ -45,6 +45,7 @@ def test_what_reports_refuse(runs, refused):
         (("--grid", "objective.lambda_grad=0", "--effort", "much"), "unknown effort"),
         (("--grid", "objective.lambda_grad=0", "--no-certify", "--no-lipschitz", "--effort", "max"), "leave it out"),
         (("--grid", "objective.lambda_grad=0", "--shard", "3/2"), "expected i/n"),
+        (("--grid", "objective.lambda_grad=0", "--limit", "-1"), "limit must be 0 (all) or more"),
     ],
 )
 def test_what_sweeps_refuse(arguments, message, tmp_path, refused):
