@@ -179,6 +179,8 @@ def _run(application: typer.Typer, program: str) -> None:
             code = fail(
                 "out of memory; smaller batches need less, and the same command goes on (train: with --resume)", 1
             )
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            code = fail(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter one", 2)
         elif isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
             code = fail(f"cannot print: {error.strerror}", 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python prints what is left when it ends

@@ -60,3 +60,8 @@ def test_a_full_disk_behind_what_is_printed_is_one_line():
             check=False,
         )
     assert (done.returncode, done.stderr) == (1, "grood-cert: error: cannot print: No space left on device\n")
+
+
+def test_a_name_that_no_file_can_have_is_refused(refused, tmp_path):
+    said = refused("train", "x" * 5000, "--out", tmp_path / "run")
+    assert said == f"grood-cert: error: {'x' * 60}...: File name too long; give a shorter one\n"

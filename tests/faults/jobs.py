@@ -224,7 +224,7 @@ def content(folder: Path) -> dict[str, object]:
                 manifest = json.loads(file.read_text())
                 entries = {key: value for key, value in manifest.items() if key not in _PASSING}
                 found[name] = entries | {"model": manifest["model"] | {"path": ""}} if "model" in manifest else entries
-            elif file.name == "log.csv":
+            elif file.name in ("log.csv", "sweep.csv"):
                 with file.open(newline="") as stream:
                     rows = list(csv.DictReader(stream))
                 found[name] = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
@@ -245,7 +245,7 @@ def half_written(folder: Path) -> str:
                 opened(file)
             elif file.suffix == ".json":
                 json.loads(file.read_text())
-            elif file.name == "log.csv":
+            elif file.name in ("log.csv", "sweep.csv"):
                 with file.open(newline="") as stream:
                     assert all(None not in row.values() for row in csv.DictReader(stream))
             elif file.suffix == ".csv" and manifest_path(file).exists():
