@@ -54,6 +54,7 @@ def sweep(
     from grood_cert.errors import InputError
     from grood_cert.lipschitz.analyser import AnalysisSettings
     from grood_cert.runs import sweep as sweeping
+    from grood_cert.system.files import is_locked
 
     torch.set_num_threads(
         1
@@ -101,5 +102,8 @@ def sweep(
     found = sweeping.collected(cells, certify, lipschitz)
     for name, records in sweeping.over_seeds(found).items():
         output.print_across(records, "cell", sweeping.SHOWN, f"{name}: mean over {seeds} seeds ± half the range")
+    if is_locked(out / "sweep.csv"):  # the shards that end together all come here
+        typer.echo("another process draws the figures")
+        return
     for path, what in sweeping.draw(found, out).items():
         typer.echo(f"wrote {path}: {what}")

@@ -31,7 +31,7 @@ from grood_cert.results.table import Table
 from grood_cert.runs import analyse, certify
 from grood_cert.runs.progress import status
 from grood_cert.runs.shards import WHOLE, Shard
-from grood_cert.system.files import write_csv
+from grood_cert.system.files import locked, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import run as training
 
@@ -385,28 +385,29 @@ def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
         The files, with what they are.
 
     Raises:
-        InputError: If the cells cannot share a figure (their test sets differ), or a file cannot be written.
+        InputError: If the cells cannot share a figure (their test sets differ), a file cannot be written, or another
+            process is writing them.
     """
     found = records(measured)
-    files = {out / "sweep.csv": "one row a detector and image set"}
-    write_csv(out / "sweep.csv", list(found[0]), found)
+    table, worst = out / "sweep.csv", out / "worst-case.png"
+    files = {table: "one row a detector and image set"}
     varied = next((key for key in measured[0].cell.values if key == _OBJECTIVE), None)
-    groups: dict[str, list[Measured]] = {}
-    for one in measured:
-        groups.setdefault(one.cell.label(but=varied), []).append(one)
-    for label, group in groups.items() if varied else ():
-        path = out / f"{'-'.join(filter(None, ['objective', label]))}.png"
-        names = {one.cell.name for one in group}
-        figures.save(figures.objective([record for record in found if record["cell"] in names]), path)
-        files[path] = "slope, margin, radius, accuracy and FPR95 against lambda_grad"
+    groups: dict[Path, set[str]] = {}
     tables: dict[str, list[Table]] = {}
     for one in measured:
+        if varied:
+            label = one.cell.label(but=varied)
+            groups.setdefault(out / f"{'-'.join(filter(None, ['objective', label]))}.png", set()).add(one.cell.name)
         if one.rows is not None:
             tables.setdefault(one.cell.label() or "recipe", []).append(one.rows)
-    if tables:
-        path = out / "worst-case.png"
-        figures.save(figures.worst_case(tables), path)
-        files[path] = "FPR95 as OOD is moved, certified and attacked, over the seeds"
+    with locked(table, worst, *groups):
+        write_csv(table, list(found[0]), found)
+        for path, names in groups.items():
+            figures.save(figures.objective([record for record in found if record["cell"] in names]), path)
+            files[path] = "slope, margin, radius, accuracy and FPR95 against lambda_grad"
+        if tables:
+            figures.save(figures.worst_case(tables), worst)
+            files[worst] = "FPR95 as OOD is moved, certified and attacked, over the seeds"
     return files
 
 
