@@ -112,8 +112,13 @@ def output_format(form: str, out: Path | None, endings: Mapping[str, str], input
     return ending
 
 
-def write_text(text: str, out: Path | None) -> None:
+def write_text(text: str, out: Path | None, what: str = "") -> None:
     """Write a text to the file that --out names, else to the screen.
+
+    Args:
+        text: All of it.
+        out: The file.
+        what: What it is, to be said of the file.
 
     Raises:
         InputError: If the file cannot be written.
@@ -125,7 +130,7 @@ def write_text(text: str, out: Path | None) -> None:
         return
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {what} to {out}" if what else f"wrote {out}")
 
 
 def warn_unfinished(table: Table, path: Path) -> None:

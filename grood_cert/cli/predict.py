@@ -138,19 +138,14 @@ def _write(records: Sequence[Mapping[str, Any]], columns: Sequence[str], form: s
     """Write records to a file, or to stdout."""
     import json
 
-    from grood_cert.system.files import as_json, csv_text, replacing
+    from grood_cert.system.files import as_json, csv_text
 
     if form == "csv":
         plain = ({key: str(v).lower() if isinstance(v, bool) else v for key, v in record.items()} for record in records)
         text = csv_text(columns, plain, header=True)
     else:
         text = "".join(f"{json.dumps(as_json(record), allow_nan=False)}\n" for record in records)
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    with replacing(out) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-    typer.echo(f"wrote {len(records)} predictions to {out}")
+    options.write_text(text, out, f"{len(records)} predictions")
 
 
 def _origin(loaded: Any) -> str:

@@ -28,11 +28,16 @@ def sweep(
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     effort: Annotated[str | None, typer.Option(help="Of certify: fast, default or max. [default: default]")] = None,
-    limit: options.Limit = 100,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Most samples certified of each set, drawn by --seed; 0: all. [default: 100]"),
+    ] = None,
     lipschitz_eps: Annotated[
         str, typer.Option(metavar="EPS", help="Radii of the Lipschitz analyses. [default: the middle of the grid]")
     ] = "",
-    lipschitz_limit: Annotated[int, typer.Option(min=0, help="As --limit, for the Lipschitz analyses.")] = 30,
+    lipschitz_limit: Annotated[
+        int | None, typer.Option(min=0, help="As --limit, for the Lipschitz analyses. [default: 30]")
+    ] = None,
     seed: options.Seed = 0,
     shard: options.Shard = "",
     data_dir: options.DataDir = None,
@@ -56,16 +61,16 @@ def sweep(
     from grood_cert.runs import sweep as sweeping
     from grood_cert.system.files import is_locked
 
-    torch.set_num_threads(
-        1
-    )  # a sweep is shared out by --shard; threads of several processes would wait for one another
+    torch.set_num_threads(1)  # shards share the cores; their threads would wait for one another
     axes = [sweeping.axis(text) for text in grid]
     if len({key for key, _ in axes}) < len(axes):
         raise InputError("--grid names a setting twice; give all its values at once")
-    if effort and not certify:
-        raise InputError("--effort is for certifying, which --no-certify leaves out; leave it out")
-    if lipschitz_eps and not lipschitz:
-        raise InputError("--lipschitz-eps is for analyses, which --no-lipschitz leaves out; leave it out")
+    if (effort or limit is not None) and not certify:
+        raise InputError("--effort and --limit are for certifying, which --no-certify leaves out; leave it out")
+    if (lipschitz_eps or lipschitz_limit is not None) and not lipschitz:
+        raise InputError(
+            "--lipschitz-eps and --lipschitz-limit are for analyses, which --no-lipschitz leaves out; leave it out"
+        )
     if eps and not (certify or lipschitz):
         raise InputError("--eps is for certify and lipschitz, and there is neither; leave it out")
     ball = options.norm_named(norm)
@@ -84,7 +89,7 @@ def sweep(
             cells,
             certifying,
             analysing,
-            limits=sweeping.Limits(limit, lipschitz_limit),
+            limits=sweeping.Limits(100 if limit is None else limit, 30 if lipschitz_limit is None else lipschitz_limit),
             shard=part,
             data_dir=data_dir,
             download=download,

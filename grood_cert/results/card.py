@@ -20,7 +20,7 @@ from grood_cert.results.checksum import KEY
 from grood_cert.results.columns import SCHEMAS
 from grood_cert.results.curves import fpr_curve
 from grood_cert.results.summary import balls_decided, detection
-from grood_cert.results.table import Table, manifest_path
+from grood_cert.results.table import Table, labelled, manifest_path
 from grood_cert.system.files import as_json
 
 SCHEMA = 1  # counts the changes of a card after which earlier readers no longer read it
@@ -95,15 +95,8 @@ def by_detector(results: Sequence[Result], labels: Sequence[str] = ()) -> dict[s
     grouped: dict[str, list[Result]] = {}
     for result in results:
         grouped.setdefault(str(result.table.manifest["model"].get("sha256") or result.path), []).append(result)
-    if labels and len(labels) != len(grouped):
-        raise InputError(f"{len(labels)} labels for {len(grouped)} detectors; give one label for each, in order")
-    if not all(label.strip() for label in labels):
-        raise InputError("an empty label names no detector; leave --label out for the detectors' own names")
-    names = list(labels) or [str(group[0].table.manifest["model"]["name"]) for group in grouped.values()]
-    if len(set(names)) < len(names) and not labels:
-        names = [group[0].path.absolute().parent.name for group in grouped.values()]
-    if len(set(names)) < len(names):
-        raise InputError("two detectors would have the same name; give each its own --label")
+    first = [group[0] for group in grouped.values()]
+    names = labelled([one.table for one in first], [one.path for one in first], labels, "detectors")
     for name, group in zip(names, grouped.values(), strict=True):
         kinds = [result.table.kind for result in group]
         for kind in kinds:
@@ -227,9 +220,12 @@ def _refuted(table: Table) -> list[dict[str, Any]]:
 
 
 def _smoothing(table: Table) -> dict[str, Any]:
-    alphas = [float(table["alpha"].min()), float(table["alpha"].max())]
-    clean = detection(table) if table.of_kind("id").any() else []
-    return {"alpha": alphas[1], "sigma": table.manifest.get("sigma"), "n": table.manifest.get("n"), "detection": clean}
+    return {
+        "alpha": float(table["alpha"].max()),
+        "sigma": table.manifest.get("sigma"),
+        "n": table.manifest.get("n"),
+        "detection": detection(table) if table.of_kind("id").any() else [],
+    }
 
 
 _TOLD: dict[str, Callable[[Table], dict[str, Any]]] = {  # what is told of one kind alone
@@ -254,16 +250,14 @@ def sentences(table: Table) -> list[str]:
     lines = [f"{what}: {'; '.join(parts)}."]
     if not table.complete:
         lines.append(f"Not finished: {table.progress} samples are done, and what follows is of these alone.")
-    ball = (
-        f"{NORMS[table.norm]} balls of radius {_listed(table.eps)} around each image, in pixel units (pixels in [0, 1])"
-    )
     if table.kind == "smoothing":
         lines.append(
             f"The smoothed detector decides by the median of S under Gaussian noise of sigma {manifest['sigma']:g}, "
             f"from {manifest['n']} draws a sample; its threshold {table.gamma:.4f} was calibrated anew."
         )
     else:
-        lines.append(f"Perturbations: {ball}, cut to the pixel box.")
+        ball = f"{NORMS[table.norm]} balls of radius {_listed(table.eps)} around each image"
+        lines.append(f"Perturbations: {ball}, in pixel units (pixels in [0, 1]), cut to the pixel box.")
     if table.kind == "certification":
         origin = manifest.get("calibration") or {}
         source = f", the {origin['percent']} % quantile of {origin['samples']} held-out ID scores" if origin else ""

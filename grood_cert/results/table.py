@@ -302,14 +302,22 @@ def read_cells(path: Path, command: str = "certify") -> tuple[dict[str, Any], li
     return manifest, records
 
 
-def labelled(tables: Sequence[Table], paths: Sequence[Path], labels: Sequence[str]) -> dict[str, Table]:
+def labelled(
+    tables: Sequence[Table], paths: Sequence[Path], labels: Sequence[str], what: str = "rows files"
+) -> dict[str, Table]:
     """Results by the name to print: the labels given, else the names of the models, else the folders' names.
+
+    Args:
+        tables: One result of each model.
+        paths: Their files.
+        labels: As many names, or none.
+        what: What the labels are of, in the plural.
 
     Raises:
         InputError: If the number of labels is wrong, or two names are the same.
     """
     if labels and len(labels) != len(paths):
-        raise InputError(f"{len(labels)} labels for {len(paths)} rows files; give one label for each, in order")
+        raise InputError(f"{len(labels)} labels for {len(paths)} {what}; give one label for each, in order")
     if not all(label.strip() for label in labels):
         raise InputError("an empty label names no model; leave --label out for the models' own names")
     names = list(labels) or [str(table.manifest["model"]["name"]) for table in tables]

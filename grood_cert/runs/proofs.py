@@ -58,6 +58,7 @@ class Proofs:
             detector = cascade.detector
             self._prover = Prover(cascade.choice.bounded.graph, detector.score, detector.gamma)
             self._network = packed(self._prover.arrays)
+            self._digest = hashlib.sha256(self._network).hexdigest()
         except InputError as error:
             self.left_out = str(error)
 
@@ -67,7 +68,7 @@ class Proofs:
         what: dict[str, Any] = {"samples_of_each_set": self._samples}
         if self.left_out is not None:
             return what | {"left_out": self.left_out}
-        return what | {"folder": FOLDER, "network_sha256": hashlib.sha256(self._network).hexdigest()}
+        return what | {"folder": FOLDER, "network_sha256": self._digest}
 
     def save(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the proofs of a batch; samples without a certified radius have none.
@@ -92,10 +93,9 @@ class Proofs:
                 self.failures[f"no proof is saved: {type(error).__name__}: {said(error)[:160]}"] += 1
                 continue
             if proof is not None:
-                digest = hashlib.sha256(self._network).hexdigest()
                 claim = {
                     **proof.claim,
-                    "network": digest,
+                    "network": self._digest,
                     "name": f"image {index} of {name}",
                     "set": name,
                     "index": index,

@@ -15,6 +15,7 @@ import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ class Cell:
 
     def label(self, but: str | None = None) -> str:
         """What it shares with the cells of other seeds: its settings of the grid, without one of them."""
-        chosen = {key: value for key, value in self.values.items() if key != but}
-        return _plain(",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items()))
+        return _label(self.values, but)
 
     @property
     def model(self) -> Path:
@@ -122,6 +122,12 @@ class Measured:
     detector: Detector
     rows: Table | None
     slopes: Table | None
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """One record an image set: `cell`, the settings of the grid, and the keys of `OBJECTIVE`."""
+        pages = objective_records(self.rows, self.slopes, self.detector.origin.metrics)
+        return [{"cell": self.cell.name, **self.cell.values, **page} for page in pages]
 
 
 def axis(text: str) -> tuple[str, tuple[str, ...]]:
@@ -188,24 +194,25 @@ def cells(
     if seeds < 1:
         raise InputError(f"{seeds} seeds leave nothing to train; use 1 or more")
     first = recipe.load(source, settings).seed
-    short = [key.rpartition(".")[2] for key in grid]
-    names = short if len(set(short)) == len(short) else list(grid)
     found = []
-    for values in itertools.product(*grid.values()):
-        label = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    for chosen in itertools.product(*grid.values()):
+        values = dict(zip(grid, chosen, strict=True))
+        changes = [f"{key}={value}" for key, value in values.items()]
         for seed in range(first, first + seeds):
-            name = "-".join(filter(None, [label, f"seed={seed}"]))
-            changes = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-            chosen = recipe.load(source, [*settings, *changes, f"seed={seed}", f'name="{_plain(name)}"'])
-            found.append(Cell(dict(zip(grid, values, strict=True)), chosen, out / _plain(name)))
+            name = "-".join(filter(None, [_label(values), f"seed={seed}"]))
+            own = recipe.load(source, [*settings, *changes, f"seed={seed}", f'name="{name}"'])
+            found.append(Cell(values, own, out / name))
     if len({cell.folder for cell in found}) < len(found):
         raise InputError("two values of the grid would go to folders of the same name; write them differently")
     return found
 
 
-def _plain(name: str) -> str:
-    """A name without what a folder's must not have."""
-    return "".join(letter if letter.isalnum() or letter in "=.,-_+" else "_" for letter in name)
+def _label(values: Mapping[str, str], but: str | None = None) -> str:
+    """Settings and values as the name of a folder, without one of them; by the last part of their names where it will do."""
+    short = {key: key.rpartition(".")[2] for key in values}
+    clear = len({*short.values()}) == len(short)
+    label = ",".join(f"{short[key] if clear else key}={value}" for key, value in values.items() if key != but)
+    return "".join(letter if letter.isalnum() or letter in "=.,-_+" else "_" for letter in label)
 
 
 def train(cell: Cell, data_dir: Path | None, download: bool, device: str, reporter: Reporter = SILENT) -> Detector:
@@ -369,15 +376,6 @@ def collected(chosen: Sequence[Cell], certified: bool, analysed: bool) -> list[M
     ]
 
 
-def records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One record a cell and image set: `cell`, the settings of the grid, and the keys of `OBJECTIVE`."""
-    found = []
-    for one in measured:
-        pages = objective_records(one.rows, one.slopes, one.detector.origin.metrics)
-        found += [{"cell": one.cell.name, **one.cell.values, **page} for page in pages]
-    return found
-
-
 def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
     """Write `sweep.csv` and the figures of a complete sweep that was certified or analysed.
 
@@ -388,15 +386,15 @@ def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
         InputError: If the cells cannot share a figure (their test sets differ), a file cannot be written, or another
             process is writing them.
     """
-    found = records(measured)
+    found = [record for one in measured for record in one.records]
     table, worst = out / "sweep.csv", out / "worst-case.png"
     files = {table: "one row a detector and image set"}
-    varied = next((key for key in measured[0].cell.values if key == _OBJECTIVE), None)
+    varied = _OBJECTIVE in measured[0].cell.values
     groups: dict[Path, set[str]] = {}
     tables: dict[str, list[Table]] = {}
     for one in measured:
         if varied:
-            label = one.cell.label(but=varied)
+            label = one.cell.label(but=_OBJECTIVE)
             groups.setdefault(out / f"{'-'.join(filter(None, ['objective', label]))}.png", set()).add(one.cell.name)
         if one.rows is not None:
             tables.setdefault(one.cell.label() or "recipe", []).append(one.rows)
@@ -416,10 +414,10 @@ def over_seeds(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
 
     Values are means over the seeds; where there are several, plus or minus half the range.
     """
-    labels = {one.cell.name: one.cell.label() or "recipe" for one in measured}
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for record in records(measured):
-        groups.setdefault(record["set"], {}).setdefault(labels[record["cell"]], []).append(record)
+    for one in measured:
+        for record in one.records:
+            groups.setdefault(record["set"], {}).setdefault(one.cell.label() or "recipe", []).append(record)
     return {
         name: [
             {"cell": label, **{key: _spread([record[key] for record in seeds]) for key in SHOWN}}

@@ -46,6 +46,8 @@ def test_what_reports_refuse(runs, refused):
         (("--grid", "objective.lambda_grad=0", "--no-certify", "--no-lipschitz", "--effort", "max"), "leave it out"),
         (("--grid", "objective.lambda_grad=0", "--shard", "3/2"), "expected i/n"),
         (("--grid", "objective.lambda_grad=0", "--limit", "-1"), "limit must be 0 (all) or more"),
+        (("--grid", "objective.lambda_grad=0", "--limit", "9", "--no-certify"), "leave it out"),
+        (("--grid", "objective.lambda_grad=0", "--lipschitz-limit", "9", "--no-lipschitz"), "leave it out"),
     ],
 )
 def test_what_sweeps_refuse(arguments, message, tmp_path, refused):

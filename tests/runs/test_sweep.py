@@ -87,6 +87,8 @@ def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
         sweep.run(others, certifying, None, limits=sweep.Limits(2))
     with pytest.raises(InputError, match="3 shards for 2 cells"):
         sweep.run(cells, certifying, None, shard=Shard.parse("3/3"))
+    with pytest.raises(InputError, match=r"limit must be 0 \(all\) or more, got -1"):
+        sweep.Limits(-1)
     with pytest.raises(InputError, match="unknown effort"):
         sweep.run(cells, Settings((0.01,), effort="much"), None)
 
