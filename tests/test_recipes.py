@@ -207,12 +207,19 @@ def test_train_takes_a_name_resumes_and_writes_events(call, tmp_path):
     events.Reload()
     assert set(events.Tags()["scalars"]) == {field.name for field in dataclasses.fields(Epoch)}
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    (tmp_path / "run/tensorboard").rename(tmp_path / "run/aside")
+    (tmp_path / "run/tensorboard").touch()
+    code, _, err = call(*arguments, "--tensorboard", "--force")
+    assert code == 1 and "tensorboard/events.out" in err and err.endswith("make room, then add --resume\n")
+    (tmp_path / "run/tensorboard").unlink()
+    code, _, err = call(*arguments, "--tensorboard", "--resume")
+    assert code == 0
     code, _, err = call(*arguments, "--resume")
     assert code == 2 and "this run is finished, there is nothing to resume" in err
 
 
 def test_tensorboard_that_is_not_installed_is_said_before_training(call, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     code, out, err = call("train", "digits-ce", "--out", tmp_path / "run", "--tensorboard")
     assert (code, out) == (2, "") and err.endswith(
         "needs the package tensorboard; pip install 'grood-cert[tensorboard]'\n"

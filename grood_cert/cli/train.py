@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,26 +30,42 @@ def _epoch_line(epoch: Epoch) -> str:
     )
 
 
-@contextlib.contextmanager
-def _events(folder: Path) -> Iterator[Callable[[Epoch], None]]:
-    """A function that writes an epoch's record as TensorBoard events, over those of an earlier run from there on."""
-    from grood_cert.errors import InputError
+def _events(folder: Path) -> Callable[[Epoch], None]:
+    """A function that writes an epoch's record as TensorBoard events, over those of an earlier run from there on.
+
+    Written here and not by `SummaryWriter`, whose thread prints a traceback of its own where the disk is full.
+    """
+    from grood_cert.errors import InputError, RunError
 
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
         raise InputError("--tensorboard needs the package tensorboard; pip install 'grood-cert[tensorboard]'") from None
-    with contextlib.ExitStack() as stack:
-        writers: list[SummaryWriter] = []
+    path, begun = folder / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}", False
 
-        def write(epoch: Epoch) -> None:
-            if not writers:
-                writers.append(stack.enter_context(SummaryWriter(folder, purge_step=epoch.epoch)))
-            for name, value in dataclasses.asdict(epoch).items():
-                writers[0].add_scalar(name, value, epoch.epoch)
-            writers[0].flush()
+    def write(epoch: Epoch) -> None:
+        nonlocal begun
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in dataclasses.asdict(epoch).items()]
+        events = [Event(step=epoch.epoch, summary=Summary(value=values))]
+        if not begun:
+            purge = SessionLog(status=SessionLog.START)
+            events = [Event(file_version="brain.Event:2"), Event(step=epoch.epoch, session_log=purge), *events]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as stream:
+                for event in events:
+                    event.wall_time = time.time()
+                    RecordWriter(stream).write(event.SerializeToString())
+        except OSError as error:
+            raise RunError(
+                f"cannot write {path}: {error.strerror or error}; the run stops, what it last saved is kept: make room, "
+                "then add --resume"
+            ) from error
+        begun = True
 
-        yield write
+    return write
 
 
 DETECTION = {"kind": "kind", "samples": "samples", "auroc": "AUROC", "fpr95_id": "fpr95_id", "fpr95_ood": "fpr95_ood"}
@@ -82,7 +100,7 @@ def train(
     chosen = recipes.load(recipes.find(recipe), settings or ())
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(processes.joined(options.device_name(device)))
-        write = stack.enter_context(_events(out / "tensorboard")) if tensorboard else lambda epoch: None
+        write = _events(out / "tensorboard") if tensorboard else lambda epoch: None
         bar = stack.enter_context(output.Bar())
         if note := options.bounds_note(chosen.network.name):
             bar.say(note)

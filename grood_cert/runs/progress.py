@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grood_cert.errors import InputError, said
-from grood_cert.system.files import as_json, is_locked
+from grood_cert.system.files import as_json, first_line, is_locked
 from grood_cert.system.reporting import clock
 
 
@@ -230,6 +230,8 @@ def _lines(folder: Path) -> list[str]:
         lines.append("model.pt: a process is training it")
     elif model.exists():
         lines.append("model.pt: trained")
+    elif (words := first_line(folder / "failed.txt")) is not None:
+        lines.append(f"model.pt: {words or 'training failed; begin again with --force'}")
     elif (folder / "last.pt").exists():
         lines.append("model.pt: training is unfinished; its command with --resume goes on")
     return lines

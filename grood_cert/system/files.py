@@ -26,6 +26,7 @@ from filelock import lock_descriptor
 from grood_cert.errors import InputError
 
 _TRIES, _PAUSE = 10, 0.02  # to get a lock; seconds between them
+_LINE = 2000  # letters
 _TOKEN = 8  # bytes that tell the temporary files of one target apart
 
 
@@ -251,6 +252,17 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_line(path: Path) -> str | None:
+    """The first line of a text file, without what cannot be printed; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return "".join(letter for letter in stream.readline(_LINE) if letter.isprintable())
+    except OSError:
+        return None
 
 
 def sha256(path: Path) -> str:

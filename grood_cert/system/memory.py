@@ -87,12 +87,15 @@ def _megabytes(count: int) -> str:
 
 def is_memory_error(error: BaseException | None) -> bool:
     """Whether memory ran out, on a GPU or on the CPU: the exception says so, or another one that led to it."""
-    if error is None:
-        return False
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-    return said or is_memory_error(error.__cause__ or error.__context__)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def split_on_memory_error(

@@ -8,8 +8,9 @@ bytes as one that was never interrupted. Both files are replaced in one move, ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,31 @@ class TrainingState:
     seconds: float
 
 
-def _write(path: Path, kind: Format, content: dict[str, Any]) -> None:
-    stream = kind.packed(content)
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What goes on with a run one of whose files cannot be written is said.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        RunError: In place of the `InputError`.
+    """
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(stream.getbuffer())
+        yield
     except InputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
         kept = "what it last saved is kept: make room, then add --resume"
-        if not path.with_name("last.pt").exists():
+        if not (folder / "last.pt").exists():
             kept = "nothing of it is saved yet: make room, then give the same command"
         raise RunError(f"{error}; the run stops, {kept}") from error
+
+
+def _write(path: Path, kind: Format, content: dict[str, Any]) -> None:
+    stream = kind.packed(content)
+    with writing(path.parent), replacing(path) as temporary:
+        temporary.write_bytes(stream.getbuffer())
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:

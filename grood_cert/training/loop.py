@@ -27,6 +27,10 @@ from grood_cert.training.step import TERMS, Steps, learning_rate, steps_per_epoc
 _PROBE_STEPS = 50
 
 
+class TrainingError(RunError):
+    """The numbers of a run end it: the same steps, taken again, would end the same."""
+
+
 @dataclass(frozen=True)
 class Epoch:
     """What one epoch did; the columns of `log.csv`.
@@ -183,15 +187,14 @@ class _Loop:
                 self.save(self.state(number, history, time.perf_counter() - began))
         return True
 
-    def diverged(self, number: int) -> RunError:
+    def diverged(self, number: int) -> TrainingError:
         """What is said when a number is none any more."""
         bounds = (
             "" if self.recipe.objective.certified == "none" else ", objective.lambda_certified, objective.certified_eps"
         )
-        return RunError(
+        return TrainingError(
             f"training diverged in epoch {number}: the loss or a score is no finite number any more; "
-            f"lower optimizer.lr{bounds}, objective.lambda_grad or objective.lambda_S and begin again with --force "
-            "(--resume would take the same steps)"
+            f"lower optimizer.lr{bounds}, objective.lambda_grad or objective.lambda_S"
         )
 
 
@@ -226,8 +229,8 @@ def fit(
 
     Raises:
         InputError: If images, labels, network and recipe do not fit one another.
-        RunError: If the loss or a score becomes NaN or infinite; the network is then back in its state after the last
-            epoch that went well.
+        TrainingError: If the loss or a score becomes NaN or infinite; the network is then back in its state after the
+            last epoch that went well.
     """
     loop = _Loop(network, experiment, recipe, device, reporter, save, checkpoint_steps)
     start, gradient_share = loop.begin(start), 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ from grood_cert.recipe import Recipe
 from grood_cert.scores import ENERGY, named
 from grood_cert.sections import ObjectiveSection
 from grood_cert.system import processes
-from grood_cert.system.files import check_apart, check_writable, locked, write_csv
+from grood_cert.system.files import check_apart, check_writable, first_line, locked, replacing, write_csv
 from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import checkpoint
 from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.checkpoint import TrainingState
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
-from grood_cert.training.loop import Epoch, check_images, fit
+from grood_cert.training.loop import Epoch, TrainingError, check_images, fit
 from grood_cert.training.step import check_batches, check_layout, steps_per_epoch
 
-_NAMES = ("model.pt", "log.csv", "last.pt", "best.pt")
+_NAMES = ("model.pt", "log.csv", "last.pt", "best.pt", "failed.txt")
 
 
 def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
@@ -109,16 +110,19 @@ def _check_folder(out: Path, force: bool, resume: bool) -> None:
         raise InputError(f"{target} exists: this run is finished, there is nothing to resume")
     if target.exists() and not (force or resume):
         raise InputError(f"{target} exists already; choose another --out, or add --force to overwrite it")
+    if (words := first_line(out / "failed.txt")) is not None and not force:
+        words = f"{out}: {words or 'training failed; begin again with --force'}"
+        raise RunError(f"{words}; --resume would take the same steps and end the same" if resume else words)
     if state.exists() and not (force or resume):
         raise InputError(f"{state} is of an unfinished run; add --resume to continue it, or --force to begin again")
 
 
 class _Files:
-    """What a run writes, by its first process: `log.csv`, `last.pt`, `best.pt` as it goes on, and `model.pt`."""
+    """What a run writes, by its first process: `log.csv`, `last.pt`, `best.pt`; in the end `model.pt` or `failed.txt`."""
 
     def __init__(self, out: Path, recipe: Recipe, architecture: Architecture) -> None:
         self.out, self.recipe, self.architecture = out, recipe, architecture
-        self.model, self.log, self.last, self.best = (out / name for name in _NAMES)
+        self.model, self.log, self.last, self.best, self.failed = self.all = [out / name for name in _NAMES]
         self.floor = accuracy_floor(recipe, architecture.classes)
         self.rows: list[dict[str, Any]] = []
 
@@ -129,15 +133,18 @@ class _Files:
 
     @contextlib.contextmanager
     def held(self, resume: bool) -> Iterator[None]:
-        """Keep other runs out of the folder, and clear away what this one replaces."""
+        """Keep other runs out of the folder, and clear away what this one replaces; say there if it can only fail."""
         check_writable(self.out)
-        with locked(self.model, self.log, self.last, self.best):
-            for old in () if resume else (self.model, self.log, self.last, self.best):
+        with locked(*self.all):
+            for old in () if resume else self.all:
                 try:
                     old.unlink(missing_ok=True)
                 except OSError as error:
                     raise InputError(f"cannot replace {old}: {error.strerror or error}") from error
-            yield
+            try:
+                yield
+            except TrainingError as error:
+                raise self._failed(error) from error
 
     def save(self, state: TrainingState) -> None:
         """Write what it takes to go on from here."""
@@ -146,20 +153,36 @@ class _Files:
     def add(self, epoch: Epoch, network: nn.Module) -> None:
         """Write the record of an epoch, and its weights if they are the best so far."""
         self.rows.append(dataclasses.asdict(epoch))
-        write_csv(self.log, [item.name for item in dataclasses.fields(Epoch)], self.rows)
+        with checkpoint.writing(self.out):
+            write_csv(self.log, [item.name for item in dataclasses.fields(Epoch)], self.rows)
         if best_epoch(self.rows, self.floor) == epoch.epoch:
             checkpoint.save_weights(self.best, epoch.epoch, network.state_dict())
 
     def best_weights(self) -> dict[str, Tensor]:
         """The weights of the best epoch."""
         if best_epoch(self.rows, self.floor) is None:
-            raise RunError(f"no epoch reached an ID accuracy of {self.floor:.3f}, so there is none to keep")
+            raise TrainingError(
+                f"no epoch reached an ID accuracy of {self.floor:.3f}, so there is none to keep; lower "
+                "objective.lambda_grad, objective.lambda_S, optimizer.lr or evaluation.accuracy_floor"
+            )
         return checkpoint.load_weights(self.best)
+
+    def _failed(self, error: TrainingError) -> RunError:
+        """Leave word why the run cannot go on where `train` and `status` find it, if there is room for it."""
+        words = f"{error} and begin again, with --force or another --out"
+        if self.best.exists():
+            setting = shlex.quote(f"network.pretrained={self.best}")
+            words += f"; its best epoch is a start too: --set {setting} with another --out"
+        with contextlib.suppress(InputError), replacing(self.failed) as temporary:
+            temporary.write_text(f"{words}\n", encoding="utf-8")
+        return RunError(words)
 
     def finish(self, detector: Detector) -> None:
         """Write the detector; there is nothing to go on with any more."""
-        detector.save(self.model)
-        self.last.unlink(missing_ok=True)
+        with checkpoint.writing(self.out):
+            detector.save(self.model)
+        for file in (self.last, self.failed):
+            file.unlink(missing_ok=True)
 
 
 def _warn(epoch: Epoch, floor: float, reporter: Reporter) -> None:
@@ -248,7 +271,7 @@ def run(
     Raises:
         InputError: If recipe, data, device or folder are unusable, before any work is spent.
         RunError: If training diverges, no epoch is worth keeping, or a file cannot be written any more; what was last
-            saved is then still there.
+            saved is then still there. After the first two `failed.txt` says so, and the run can only be begun again.
     """
     first = processes.rank() == 0
     reporter = reporter if first else SILENT

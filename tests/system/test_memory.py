@@ -50,6 +50,12 @@ def test_what_counts_as_lack_of_memory(error, expected):
     assert is_memory_error(error) is expected
 
 
+def test_an_error_that_led_to_itself_is_none_of_memory():
+    again, first = RuntimeError("raised once more"), ValueError("raised first")
+    again.__cause__, first.__cause__ = first, again
+    assert not is_memory_error(again)
+
+
 def test_the_allocator_of_the_cpu_is_understood():
     assert is_memory_error(cpu_error())
 

@@ -226,17 +226,22 @@ def test_force_begins_again(begun, whole):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, whole, monkeypatch):
+    folder = tmp_path / "run"
     original = Steps.take
 
     def poisoned(self, step, inside, outside):
         return None if step == STEPS + 2 else original(self, step, inside, outside)
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="training diverged in epoch 2"):
+    again = f"--set network.pretrained={folder / 'best.pt'} with another --out"
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=f"training diverged in epoch 2.*{again}"):
         patch.setattr(Steps, "take", poisoned)
-        training.run(recipe_of(), tmp_path)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["epoch"] == 2
-    training.run(recipe_of(), tmp_path, resume=True)
-    assert_same(tmp_path, whole)
+        training.run(recipe_of(), folder)
+    started = recipe_of(network={"pretrained": str(folder / "best.pt")}, optimizer={"epochs": 1})
+    training.run(started, tmp_path / "another")
+    (folder / "failed.txt").unlink()  # as on a machine where the steps are others
+    assert torch.load(folder / "last.pt", weights_only=True)["progress"]["epoch"] == 2
+    training.run(recipe_of(), folder, resume=True)
+    assert_same(folder, whole)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_file(tmp_path):

@@ -16,6 +16,7 @@ from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, RunError
 from grood_cert.networks import architectures
 from grood_cert.recipe import from_dict
+from grood_cert.runs.progress import describe
 from grood_cert.scores import energy
 from grood_cert.training import run as training
 from grood_cert.training.evaluation import best_epoch
@@ -92,9 +93,26 @@ def test_two_runs_give_the_same_bytes(name, tmp_path):
 def test_a_run_that_diverges_leaves_no_model(tmp_path):
     recipe = small(optimizer={"name": "sgd", "lr": 1e8, "schedule": "constant"}, data={"train_limit": 200})
     training.run(small(), tmp_path / "a")
-    with pytest.raises(RunError, match="training diverged in epoch 1"):
+    with pytest.raises(RunError, match=r"training diverged in epoch 1.* begin again, with --force or another --out$"):
         training.run(recipe, tmp_path / "a", force=True)
-    assert os.listdir(tmp_path / "a") == ["last.pt"], "neither a new model nor the log of another run"
+    assert {*os.listdir(tmp_path / "a")} == {"last.pt", "failed.txt"}, "neither a new model nor the log of another run"
+    for resume, words in ((False, "another --out$"), (True, "--resume would take the same steps and end the same$")):
+        with pytest.raises(RunError, match=f"a: training diverged in epoch 1: .*lower optimizer.lr.*{words}"):
+            training.run(recipe, tmp_path / "a", resume=resume)
+    (line,) = describe(tmp_path / "a")
+    assert line.startswith("model.pt: training diverged in epoch 1") and "--resume" not in line
+    training.run(small(), tmp_path / "a", force=True)
+    assert {*os.listdir(tmp_path / "a")}.isdisjoint({"last.pt", "failed.txt"})
+    assert {*os.listdir(tmp_path / "a")} >= {"model.pt", "log.csv"}
+
+
+def test_a_run_without_an_epoch_to_keep_is_not_resumed(tmp_path):
+    recipe = small(evaluation={"keep": "best", "accuracy_floor": 0.999}, data={"train_limit": 60})
+    with pytest.raises(RunError, match=r"no epoch reached an ID accuracy of 0.999.*lower .* begin again"):
+        training.run(recipe, tmp_path)
+    with pytest.raises(RunError, match=r"no epoch reached .* --resume would take the same steps"):
+        training.run(recipe, tmp_path, resume=True)
+    assert "no epoch reached" in describe(tmp_path)[0]
 
 
 def test_a_network_that_never_meets_an_outlier_is_the_same_whatever_they_are(tmp_path):
