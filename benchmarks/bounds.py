@@ -46,7 +46,7 @@ def measure(
     for norm, values in EPS.items():
         for eps in values:
             ball = Ball(images, torch.full_like(score, eps), norm)
-            seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(0), images, images)
+            (seen,) = attacks.extremes(loaded.network, [ball], torch.Generator().manual_seed(0))
             rise, fall = seen.maximum - score, score - seen.minimum
             seconds = defaultdict(list)
             for _ in range(repeats):

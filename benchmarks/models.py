@@ -45,7 +45,7 @@ from grood_cert.system.files import replacing
 
 COLUMNS = ("model", "input", "parameters", "nodes", "native", "auto_LiRPA", "points inside")
 LARGE = ("resnet18", "vgg11_bn", "densenet121", "mobilenet_v2")
-_EFFORT = attacks.AttackEffort(steps=8, restarts=1, rounds=2)
+_EFFORT = attacks.AttackEffort(steps=8, restarts=1, rounds=2, ascent=8, logits=1)
 _LOGITS = 3
 
 
@@ -130,7 +130,7 @@ def points_of(network: nn.Module, ball: Ball, generator: torch.Generator) -> Ite
     for turn in range(8):
         share = torch.rand(ball.center.shape, generator=generator, dtype=torch.float64)
         yield torch.lerp(ball.lower, ball.upper, share.round() if turn % 2 else share)
-    found = attacks.extremes(network, ball, generator, ball.center, ball.center, _EFFORT)
+    (found,) = attacks.extremes(network, [ball], generator, _EFFORT)
     yield from (found.argmin, found.argmax)
     with torch.no_grad():
         classes = network(ball.center).shape[1]

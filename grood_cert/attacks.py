@@ -9,26 +9,29 @@ Both searches use the exact answer to a linear problem over the pixel box. With 
     towards(a, eps)   argmax  a . d   over ||d||_p <= eps, 0 <= x + d <= 1      conditional gradient, in a given ball
     onto(a, c)        argmin ||d||_p  over a . d  = c,     0 <= y + d <= 1      hyperplane projection, nearest flip
 
-* `extremes` climbs S and -S inside a ball: y <- y + h (x + towards(v, eps) - y) with v a running mean of normalised
-  gradients. The share h starts at 1 and is halved at APGD's checkpoints wherever too few steps rose, or nothing was
-  gained since the last one; the search then goes on from its best point.
+* `extremes` climbs S and -S inside nested balls: y <- y + h (x + towards(v, eps) - y) with v a running mean of
+  normalised gradients. The share h starts at 1 and shrinks with every step that reaches no new best value. Up through the balls each search starts where the one in the smaller ball ended, moved outwards
+  in proportion, and takes the more steps the larger its ball is; down again, where the one in the larger ball ended.
 * `minimum_norm` walks along the level set S = gamma, towards x, as FAB does: both y and x are projected onto the
   hyperplane on which the linearised score is gamma, and the next point lies between the two. Flipped points are
   recorded and pulled towards x. The best one is shortened along the segment to x by bisection, in float64.
 
 Where GReg has flattened S, the softmax-weighted gradient sum_k p_k grad f_k vanishes although no logit is flat; since
-LSE >= max_k f_k, both searches also start from points that climb a single logit. What is climbed is the score's
+LSE >= max_k f_k, both searches also start from points that climb a single logit; in nested balls these climbs go
+on from ball to ball too. What is climbed is the score's
 *order* (`grood_cert.scores`), which does not saturate as MSP does; what is reported is the score.
 
 References:
     Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020 (FAB);
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
-    ICML 2020 (APGD's checkpoints); Jaggi, "Revisiting Frank-Wolfe", ICML 2013 (conditional gradient).
+    ICML 2020 (APGD: momentum, and steps that shrink when the search stalls); Jaggi, "Revisiting Frank-Wolfe", ICML 2013.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -41,19 +44,20 @@ from grood_cert.errors import InputError
 from grood_cert.networks.checks import check_eval
 from grood_cert.scores import ENERGY, Score
 
-_BISECTIONS = 26  # 1 / 2^26 of the distance is left
-_CHECKPOINTS = (0.22, 0.06, 0.03)  # first interval, shortest one, decrease; shares of the steps
+_BISECTED = 2.0**-23  # share of the distance that bisections leave
 _CLIMB = 5  # steps of a climb of one logit
-_CLOSING = 3  # closing steps of a walk, in float64
+_CLOSING = 2  # closing steps of a walk, in float64
+_DOWN = 0.2  # steps in each ball on the way down, as a share of those in the largest ball
+_EXPLORE = 2  # steps of a climb, or from a random point, in each of nested balls
 _FILLINGS = 10  # of a water filling; each is exact until another pixel hits its wall
 _GAIN = 1e-4  # relative; what counts as one on a walk
 _MOMENTUM = 0.75
 _OVERSHOOT = 1.05  # beyond the hyperplane, so that curvature does not keep the decision as it was
 _PATIENCE = 8  # steps without gain after which a walk along the level set ends
-_POLISH = 8  # steps before them, in float64
+_POLISH = 2  # steps before them, in float64
 _PULL = 0.9  # a flipped point keeps this share of its distance to x
 _REACH = 1.5  # radius of the balls of climbs over the best distance
-_RISING = 0.75  # share of rising steps that keeps the step size
+_SHRINK = 0.85  # of the step of a search that gains nothing
 _SQUEEZE = 0.99  # radius of the last ball over the best distance
 _TOUCH = 1 + 1e-7  # just beyond the hyperplane
 _TOWARDS_X = 0.5  # largest weight of the projection of x
@@ -64,13 +68,14 @@ PRESETS: tuple[str, ...] = get_args(Preset)
 
 @dataclass(frozen=True)
 class AttackEffort:
-    """How hard the attacks search; cost grows with each of the three numbers.
+    """How hard the attacks search; cost grows with each of the numbers.
 
     Attributes:
-        steps: Gradient steps of each search.
+        steps: Gradient steps of each search of `minimum_norm`.
         restarts: Random starts of each ball, and of each round.
         rounds: Rounds of `minimum_norm`: the first starts from x, each other one from the climb of another logit.
-            `extremes` climbs rounds - 1 logits.
+        ascent: Gradient steps that `extremes` takes in the largest ball.
+        logits: Logits that `extremes` climbs alone.
 
     Raises:
         InputError: If a number is too small.
@@ -79,10 +84,12 @@ class AttackEffort:
     steps: int = 30
     restarts: int = 1
     rounds: int = 5
+    ascent: int = 24
+    logits: int = 5
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.restarts < 0 or self.rounds < 1:
-            raise InputError(f"an attack needs steps >= 1, restarts >= 0 and rounds >= 1, got {self}")
+        if min(self.steps, self.rounds, self.ascent) < 1 or min(self.restarts, self.logits) < 0:
+            raise InputError(f"an attack needs steps, rounds and ascent >= 1, restarts and logits >= 0, got {self}")
 
     @staticmethod
     def preset(name: str) -> AttackEffort:
@@ -95,7 +102,11 @@ class AttackEffort:
             >>> AttackEffort.preset("default") == AttackEffort()
             True
         """
-        efforts = {"fast": AttackEffort(20, 0, 2), "default": AttackEffort(), "max": AttackEffort(100, 3, 12)}
+        efforts = {
+            "fast": AttackEffort(20, 0, 2, 12, 3),
+            "default": AttackEffort(),
+            "max": AttackEffort(100, 3, 12, 60, 12),
+        }
         if name not in efforts:
             raise InputError(f"unknown attack effort {name!r}; use one of {', '.join(efforts)}")
         return efforts[name]
@@ -247,39 +258,30 @@ def onto(gradient: Tensor, points: Tensor, gain: Tensor, norm: Norm) -> Tensor:
     return (_fill(flat.abs(), room, gain.abs(), norm, "gain") * flat.sign()).reshape(gradient.shape)
 
 
-def _ascend(network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int, rule: Score) -> Tensor:
-    """The best point of a climb of sign * S, one sign a sample."""
-    first, shortest, decrease = (max(1, int(share * steps)) for share in _CHECKPOINTS)
-    share = torch.ones_like(ball.eps)
-    velocity = torch.zeros_like(points)
-    score, gradient = _gradient(network, points, rule)
-    best, best_points, best_gradient = sign * score, points, ball.per_pixel(sign) * gradient
-    last, gradient = best, best_gradient
-    before, halved, rises = best, torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best)
-    interval, since = first, 0
+def _ascend(
+    network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int, rule: Score
+) -> tuple[Tensor, Tensor]:
+    """The best point of a climb of sign * S, one sign a sample, and the gradient there."""
+    share, velocity = torch.ones_like(ball.eps), torch.zeros_like(points)
+    value, gradient = _gradient(network, points, rule)
+    value, gradient = sign * value, ball.per_pixel(sign) * gradient
+    best, best_points, best_gradient = value, points, gradient
     for _ in range(steps):
         length = dual_norm(gradient, ball.norm).clamp(min=torch.finfo(gradient.dtype).tiny)
         velocity = _MOMENTUM * velocity + gradient / ball.per_pixel(length)
         points = points + ball.per_pixel(share) * (towards(velocity, ball) - points)
-        score, gradient = _gradient(network, points, rule)
-        score, gradient = sign * score, ball.per_pixel(sign) * gradient
-        better = score > best
-        best, best_points = torch.where(better, score, best), _where(better, points, best_points)
+        value, gradient = _gradient(network, points, rule)
+        value, gradient = sign * value, ball.per_pixel(sign) * gradient
+        better = (value > best) | (best.isnan() & ~value.isnan())
+        share = torch.where(better, share, _SHRINK * share)
+        best, best_points = torch.where(better, value, best), _where(better, points, best_points)
         best_gradient = _where(better, gradient, best_gradient)
-        rises, last, since = rises + (score > last), score, since + 1
-        if since == interval:
-            halved = (rises < _RISING * interval) | (~halved & (best <= before))
-            share = torch.where(halved, share / 2, share)
-            points, gradient = _where(halved, best_points, points), _where(halved, best_gradient, gradient)
-            last, before, rises = torch.where(halved, best, last), best, torch.zeros_like(rises)
-            interval, since = max(interval - decrease, shortest), 0
-    return best_points
+    return best_points, best_gradient
 
 
-def _climb(network: nn.Module, ball: Ball, classes: Tensor, rule: Score) -> Tensor:
-    """Conditional-gradient descent of the order of one class a sample, from the centre."""
-    points = ball.center
-    for step in range(_CLIMB):
+def _climb(network: nn.Module, ball: Ball, classes: Tensor, rule: Score, points: Tensor, steps: range) -> Tensor:
+    """These steps of a conditional-gradient descent of the order of one class a sample."""
+    for step in steps:
         gradient = -_gradient(network, points, rule, classes)[1]
         points = points + 2 / (step + 2) * (towards(gradient, ball) - points)
     return points
@@ -293,73 +295,133 @@ def _random_points(ball: Ball, generator: torch.Generator) -> Tensor:
     return ball.project(ball.center + ball.per_pixel(ball.eps) * noise)
 
 
-class _Watch:
-    """Extremes seen so far; NaN gives way to any number."""
+def _rescaled(ball: Ball, points: Tensor, eps: Tensor) -> Tensor:
+    """Points of concentric balls of these radii, moved along their segments from x in proportion to the radius."""
+    factor = torch.where(eps > 0, ball.eps / eps.clamp(min=torch.finfo(eps.dtype).tiny), 1).clamp(
+        max=torch.finfo(eps.dtype).max
+    )
+    return ball.project(ball.center + (points - ball.center) * ball.per_pixel(factor))
 
-    def __init__(self, network: nn.Module, ball: Ball, rule: Score) -> None:
-        self._network, self._rule = network, rule
-        self.minimum = self.maximum = _score(network, ball.center, rule)
-        self.argmin = self.argmax = ball.center
 
-    def see(self, points: Tensor) -> None:
-        score = _score(self._network, points, self._rule)
-        lower = (score < self.minimum) | (self.minimum.isnan() & ~score.isnan())
-        higher = (score > self.maximum) | (self.maximum.isnan() & ~score.isnan())
-        self.argmin, self.minimum = _where(lower, points, self.argmin), torch.where(lower, score, self.minimum)
-        self.argmax, self.maximum = _where(higher, points, self.argmax), torch.where(higher, score, self.maximum)
+class _Search:
+    """Searches of nested balls for high and for low scores, both at once: batches of 2 B, S climbed in the first half.
 
-    @property
-    def extremes(self) -> Extremes:
-        return Extremes(self.minimum, self.maximum, self.argmin, self.argmax)
+    What was found is kept as (sign * S, points), in the floating-point type of the images; NaN gives way to any number.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        norm: Norm,
+        generator: torch.Generator,
+        effort: AttackEffort,
+        rule: Score,
+    ) -> None:
+        self._network, self._coarse, self._rule, self._effort = network, _single(network), rule, effort
+        self._norm, self._generator = norm, generator
+        self.images = _repeat(images, 2)
+        self._sign = torch.tensor([1, -1]).to(images).repeat_interleave(len(images))
+        with torch.no_grad():
+            logits = network(images)
+        self._classes = logits.argsort(1, descending=True)[:, : effort.logits].T.flatten()
+        self._climbed: tuple[Tensor, Tensor] | None = None  # radii and where the climbs of single logits are
+        self.centre = self._sign * rule.value(logits).repeat(2), self.images
+
+    def value(self, points: Tensor) -> Tensor:
+        """The score, times the sign of the direction."""
+        return self._sign * _score(self._network, points, self._rule)
+
+    @staticmethod
+    def best(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The better one of two findings."""
+        better = (second[0] > first[0]) | (first[0].isnan() & ~second[0].isnan())
+        return torch.where(better, second[0], first[0]), _where(better, second[1], first[1])
+
+    def climb(self, ball: Ball, points: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Where a climb ends, or where its gradient leads from there."""
+        coarse = Ball(self.images.float(), ball.eps.float(), self._norm)
+        ended, gradient = _ascend(self._coarse, coarse, self._sign.float(), points.float(), steps, self._rule)
+        ends = ball.project(ended.to(ball.center)), towards(gradient.to(ball.center), ball)
+        first, second = ((self.value(end), end) for end in ends)
+        return self.best(first, second)
+
+    def start(self, ball: Ball, points: Tensor) -> Tensor:
+        """Where to start: from these points, near a random one, or where the climb of one logit is."""
+        coarse = Ball(self.images.float(), ball.eps.float(), self._norm)
+        starts = [points.float()]
+        for _ in range(self._effort.restarts):
+            random = _random_points(coarse, self._generator)
+            starts.append(_ascend(self._coarse, coarse, self._sign.float(), random, _EXPLORE, self._rule)[0])
+        if len(self._classes):
+            half = len(points) // 2
+            climbs = len(self._classes) // half
+            around = Ball(_repeat(coarse.center[:half], climbs), coarse.eps[:half].repeat(climbs), self._norm)
+            begin = _rescaled(around, self._climbed[1], self._climbed[0]) if self._climbed else around.center
+            steps = range(1, 1 + _EXPLORE) if self._climbed else range(_EXPLORE)
+            climbed = _climb(self._coarse, around, self._classes, self._rule, begin, steps)
+            self._climbed = around.eps, climbed
+            starts += [torch.cat([starts[0][:half], climb]) for climb in climbed.chunk(climbs)]
+        with torch.no_grad():
+            values = [self._sign * self._rule.order(self._coarse(start)) for start in starts]
+        best = torch.stack(values).nan_to_num(nan=-torch.inf).argmax(0)
+        return torch.stack(starts)[best, torch.arange(len(best), device=best.device)]
 
 
 def extremes(
     network: nn.Module,
-    ball: Ball,
+    balls: Sequence[Ball],
     generator: torch.Generator,
-    high: Tensor,
-    low: Tensor,
     effort: AttackEffort = DEFAULT,
     score: Score = ENERGY,
-) -> Extremes:
-    """Search each ball for high and for low scores.
-
-    From one given point each, from random points, and for low scores from the best climb of a single logit.
+    points: Tensor | None = None,
+) -> list[Extremes]:
+    """Search nested balls for high and for low scores, up through them and down again.
 
     Args:
-        network: f in eval mode, in the ball's floating-point type.
-        ball: Batch of balls.
+        network: f in eval mode, in the balls' floating-point type.
+        balls: Batches of balls around the same images, from small to large.
         generator: Random numbers of the starts.
-        high: Where to start the search for high scores, projected into the ball; the centre will do.
-        low: Where to start the search for low scores.
         effort: How hard to search.
         score: S.
+        points: Where to start both searches, moved into the first ball in proportion; they also count as seen in all
+            balls that hold them. None: the centre.
 
     Returns:
-        Extremes over the centre, the projected starts, the best point of each search, and the point towards which its
-        gradient there leads, all evaluated in the ball's floating-point type.
+        For each ball the extremes over the centre, the best points of the searches of this and of all smaller balls,
+        and the points towards which their gradients there lead, all evaluated in the balls' floating-point type.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, dtype=torch.float64)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[3.0, 4.0]])), layer.bias.zero_()
+        >>> image = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)  # S = -3.5
+        >>> balls = [Ball(image, eps, "linf") for eps in (0.1, 0.2)]
+        >>> found = extremes(nn.Sequential(nn.Flatten(), layer).eval(), balls, torch.Generator())
+        >>> [round(float(seen.maximum), 6) for seen in found]
+        [-2.8, -2.1]
     """
     check_eval(network)
-    search = _single(network)
-    coarse = Ball(ball.center.float(), ball.eps.float(), ball.norm)
-    with torch.no_grad():
-        ranking = network(ball.center).argsort(1, descending=True)
-    watch = _Watch(network, ball, score)
-    climbed = _Watch(network, ball, score)
-    for turn in range(min(effort.rounds - 1, ranking.shape[1])):
-        climbed.see(ball.project(_climb(search, coarse, ranking[:, turn], score).to(ball.center)))
-    for direction, starts in ((1.0, [high]), (-1.0, [low, climbed.argmin])):
-        starts = [ball.project(start) for start in starts]
-        starts += [_random_points(ball, generator) for _ in range(effort.restarts)]
-        count, sign = len(starts), torch.full_like(ball.eps, direction)
-        together = Ball(_repeat(coarse.center, count), coarse.eps.repeat(count), ball.norm)
-        found = _ascend(search, together, sign.float().repeat(count), torch.cat(starts).float(), effort.steps, score)
-        for start, best in zip(starts, found.chunk(count), strict=True):
-            watch.see(start)
-            rounded = ball.project(best.to(start))
-            watch.see(rounded)
-            watch.see(towards(ball.per_pixel(sign) * _gradient(network, rounded, score)[1], ball))
-    return watch.extremes
+    search = _Search(network, balls[0].center, balls[0].norm, generator, effort, score)
+    both = [Ball(search.images, ball.eps.repeat(2), ball.norm) for ball in balls]
+    given = search.images if points is None else _repeat(points, 2)
+    value, distance = search.value(given), both[0].distance(given)
+    best, where, eps = search.centre, given, distance
+    found = []
+    for number, ball in enumerate(both, 1):
+        best = search.best(best, (torch.where(distance <= ball.eps, value, torch.nan), given))
+        start = search.start(ball, _rescaled(ball, where, eps))
+        best = search.best(best, search.climb(ball, start, math.ceil(effort.ascent * number / len(balls))))
+        where, eps = best[1], ball.eps
+        found.append(best)
+    for index in reversed(range(len(balls) - 1)):
+        start = _rescaled(both[index], found[index + 1][1], both[index + 1].eps)
+        found[index] = search.best(found[index], search.climb(both[index], start, math.ceil(_DOWN * effort.ascent)))
+    seen = []
+    for value, where in itertools.accumulate(found, search.best):
+        (maximum, negated), (argmax, argmin) = value.chunk(2), where.chunk(2)
+        seen.append(Extremes(-negated, maximum, argmin, argmax))
+    return seen
 
 
 def _flipped(score: Tensor, accepted: Tensor, gamma: float) -> Tensor:
@@ -420,16 +482,22 @@ def _walk(
 def _shorten(
     network: nn.Module, images: Tensor, accepted: Tensor, gamma: float, norm: Norm, points: Tensor, rule: Score
 ) -> MinimumNorm:
-    """Bisect the segments from x to the points for the nearest flipped decision; infinite radius where none is."""
+    """Bisect the segments from x to the points for the nearest flipped decision; infinite radius where none is.
+
+    A point that keeps its decision when it is moved by the last bisection's length is not bisected.
+    """
     found = _flipped(_score(network, points, rule), accepted, gamma)
-    low, high = torch.zeros_like(found, dtype=images.dtype), torch.ones_like(found, dtype=images.dtype)
     best = _where(found, points, images)
-    for _ in range(_BISECTIONS):
+    low, high = torch.zeros_like(found, dtype=images.dtype), torch.ones_like(found, dtype=images.dtype)
+    index, middle = found.nonzero().squeeze(1), high - _BISECTED
+    while len(index):
+        x = images[index]
+        candidates = x + (points[index] - x) * _per_pixel(middle[index], x)
+        flipped = _flipped(_score(network, candidates, rule), accepted[index], gamma)
+        best[index[flipped]] = candidates[flipped]
+        high[index[flipped]], low[index[~flipped]] = middle[index[flipped]], middle[index[~flipped]]
         middle = (low + high) / 2
-        candidates = images + (points - images) * _per_pixel(middle, images)
-        flipped = _flipped(_score(network, candidates, rule), accepted, gamma)
-        best = _where(found & flipped, candidates, best)
-        high, low = torch.where(flipped, middle, high), torch.where(flipped, low, middle)
+        index = index[(high - low)[index] > _BISECTED]
     distance = _distance(images, best, norm)
     return MinimumNorm(torch.where(found, distance, torch.inf), best)
 
@@ -489,13 +557,17 @@ def minimum_norm(
 
     for turn in range(effort.rounds):
         climbs = Ball(coarse, (_REACH * best).clamp(max=limit), norm)
-        starts = [_climb(search, climbs, ranking[:, (turn - 1) % ranking.shape[1]], score) if turn else coarse]
+        starts = [
+            _climb(search, climbs, ranking[:, (turn - 1) % ranking.shape[1]], score, coarse, range(_CLIMB))
+            if turn
+            else coarse
+        ]
         around = Ball(coarse, best.clamp(max=limit), norm)
         starts += [_random_points(around, generator) for _ in range(effort.restarts)]
         best, points = walk(starts)
     smaller = Ball(coarse, (_SQUEEZE * best).clamp(max=limit), norm)
     sign = torch.where(accepted, 1, -1).to(coarse)
-    best, points = walk([_ascend(search, smaller, sign, smaller.project(points), effort.steps, score)])
+    best, points = walk([_ascend(search, smaller, sign, smaller.project(points), effort.steps, score)[0]])
     refined = _walk(network, images, accepted, gamma, norm, points.to(images), _POLISH, score)
     closed = _walk(network, images, accepted, gamma, norm, refined.points, _CLOSING, score, closing=True)
     return _shorten(network, images, accepted, gamma, norm, closed.points, score)

@@ -180,9 +180,7 @@ def test_only_a_climb_of_one_logit_leaves_a_flat_score():
     found = attacks.minimum_norm(network, images, gamma, "linf", generator(), AttackEffort(30, 0, 2))
     assert float(found.radius) == pytest.approx(level / 7.5, rel=1e-6)
     ball = Ball(images, torch.tensor([0.1]).double(), "linf")
-    blind, seen = (
-        attacks.extremes(network, ball, generator(), images, images, effort=AttackEffort(30, 0, r)) for r in (1, 2)
-    )
+    blind, seen = (attacks.extremes(network, [ball], generator(), AttackEffort(30, 0, 1, 30, r))[0] for r in (0, 1))
     assert float(blind.minimum) == pytest.approx(-math.log(2))
     assert float(seen.minimum) == pytest.approx(-math.log(2 * math.cosh(0.75)))
 
@@ -207,7 +205,7 @@ def test_points_are_witnesses(network, norm):
     """Whatever is returned lies at its stated distance, in the pixel box, and has the other decision."""
     images = torch.rand(20, 1, 8, 8, generator=generator()).double()
     score = energy(network(images))
-    gamma = float(score.median())
+    gamma = float(score.median()) + 1e-4
     found = attacks.minimum_norm(network, images, gamma, norm, generator())
     hit = torch.isfinite(found.radius)
     assert bool(hit.any())
@@ -222,7 +220,7 @@ def test_extremes_stay_in_the_ball_and_beat_random_search(network, norm):
     images = torch.rand(5, 1, 8, 8, generator=generator()).double()
     eps = torch.full((5,), {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]).double()
     ball = Ball(images, eps, norm)
-    seen = attacks.extremes(network, ball, generator(), images, images)
+    (seen,) = attacks.extremes(network, [ball], generator())
     for points, value in ((seen.argmin, seen.minimum), (seen.argmax, seen.maximum)):
         assert bool((ball.distance(points) <= eps * (1 + 1e-12)).all())
         assert bool(((points >= 0) & (points <= 1)).all())
@@ -240,10 +238,37 @@ def test_extremes_of_a_linear_score_are_exact(norm):
     weight = torch.tensor([0.7, -0.4, 0.2, 0.9]).double()
     images = torch.full((3, 1, 2, 2), 0.5).double()
     ball = Ball(images, torch.tensor([0.0, 0.1, 0.4]).double(), norm)
-    seen = attacks.extremes(linear(weight), ball, generator(), images, images)
+    (seen,) = attacks.extremes(linear(weight), [ball], generator())
     center, move = -0.5 * float(weight.sum()), ball.eps * weight.norm(p=DUAL[norm])
     torch.testing.assert_close(seen.maximum, center + move, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(seen.minimum, center - move, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nested_balls_are_searched_as_one(trained, norm):
+    """Each ball holds its points and those of the smaller ones; together they are found as well as one by one."""
+    loaded, images = trained
+    grid = {"linf": (0.0, 0.02, 0.05, 0.1), "l2": (0.0, 0.1, 0.3, 0.6), "l1": (0.0, 0.3, 0.8, 1.5)}[norm]
+    balls = [Ball(images, eps, norm) for eps in grid]
+    nearest = attacks.minimum_norm(loaded.network, images, loaded.gamma, norm, generator())
+    nested = attacks.extremes(loaded.network, balls, generator(), AttackEffort.preset("fast"), points=nearest.points)
+    clean, given = loaded.scores(images), loaded.scores(nearest.points)
+    gained = []
+    for ball, seen in zip(balls, nested, strict=True):
+        for points, value in ((seen.argmin, seen.minimum), (seen.argmax, seen.maximum)):
+            assert bool((ball.distance(points) <= ball.eps * (1 + 1e-9)).all())
+            torch.testing.assert_close(loaded.scores(points), value, rtol=1e-12, atol=1e-12)
+        inside = nearest.radius <= ball.eps
+        assert bool(((seen.minimum <= given) & (given <= seen.maximum))[inside].all())
+        (alone,) = attacks.extremes(loaded.network, [ball], generator(), AttackEffort(ascent=30))
+        gained.append(
+            torch.stack([seen.maximum - clean, clean - seen.minimum, alone.maximum - clean, clean - alone.minimum])
+        )
+    for smaller, larger in itertools.pairwise(nested):
+        assert bool((larger.minimum <= smaller.minimum).all()) and bool((smaller.maximum <= larger.maximum).all())
+    assert not gained[0].any()
+    up, down, up_alone, down_alone = torch.stack(gained).mean((0, 2))
+    assert float(up) >= 0.98 * float(up_alone) and float(down) >= 0.98 * float(down_alone)
 
 
 def textbook_pgd(network, ball, sign, steps):
@@ -263,11 +288,11 @@ def textbook_pgd(network, ball, sign, steps):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_checkpoints_are_not_weaker_than_textbook_pgd(trained, norm):
+def test_a_search_is_not_weaker_than_textbook_pgd(trained, norm):
     """With equally many steps from the same start, both ways, averaged over samples."""
     loaded, images = trained
     ball = Ball(images, torch.full((len(images),), {"linf": 0.1, "l2": 0.6, "l1": 1.5}[norm]).double(), norm)
-    seen = attacks.extremes(loaded.network, ball, generator(), images, images, effort=AttackEffort(30, 0, 1))
+    (seen,) = attacks.extremes(loaded.network, [ball], generator(), AttackEffort(ascent=30, restarts=0, logits=0))
     clean = loaded.scores(images)
     for sign, value in ((1, seen.maximum), (-1, -seen.minimum)):
         moved, reference = value - sign * clean, textbook_pgd(loaded.network, ball, sign, 30) - sign * clean
@@ -305,10 +330,10 @@ def test_samples_do_not_influence_one_another(network, norm):
     alone = [attacks.minimum_norm(network, image[None], gamma, norm, generator(), effort) for image in images]
     torch.testing.assert_close(together.radius, torch.cat([found.radius for found in alone]), rtol=1e-3, atol=0)
     ball = Ball(images, torch.full((4,), {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]).double(), norm)
-    seen = attacks.extremes(network, ball, generator(), images, images, effort=effort)
+    (seen,) = attacks.extremes(network, [ball], generator(), effort)
     for index in range(4):
         part = Ball(images[index : index + 1], ball.eps[:1], norm)
-        single = attacks.extremes(network, part, generator(), part.center, part.center, effort=effort)
+        (single,) = attacks.extremes(network, [part], generator(), effort)
         torch.testing.assert_close(seen.minimum[index : index + 1], single.minimum, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(seen.maximum[index : index + 1], single.maximum, rtol=1e-3, atol=1e-4)
 
@@ -334,7 +359,7 @@ def test_a_score_that_is_no_number_is_no_witness(level):
     found = attacks.minimum_norm(network, images, -3.0, "linf", generator())
     assert bool(torch.isinf(found.radius).all()) and torch.equal(found.points, images)
     ball = Ball(images, torch.tensor([0.5]).double(), "linf")
-    seen = attacks.extremes(network, ball, generator(), images, images)
+    (seen,) = attacks.extremes(network, [ball], generator())
     if math.isinf(level):
         assert bool(seen.minimum.isnan()) and bool(seen.maximum.isnan())
     else:
@@ -344,7 +369,7 @@ def test_a_score_that_is_no_number_is_no_witness(level):
 def test_a_centre_without_a_score_hides_no_other_point():
     images = torch.full((1, 1, 2, 2), 0.5).double()
     ball = Ball(images, torch.tensor([0.5]).double(), "linf")
-    seen = attacks.extremes(NotANumber(1.5).eval(), ball, generator(), 0 * images, 0 * images)
+    (seen,) = attacks.extremes(NotANumber(1.5).eval(), [ball], generator(), points=0 * images)
     assert -1.5 <= float(seen.minimum) <= float(seen.maximum) == 0
 
 
@@ -368,9 +393,9 @@ def test_attacks_benchmark(model, monkeypatch):
 
 
 def test_effort_is_checked():
-    with pytest.raises(InputError, match="restarts >= 0"):
+    with pytest.raises(InputError, match="restarts and logits >= 0"):
         AttackEffort(restarts=-1)
-    with pytest.raises(InputError, match="rounds >= 1"):
+    with pytest.raises(InputError, match="rounds and ascent >= 1"):
         AttackEffort(rounds=0)
     with pytest.raises(InputError, match="fast, default, max"):
         AttackEffort.preset("thorough")

@@ -59,17 +59,13 @@ class Adversary:
             self.radius[right], self.points[right] = found.radius, found.points
 
     def search_grid(self, generator: torch.Generator) -> None:
-        """Attack the balls of the grid; a point lies in every larger ball, so they carry it along."""
-        high = low = self.points
-        for value in self._settings.eps:
-            ball = Ball(self.images, torch.full_like(self.radius, value), self._settings.norm)
-            found = attacks.extremes(
-                self._detector.network, ball, generator, high, low, self._effort, self._detector.score
-            )
-            high, low = found.argmax, found.argmin
+        """Attack the balls of the grid."""
+        network, score, norm = self._detector.network, self._detector.score, self._settings.norm
+        balls = [Ball(self.images, value, norm) for value in self._settings.eps]
+        self.seen = attacks.extremes(network, balls, generator, self._effort, score, self.points)
+        for found in self.seen:
             flipped = found.maximum > self._gamma if self._inside else found.minimum <= self._gamma
-            self.add(self._right & flipped, high if self._inside else low)
-            self.seen.append(found)
+            self.add(self._right & flipped, found.argmax if self._inside else found.argmin)
 
     def add(self, flipped: Tensor, points: Tensor) -> None:
         """Keep points with the other decision that lie nearer than the nearest so far."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,29 +12,45 @@ from torch import Tensor
 
 from grood_cert.data.arrays import stored
 from grood_cert.data.images import Contents, Request, to_channels
-from grood_cert.errors import InputError
+from grood_cert.errors import InputError, RunError
 
 PHOTO_PATCHES = 400
 NOISE_IMAGES = 200
 _SHAPE = (1, 8, 8)  # where none is asked for
 
 
+def _of_scikit_learn(name: str) -> Path:
+    """A file of its data sets. It is found without an import, which takes longer than to bound an image.
+
+    Raises:
+        RunError: If the installed version does not hold it there.
+    """
+    found = importlib.util.find_spec("sklearn")
+    folders = (found.submodule_search_locations if found else None) or []
+    for folder in folders:
+        path = Path(folder, "datasets", name)
+        if path.exists():
+            return path
+    raise RunError(f"scikit-learn as it is installed has no datasets/{name}; install the version of constraints.txt")
+
+
 def digits(request: Request) -> Contents:
     """The 1797 digits of 8x8 pixels that scikit-learn holds."""
     del request
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    names = tuple(str(digit) for digit in range(10))
-    return Contents(stored((data.images / 16).astype(np.float32)[:, None]), data.target, names)
+    rows = np.loadtxt(_of_scikit_learn("data/digits.csv.gz"), delimiter=",")  # 64 pixels from 0 to 16, and the class
+    images = (rows[:, :-1].reshape(-1, *_SHAPE) / 16).astype(np.float32)
+    return Contents(stored(images), rows[:, -1].astype(np.int64), tuple(str(digit) for digit in range(10)))
 
 
 def photo_patches(request: Request) -> Contents:
     """Patches that are cut at random, at 1 to 8 times the size, from two photographs; flat ones are left out."""
-    from sklearn.datasets import load_sample_images
+    from PIL import Image
 
     channels, height, width = request.shape or _SHAPE
-    photos = load_sample_images().images  # uint8, 427 x 640 x 3
+    photos = []  # uint8, 427 x 640 x 3
+    for name in ("china.jpg", "flower.jpg"):
+        with Image.open(_of_scikit_learn(f"images/{name}")) as picture:
+            photos.append(np.asarray(picture))
     rows, columns, _ = photos[0].shape
     scales = [scale for scale in (1, 2, 4, 8) if height * scale <= rows and width * scale <= columns]
     if not scales:

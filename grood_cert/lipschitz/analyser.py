@@ -150,7 +150,7 @@ class Analyser:
         settings, score = self.settings, self.score
         at_center = gradient_norm_estimate(self.graph, ball, score)
         ascended, argument = ascended_gradient_norm_estimate(self.graph, ball, generator, settings.ascents, score=score)
-        seen = attacks.extremes(self.network, ball, generator, ball.center, ball.center, score=score)
+        (seen,) = attacks.extremes(self.network, [ball], generator, score=score)
         ends = torch.stack([argument, seen.argmax, seen.argmin])
         segments = torch.cat([ball.center + share * (ends - ball.center) for share in _SHARES])
         found = {

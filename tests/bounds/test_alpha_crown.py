@@ -73,7 +73,7 @@ def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
     graph, ball = capture(network, SHAPE), balls(norm)
     hidden = preactivations(graph, ball)
     effort = attacks.AttackEffort.preset("fast")
-    seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), ball.center, ball.center, effort)
+    (seen,) = attacks.extremes(network, [ball], torch.Generator().manual_seed(0), effort)
     relaxed = Pullback(graph, ball)
     for number, interval in zip(graph.nonlinear, hidden.inputs, strict=True):
         relaxed.add(number, *interval)

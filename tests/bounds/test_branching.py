@@ -207,7 +207,7 @@ def test_bounds_hold_in_three_norms(build, norm):
     images = torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ball = Ball(images, torch.tensor([eps, eps / 2, eps], dtype=torch.float64), norm)
     effort = attacks.AttackEffort.preset("fast")
-    seen = attacks.extremes(network, ball, torch.Generator().manual_seed(0), images, images, effort)
+    (seen,) = attacks.extremes(network, [ball], torch.Generator().manual_seed(0), effort)
     hidden = preactivations(graph, ball)
     for side, extreme in (("upper", seen.maximum), ("lower", seen.minimum)):
         sign = 1 if side == "upper" else -1

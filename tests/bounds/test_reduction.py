@@ -62,8 +62,8 @@ def seen(net, ball, score):
     corners = repeated.project(repeated.center + 9 * (points.flatten(0, 1) - repeated.center))
     with torch.no_grad():
         values = score.value(net(torch.cat([points.flatten(0, 1), corners]))).reshape(-1, len(ball.center))
-    found = attacks.extremes(
-        net, ball, torch.Generator().manual_seed(0), ball.center, ball.center, attacks.AttackEffort(8, 0, 2), score
+    (found,) = attacks.extremes(
+        net, [ball], torch.Generator().manual_seed(0), attacks.AttackEffort(8, 0, 1, 8, 1), score
     )
     return torch.minimum(values.amin(0), found.minimum), torch.maximum(values.amax(0), found.maximum)
 

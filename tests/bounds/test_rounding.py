@@ -210,12 +210,10 @@ def test_the_float32_network_stays_inside_bounds_for_its_deployment(score):
             points = images
             if eps:
                 generator = torch.Generator().manual_seed(seed)
-                extremes = attacks.extremes(
+                (extremes,) = attacks.extremes(
                     network.double(),
-                    ball,
+                    [ball],
                     generator,
-                    ball.center,
-                    ball.center,
                     attacks.AttackEffort.preset("fast"),
                     score,
                 )

@@ -223,9 +223,7 @@ def test_no_attacked_or_sampled_point_escapes(name, norm, method):
         ball = ball_around(images, eps, norm)
         bounds = score_bounds(bounded, ball)
         assert bool(torch.isfinite(bounds.lower).all()) and bool(torch.isfinite(bounds.upper).all())
-        seen = attacks.extremes(
-            network, ball, torch.Generator().manual_seed(0), images, images, attacks.AttackEffort(15)
-        )
+        (seen,) = attacks.extremes(network, [ball], torch.Generator().manual_seed(0), attacks.AttackEffort(ascent=15))
         assert bool((bounds.lower <= seen.minimum).all()) and bool((seen.maximum <= bounds.upper).all())
         assert bool((bounds.lower >= bounds.lower_per_logit).all())
         assert bool((bounds.upper <= bounds.upper_per_logit).all())

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
 
-from grood_cert.data import NOISE, load_set
+from grood_cert.data import NOISE, built_in, load_set
+from grood_cert.errors import RunError
 from tests.data.examples import hashes, refused
 
 
@@ -52,3 +56,16 @@ def test_noise_statistics():
     assert torch.equal(smooth.amin((1, 2, 3)), torch.zeros(200))
     assert torch.equal(smooth.amax((1, 2, 3)), torch.ones(200))
     assert smooth.diff(dim=-1).abs().mean() < uniform.diff(dim=-1).abs().mean() / 2
+
+
+def test_scikit_learn_would_read_the_same():
+    data, read = load_digits(), load_set("digits")
+    assert np.array_equal(read.images[:, 0] * 16, data.images) and np.array_equal(read.labels, data.target)
+    for name, photo in zip(("china.jpg", "flower.jpg"), load_sample_images().images, strict=True):
+        with Image.open(built_in._of_scikit_learn(f"images/{name}")) as picture:
+            assert np.array_equal(np.asarray(picture), photo)
+
+
+def test_a_scikit_learn_without_its_files_is_named():
+    with pytest.raises(RunError, match=r"no datasets/data/letters\.csv\.gz; install"):
+        built_in._of_scikit_learn("data/letters.csv.gz")

@@ -93,7 +93,7 @@ def test_the_bound_limits_what_a_certified_network_can_do(result, loaded, sets):
     names = column(result, "index", kind="id", eps=0.04).astype(int)
     images = sets[0].images[names].double()
     ball = Ball(images, torch.full((LIMIT,), 0.04).double(), "linf")
-    seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(9), images, images)
+    (seen,) = attacks.extremes(loaded.network, [ball], torch.Generator().manual_seed(9))
     rise = (seen.maximum - loaded.scores(images)) / ball.distance(seen.argmax)
     bound = torch.tensor(column(result, "bound", kind="id", eps=0.04))
     head = torch.tensor(column(result, "bound_fixed_head", kind="id", eps=0.04))

@@ -178,12 +178,12 @@ MUTANTS = (
                 "return (ball.center + 2 * (moved * flat.sign()).reshape(gradient.shape)).clamp(0, 1)",
             ),
             "points found in float32 are not projected": (
-                "rounded = ball.project(best.to(start))",
-                "rounded = ball.center + 1.01 * (best.to(start) - ball.center)",
+                "ends = ball.project(ended.to(ball.center)),",
+                "ends = ball.center + 1.01 * (ended.to(ball.center) - ball.center),",
             ),
-            "the maximum keeps the lower score": (
-                "higher = (score > self.maximum) |",
-                "higher = (score < self.maximum) |",
+            "of two findings the worse is kept": (
+                "better = (second[0] > first[0]) |",
+                "better = (second[0] < first[0]) |",
             ),
             "a flip on gamma counts for ID": (
                 "torch.where(accepted, score > gamma, score <= gamma)",
@@ -202,12 +202,12 @@ MUTANTS = (
                 "return MinimumNorm(distance, best)",
             ),
             "bisection keeps the point before the flip": (
-                "best = _where(found & flipped, candidates, best)",
-                "best = _where(found & ~flipped, candidates, best)",
+                "best[index[flipped]] = candidates[flipped]",
+                "best[index[~flipped]] = candidates[~flipped]",
             ),
             "searches climb down": (
-                "best, best_points, best_gradient = sign * score, points, ball.per_pixel(sign) * gradient",
-                "best, best_points, best_gradient = sign * score, points, -ball.per_pixel(sign) * gradient",
+                "ball.per_pixel(share) * (towards(velocity, ball) - points)",
+                "ball.per_pixel(share) * (towards(-velocity, ball) - points)",
             ),
         },
     ),
@@ -230,8 +230,8 @@ MUTANTS = (
         ("test_attacks.py",),
         {
             "a score that is NaN hides the others": (
-                "lower = (score < self.minimum) | (self.minimum.isnan() & ~score.isnan())",
-                "lower = score < self.minimum",
+                "(second[0] > first[0]) | (first[0].isnan() & ~second[0].isnan())",
+                "(second[0] > first[0])",
             ),
         },
     ),

@@ -20,7 +20,7 @@ ENTRIES = {
     "auto_lirpa": lambda network: LirpaNetwork(network, (1, 2, 2), "crown"),
     "trace": lambda network: capture(network, (1, 2, 2)),
     "minimum_norm": lambda network: attacks.minimum_norm(network, IMAGES, 0.0, "linf", torch.Generator()),
-    "extremes": lambda network: attacks.extremes(network, Ball(IMAGES, 0.1, "linf"), torch.Generator(), IMAGES, IMAGES),
+    "extremes": lambda network: attacks.extremes(network, [Ball(IMAGES, 0.1, "linf")], torch.Generator()),
 }
 
 

@@ -218,7 +218,7 @@ def missed(planted: Planted, starts: int = 200, seed: int = 0) -> dict[str, bool
     ball = Ball(planted.image, recipe.eps, recipe.norm)
     generator = torch.Generator().manual_seed(seed)
     nearest = attacks.minimum_norm(network, planted.image, gamma, recipe.norm, generator)
-    extremes = attacks.extremes(network, ball, generator, planted.image, planted.image)
+    (extremes,) = attacks.extremes(network, [ball], generator)
     extreme = extremes.argmax if recipe.kind == "id" else extremes.argmin
     climbed = ascend(recipe, network, planted.image, gamma, starts, 40, seed)
     return {

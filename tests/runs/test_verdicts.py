@@ -30,7 +30,7 @@ def evidence(instance, image, loaded, eps, crossing):
         from grood_cert.ball import Ball
 
         ball = Ball(image.double()[None], torch.tensor([eps]).double(), "linf")
-        seen = attacks.extremes(loaded.network, ball, torch.Generator().manual_seed(0), ball.center, ball.center)
+        (seen,) = attacks.extremes(loaded.network, [ball], torch.Generator().manual_seed(0))
         point = (seen.argmax if instance["kind"] == "id" else seen.argmin).flatten()
     pairs = "\n ".join(f"(X_{i} {value!r})" for i, value in enumerate(point.tolist()))
     return f"sat\n({pairs}\n (Y_0 0.5))\n"

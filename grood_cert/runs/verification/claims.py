@@ -205,8 +205,8 @@ class CertificationClaims(Claims[Settings]):
                 found.attempt(f"{name}, attacked afresh", int((values > 0).sum()), check)
         ball = Ball(images, radius, self.settings.norm)
         effort = EFFORTS[self.settings.effort].attack
-        seen = attacks.extremes(
-            self.detector.network, ball, generator, adversary.points, adversary.points, effort, self.detector.score
+        (seen,) = attacks.extremes(
+            self.detector.network, [ball], generator, effort, self.detector.score, adversary.points
         )
         flipped = seen.maximum > self.detector.gamma if inside else seen.minimum <= self.detector.gamma
         points, certified = seen.argmax if inside else seen.argmin, radius > 0
@@ -383,7 +383,7 @@ class LipschitzClaims(Claims[AnalysisSettings]):
         self.again(part, "gradient_norm_estimate", at_center.cpu().numpy(), _SLOPES)
         ascended, argument = ascended_gradient_norm_estimate(graph, ball, generator, self.settings.ascents, score=score)
         sampled = sampled_gradient_norm_estimate(graph, ball, self.settings.samples, generator, score)
-        seen = attacks.extremes(self.detector.network, ball, generator, ball.center, ball.center, score=score)
+        (seen,) = attacks.extremes(self.detector.network, [ball], generator, score=score)
         secant = secant_estimate(graph, ball, torch.stack([argument, seen.argmax, seen.argmin]), score)
         slopes = torch.stack([at_center, sampled, ascended, secant]).amax(0).cpu().numpy()
         rises = self._rise(ball, seen.argmax).cpu().numpy()
