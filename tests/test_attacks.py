@@ -147,6 +147,14 @@ def test_towards_and_onto_solve_their_linear_problems(norm):
     torch.testing.assert_close(reached, torch.maximum(-gain / 10, floor), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_score_on_gamma_is_not_flipped(norm):
+    """S(x) = gamma, without rounding: x is accepted, and only a point with a larger S has the other decision."""
+    network, images = linear(torch.ones(4).double()), torch.full((1, 1, 2, 2), 0.5).double()
+    found = attacks.minimum_norm(network, images, -2.0, norm, generator())
+    assert float(found.radius) > 0 and float(energy(network(found.points))) > -2.0
+
+
 def test_nothing_to_find_is_an_infinite_radius():
     network = linear(torch.tensor([0.1, 0.1, 0.1, 0.1]).double())
     images = torch.full((2, 1, 2, 2), 0.5).double()
