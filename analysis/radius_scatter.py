@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from grood_cert.cli import run_script
 from grood_cert.results import figures
+from grood_cert.results.columns import NORMS
 from grood_cert.results.figures import style
 from grood_cert.results.figures.facts import state
 from grood_cert.results.table import Table
@@ -33,7 +34,7 @@ _RADII = (
 
 def figure(rows: Table, width: style.Width = "double") -> Figure:
     """One panel an image set, of its samples that are right at x and were attacked; both axes in units of the norm."""
-    label = figures.NORM_LABELS[rows.norm]
+    label = NORMS[rows.norm]
     sets = {(kind, name): mask for kind in ("id", "ood") for name, mask in rows.sets(kind).items()}
     shown = {
         key: mask & (rows["status"] != "misdecided") & np.isfinite(rows["radius_attack"]) for key, mask in sets.items()
@@ -57,8 +58,8 @@ def figure(rows: Table, width: style.Width = "double") -> Figure:
             set_limits(0, most)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(f"attack radius ({label})")
-        axes.set_ylabel(f"radius ({label})")
+        axes.set_xlabel(f"attack radius ({label}, pixels in [0, 1])")
+        axes.set_ylabel(f"radius ({label}, pixels in [0, 1])")
         kind, name = key
         right = "accepted" if kind == "id" else "rejected"
         note = f"refuted of {len(attack)}: {', '.join(refuted)}"

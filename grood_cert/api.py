@@ -297,12 +297,12 @@ def attack(
 
 @dataclass(frozen=True, eq=False)
 class SmoothedCertified:
-    """What holds for the smoothed detector in l2, each sample with probability 1 - alpha over the noise.
+    """What holds for the smoothed detector in l_2, each sample with probability 1 - alpha over the noise.
 
     Attributes:
         alpha: Probability that what is said of a sample claims too much.
         decision: "accepted", "rejected" or "abstained".
-        radius: l2 radius within which that decision stays; 0 where it abstained, shape (N,).
+        radius: l_2 radius within which that decision stays; 0 where it abstained, shape (N,).
         lower: Lower bound of the smoothed score over the ball of each eps; NaN if none.
         upper: Upper bound.
     """
@@ -329,7 +329,7 @@ class Smoothed:
     gamma: float
 
     def certify(self, x: Tensor, eps: Eps) -> SmoothedCertified:
-        """Certify images in l2, each with probability 1 - alpha.
+        """Certify images in l_2, each with probability 1 - alpha.
 
         Args:
             x: Images.

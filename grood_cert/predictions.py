@@ -18,7 +18,7 @@ from grood_cert.data.folders import is_picture
 from grood_cert.data.images import chunk
 from grood_cert.data.spec import split_class_list
 from grood_cert.detector import Detector
-from grood_cert.results.columns import grid_column
+from grood_cert.results.columns import NORMS, grid_column
 from grood_cert.system.reporting import SILENT, Reporter
 
 _COLUMNS = ("file", "score", "gamma", "accepted", "class")
@@ -207,7 +207,7 @@ def sentences(record: Mapping[str, Any], query: Query, score: str, threshold: st
         return lines
     certified, attacked = record["radius_certified"], record["radius_attack"]
     proved = (
-        f"no change of {query.norm} norm up to {certified:.4g} alters this decision"
+        f"no change of {NORMS[query.norm]} norm up to {certified:.4g} alters this decision"
         if certified > 0
         else "nothing: the decision is not proved for any radius"
     )

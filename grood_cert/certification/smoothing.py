@@ -5,7 +5,7 @@ Let xi ~ N(0, sigma^2 I), and S any measurable score. The *smoothed* score is th
     h(x) = h_{1/2}(x),        h_q(x) = inf {y : P(S(x + xi) <= y) >= q},
 
 and the *smoothed detector* accepts x as ID iff h(x) <= gamma. Since Phi^{-1}(P(S(x + xi) <= y)) is 1/sigma-Lipschitz
-in x for every y, each perturbation of l2 length at most eps obeys
+in x for every y, each perturbation of l_2 length at most eps obeys
 
     h_ql(x) <= h_q(x + delta) <= h_qu(x),        ql, qu = Phi(Phi^{-1}(q) -+ eps / sigma).
 
@@ -41,7 +41,7 @@ What is certified is the smoothed detector, not the one it was made from:
 * Any NaN among the draws of a sample: bounds are infinite and the method abstains.
 * The probability is that of one run. Who repeats it with other seeds and keeps the best has certified nothing.
 
-For l_inf only this follows: the ball of radius eps / sqrt(d) in l_inf lies inside that of radius eps in l2.
+For l_inf only this follows: the ball of radius eps / sqrt(d) in l_inf lies inside that of radius eps in l_2.
 
 References:
     Cohen, Rosenfeld & Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019.
@@ -138,7 +138,7 @@ def order_statistics(n: int, q: float, shift: float, alpha: float) -> tuple[int 
 def smoothed_bounds(
     draws: ArrayLike, eps: Sequence[float], sigma: float, alpha: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    r"""Bounds of the median h on l2 balls, all true at once with probability at least 1 - alpha over the draws.
+    r"""Bounds of the median h on l_2 balls, all true at once with probability at least 1 - alpha over the draws.
 
     Args:
         draws: Independent draws of S(x + xi), shape (..., n).
@@ -179,7 +179,7 @@ def draws_beyond(draws: ArrayLike, gamma: float) -> tuple[NDArray[np.int64], NDA
 
 
 def smoothed_radius(hits: ArrayLike, n: int, sigma: float, alpha: float) -> NDArray[np.float64]:
-    r"""l2 radius within which the median stays on one side of gamma, from the number of draws on that side.
+    r"""l_2 radius within which the median stays on one side of gamma, from the number of draws on that side.
 
     With p the Clopper-Pearson lower bound, at level alpha / 2, of the probability of that side, the radius is
     sigma Phi^{-1}(p), or 0 if p <= 1/2. Both sides asked of the same draws give the decision: at most one radius is
@@ -283,7 +283,7 @@ class SmoothingSettings:
 
     Attributes:
         sigma: Standard deviation of the noise in pixel units.
-        eps: Grid of l2 radii in pixel units for the bounds, ascending, without repetition; see `default_eps`.
+        eps: Grid of l_2 radii in pixel units for the bounds, ascending, without repetition; see `default_eps`.
         n: Draws for each sample.
         alpha: Largest probability of a false statement, for each sample.
         dtype: Floating-point type of the network that is smoothed.

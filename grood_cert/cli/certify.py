@@ -141,9 +141,10 @@ def certify(
 
 def print_summary(rows: Any) -> None:
     """Print what was decided of each set, and by which stages."""
+    from grood_cert.results.columns import NORMS
     from grood_cert.results.summary import RADII, balls_decided
 
-    title = f"medians over the samples that are right at x: radius in {rows.norm}, gamma {rows.gamma:.4f}"
+    title = f"medians over the samples that are right at x: radius in {NORMS[rows.norm]}, gamma {rows.gamma:.4f}"
     output.print_across(rows.summary(), "set", _COUNTS | RADII, title)
     decided = balls_decided(rows)
     words = {name: name if name in _NOT_DECIDED else f"decided by {name}" for name in decided[0]}

@@ -14,8 +14,15 @@ def curve(
     rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, lipschitz.csv or smoothing.csv.")],
     out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg. Its numbers go beside it, as NAME-curve.csv.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="Name of each model, in order. [default: the recipe's]")
+        list[str] | None,
+        typer.Option(help="Name of each model, or group of seeds, in order. [default: the recipe's]"),
     ] = None,
+    each_seed: Annotated[
+        bool,
+        typer.Option(
+            "--each-seed", help="Draw every run by itself, not mean and range over those of other seeds alone."
+        ),
+    ] = False,
     perturb: Annotated[
         str | None,
         typer.Option(help="Certifications: which side moves in the FPR95 curve: ood, id or both. [default: ood]"),
@@ -39,12 +46,16 @@ def curve(
     ] = False,
     partial: options.Partial = False,
 ) -> None:
-    """Draw curves of one or more results. Robustness against eps and FPR, Lipschitz constants, smoothed FPR95."""
+    """Draw curves of one or more results. Robustness against eps and FPR, Lipschitz constants, smoothed FPR95.
+
+    Runs that differ in the seed of their training alone are drawn together, as their mean and range.
+    """
     from typing import cast
 
     from grood_cert.results import figures
     from grood_cert.results.curves import Perturbed
     from grood_cert.results.figures import Width
+    from grood_cert.results.seeds import Runs, grouped
     from grood_cert.results.table import Table, check_target, labelled, manifest_path
     from grood_cert.system.files import check_apart
 
@@ -55,10 +66,10 @@ def curve(
     found = [Table.read(path, partial=partial) for path in rows]
     for path, table in zip(rows, found, strict=True):
         options.warn_unfinished(table, path)
-    tables = labelled(found, rows, label or [])
+    runs: Runs = (labelled if each_seed else grouped)(found, rows, label or [])
     side = cast(Perturbed | None, perturb)
     figure = figures.draw(
-        tables,
+        runs,
         side,
         at,
         panel=panel,
@@ -68,5 +79,5 @@ def curve(
         mixed=mixed,
     )
     figures.save(figure, out)
-    figures.write_numbers(figures.numbers(tables, side, at, panel=panel, mean=mean), numbers)
+    figures.write_numbers(figures.numbers(runs, side, at, panel=panel, mean=mean), numbers)
     typer.echo(f"wrote {out} and {numbers}")

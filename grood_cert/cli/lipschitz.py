@@ -41,6 +41,7 @@ def lipschitz(
     from grood_cert.bounds.engine import Method
     from grood_cert.bounds.engines import Engine
     from grood_cert.lipschitz import analyser as analysis
+    from grood_cert.results.columns import NORMS
     from grood_cert.results.summary import SLOPES
     from grood_cert.runs import analyse
 
@@ -81,6 +82,6 @@ def lipschitz(
         return
     records = result.summary()
     for kind in dict.fromkeys(record["kind"] for record in records):
-        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {ball} ball, per pixel unit"
+        title = f"{kind}: local Lipschitz constant of S at each eps, medians, {NORMS[ball]} ball, per pixel unit"
         output.print_across([record for record in records if record["kind"] == kind], "eps", SLOPES, title)
     typer.echo(f"wrote {part.result(folder / 'lipschitz.csv')} and its manifest")

@@ -26,7 +26,7 @@ def smooth(
         list[str] | None,
         typer.Option(
             metavar="EPS",
-            help="l2 radius in pixel units: 0.1, 8/255 or 0.1,0.2, ascending (repeatable). [default: 1/4 to 2 sigma]",
+            help="l_2 radius in pixel units: 0.1, 8/255 or 0.1,0.2, ascending (repeatable). [default: 1/4 to 2 sigma]",
         ),
     ] = None,
     n: Annotated[int, typer.Option(help="Draws of noise for each sample.")] = 1000,
@@ -48,7 +48,7 @@ def smooth(
     force: options.Force = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Certify the smoothed detector in l2. For networks of any size, each sample with probability 1 - alpha."""
+    """Certify the smoothed detector in l_2. For networks of any size, each sample with probability 1 - alpha."""
     from typing import cast
 
     from grood_cert import detector

@@ -58,6 +58,7 @@ def sweep(
     from grood_cert.certification.settings import Settings
     from grood_cert.errors import InputError
     from grood_cert.lipschitz.analyser import AnalysisSettings
+    from grood_cert.results.sweeps import SHOWN
     from grood_cert.runs import sweep as sweeping
     from grood_cert.system.files import is_locked
 
@@ -106,7 +107,7 @@ def sweep(
         return
     found = sweeping.collected(cells, certify, lipschitz)
     for name, records in sweeping.over_seeds(found).items():
-        output.print_across(records, "cell", sweeping.SHOWN, f"{name}: mean over {seeds} seeds ± half the range")
+        output.print_across(records, "group", SHOWN, f"{name}: mean over {seeds} seeds ± half the range")
     if is_locked(out / "sweep.csv"):  # the shards that end together all come here
         typer.echo("another process draws the figures")
         return

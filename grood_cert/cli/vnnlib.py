@@ -12,7 +12,7 @@ from grood_cert.cli import options
 
 def vnnlib(
     model: options.Model,
-    rows: Annotated[Path, typer.Option(help="rows.csv of its certification on linf balls.")],
+    rows: Annotated[Path, typer.Option(help="rows.csv of its certification on l_inf balls.")],
     eps: Annotated[float, typer.Option(help="Radius in pixel units.")],
     out: Annotated[Path, typer.Option(help="Folder of model.onnx, the properties and instances.csv.")],
     method: Annotated[str, typer.Option(help="Bounds of the logits (OOD side): ibp, crown-ibp or crown.")] = "crown",

@@ -24,8 +24,8 @@ along and is intersected. Every bound holds for all x' in the ball, so they may 
 
 *Final norm* with a_j <= g_j <= b_j for g = grad(p . f)(x'), valid for all x' and all p in P:
 
-    linf ball   sum_j |g_j| <= UB[s] + sum_j c_j,      |g| <= s g + c the chord on [a, b]
-    l2 ball     sum_j g_j^2 <= UB[a + b] - sum_j a_j b_j,        since (g - a)(g - b) <= 0
+    l_inf ball  sum_j |g_j| <= UB[s] + sum_j c_j,      |g| <= s g + c the chord on [a, b]
+    l_2 ball    sum_j g_j^2 <= UB[a + b] - sum_j a_j b_j,        since (g - a)(g - b) <= 0
     l1 ball     max_j |g_j| <= max_j max(|a_j|, |b_j|)
 
 each also bounded by the norm of max(|a|, |b|). The Lipschitz constant of S is ess sup ||J^T p||_q with p = softmax f

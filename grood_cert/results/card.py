@@ -6,6 +6,7 @@ each claim and the command that made it. docs/report.md describes the keys. Noth
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import numpy as np
 import grood_cert
 from grood_cert.errors import InputError
 from grood_cert.results.checksum import KEY
-from grood_cert.results.columns import SCHEMAS
+from grood_cert.results.columns import NORMS, SCHEMAS
 from grood_cert.results.curves import fpr_curve
+from grood_cert.results.seeds import by_settings, group_names, seed_of
 from grood_cert.results.summary import balls_decided, detection
+from grood_cert.results.sweeps import objective_records, over_seeds, spread_of
 from grood_cert.results.table import Table, labelled, manifest_path
 from grood_cert.system.files import as_json
 
@@ -31,7 +34,6 @@ FORMS = {  # how a number came about: what it is called, and what it is worth
     "shown": "an attack found it: the truth is at least as bad",
     "estimate": "proves nothing, and can be wrong in either direction",
 }
-NORMS = {"linf": "l_inf", "l2": "l2", "l1": "l1"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,66 @@ def by_detector(results: Sequence[Result], labels: Sequence[str] = ()) -> dict[s
     return dict(zip(names, grouped.values(), strict=True))
 
 
+def groups(detectors: Mapping[str, Sequence[Result]]) -> dict[str, list[str]]:
+    """Names of detectors that differ in the seed of their training alone, by what they share; others by themselves.
+
+    Args:
+        detectors: Results by the name of their detector, as from `by_detector`.
+    """
+    names, first = list(detectors), [group[0].table for group in detectors.values()]
+    places = by_settings(first)
+    titles = names if len(places) == len(names) else group_names(first, places, names)
+    return {title: [names[place] for place in group] for title, group in zip(titles, places, strict=True)}
+
+
+def of_seeds(names: Sequence[str], detectors: Mapping[str, Sequence[Result]], kind: str) -> list[Result]:
+    """The results of one kind of a group, one a seed; none if a detector lacks it or it was made with other settings."""
+    found = [result for name in names for result in detectors[name] if result.table.kind == kind]
+    whole = len(found) == len(names) and len(by_settings([result.table for result in found])) == 1
+    return found if whole else []
+
+
+def objective_pages(names: Sequence[str], detectors: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
+    """`objective_records` of each of some detectors, with its name as `detector`; a network without a recipe has none."""
+    records = []
+    for name in names:
+        tables = {result.table.kind: result.table for result in detectors[name]}
+        with contextlib.suppress(InputError):
+            pages = objective_records(tables.get("certification"), tables.get("lipschitz"))
+            records += [{"detector": name, **page} for page in pages]
+    return records
+
+
+def _group(name: str, names: Sequence[str], detectors: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    pages = objective_pages(names, detectors)
+    certified = [result.table for result in of_seeds(names, detectors, "certification")]
+    return {
+        "name": name,
+        "detectors": names,
+        "seeds": [seed_of(detectors[one][0].table) for one in names],
+        "norm": certified[0].norm if certified else None,
+        "eps": certified[0].eps if certified else None,
+        "records": pages,
+        "over_seeds": {image_set: record for image_set, (record,) in over_seeds({name: pages}).items()},
+        "fpr95_id": _rates_over_seeds(certified),
+    }
+
+
+def _rates_over_seeds(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """FPR95 of each OOD set and eps, certified and attacked: mean, smallest and largest over several seeds."""
+    if len(tables) < 2:
+        return []
+    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for table in tables:
+        for record in _rates(table):
+            found.setdefault((record["set"], record["eps"]), []).append(record)
+    return [
+        {"set": name, "eps": eps, "samples": records[0]["samples"]}
+        | {key: spread_of([record[key] for record in records]) for key in ("fpr95_id_certified", "fpr95_id_attacked")}
+        for (name, eps), records in found.items()
+    ]
+
+
 def card(detectors: Mapping[str, Sequence[Result]], title: str, command: str | None = None) -> dict[str, Any]:
     """What there is to say, as plain data.
 
@@ -132,6 +194,7 @@ def card(detectors: Mapping[str, Sequence[Result]], title: str, command: str | N
             "complete": all(table.complete for table in tables),
             "forms": FORMS,
             "detectors": pages,
+            "groups": [_group(name, names, detectors) for name, names in groups(detectors).items()],
             "figures": [],
             "limits": limits({table.kind for table in tables}),
         }
@@ -149,6 +212,7 @@ def _model(table: Table) -> dict[str, Any]:
         "network": (recipe.get("network") or {}).get("name"),
         "recipe": recipe or None,
         "imported": manifest.get("imported"),
+        "metrics": manifest.get("metrics"),
     }
 
 
@@ -235,6 +299,9 @@ _TOLD: dict[str, Callable[[Table], dict[str, Any]]] = {  # what is told of one k
 }
 
 
+_KINDS = {"id": "ID", "ood": "OOD", "noise": "noise"}
+
+
 def _listed(names: Iterable[Any]) -> str:
     return ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in names)
 
@@ -244,7 +311,7 @@ def sentences(table: Table) -> list[str]:
     manifest = table.manifest
     what = {"certification": "Certified", "smoothing": "Smoothed and certified", "lipschitz": "Analysed"}[table.kind]
     parts = [
-        f"{page['samples']} of {page['images'] or '?'} images of {page['set']} ({page['kind']})"
+        f"{page['samples']} of {page['images'] or '?'} images of {page['set']} ({_KINDS[page['kind']]})"
         for page in _sets(table)
     ]
     lines = [f"{what}: {'; '.join(parts)}."]
@@ -312,7 +379,7 @@ def limits(kinds: Iterable[str]) -> list[str]:
         ]
     if "smoothing" in told:
         lines.append(
-            "Smoothing certifies another detector, the median of S under noise, in l2 alone. Each sample may be wrong "
+            "Smoothing certifies another detector, the median of S under noise, in l_2 alone. Each sample may be wrong "
             "with probability alpha: of N samples, up to about alpha N."
         )
     if "lipschitz" in told:

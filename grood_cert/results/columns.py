@@ -17,6 +17,7 @@ from typing import Literal
 from grood_cert.certification.outcomes import STAGES, Outcome
 
 KINDS = ("id", "ood", "noise")
+NORMS = {"linf": "l_inf", "l2": "l_2", "l1": "l_1"}  # as people read them, by what files and options say
 LOOKED_UP = Outcome.ENVELOPE.word  # what decided a ball at a threshold other than that of the run
 OUTCOMES = tuple(outcome.word for outcome in Outcome if outcome.word != LOOKED_UP)
 LIPSCHITZ_METHODS = ("product", "product-active", "hull", "interval", "jacobian-crown", "jacobian-crown-corners")
@@ -137,7 +138,7 @@ _SMOOTHING = {
         ("certified", "abstained", "misdecided"),
     ),
     "radius_smoothed": Column(
-        "probability 1 - alpha: no l2 perturbation shorter than this changes the decision; 0 if not right",
+        "probability 1 - alpha: no l_2 perturbation shorter than this changes the decision; 0 if not right",
         finite=True,
         least=0,
     ),

@@ -14,6 +14,7 @@ import numpy as np
 
 from grood_cert.errors import InputError
 from grood_cert.results.brackets import brackets_of, smoothed_metrics
+from grood_cert.results.columns import NORMS
 from grood_cert.results.curves import Perturbed, middle_eps
 from grood_cert.results.table import Table
 from grood_cert.system.files import csv_text
@@ -113,7 +114,7 @@ def _middle_of_all(tables: Mapping[str, Table]) -> float:
 
 
 def _notes(tables: Mapping[str, Table], kind: str, norm: str, perturbed: Perturbed, with_intervals: bool) -> list[str]:
-    notes = [f"{norm}, {_SIDES[perturbed]} (pixel units). {_FPR95}"]
+    notes = [f"{NORMS[norm]}, {_SIDES[perturbed]} (pixel units). {_FPR95}"]
     if kind == "certification":
         notes.append(
             "Attacked, AAUC: what an attack reached. Certified, GAUC: proved that no perturbation makes it worse; what is "

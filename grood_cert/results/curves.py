@@ -370,3 +370,6 @@ def slope_curve(rows: Table, mask: NDArray[np.bool_]) -> SlopeCurve:
     lowest, highest = np.array(ends).T
     bound, ascended, gradient = map(medians, ("bound", "ascended_estimate", "gradient_norm_estimate"))
     return SlopeCurve(eps, bound, ascended, gradient, highest, lowest)
+
+
+Curve = FprCurve | RadiusCurve | RobustnessCurve | SmoothedCurve | SlopeCurve

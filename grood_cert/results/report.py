@@ -22,11 +22,25 @@ from matplotlib.figure import Figure
 
 from grood_cert.errors import InputError
 from grood_cert.results import figures
-from grood_cert.results.card import NORMS, TOLD, Result, card
+from grood_cert.results.card import TOLD, Result, card, groups, objective_pages, of_seeds
+from grood_cert.results.columns import NORMS
+from grood_cert.results.seeds import alike
+from grood_cert.results.sweeps import SHOWN, spread_text
 from grood_cert.results.table import manifest_path
 from grood_cert.system.files import check_apart, replacing, write_json
 
 _SHOWN_EPS = 3
+
+
+def form_of(key: str) -> str:
+    """The form of one of the keys of `SHOWN`; empty for what is counted or measured at the samples.
+
+    Example:
+        >>> [form_of(key) for key in ("constant_bound", "radius_attack", "gradient_norm_estimate", "margin")]
+        ['proved', 'shown', 'estimate', '']
+    """
+    words = {"certified": "proved", "bound": "proved", "attack": "shown", "attacked": "shown", "estimate": "estimate"}
+    return words.get(key.rpartition("_")[2], "")
 
 
 def shown_eps(eps: Sequence[float]) -> list[float]:
@@ -87,46 +101,112 @@ _CAPTIONS = {
 }
 
 
-def pictures(detectors: Mapping[str, Sequence[Result]]) -> list[Picture]:
-    """The figures of the results: curves of a few detectors together that may share them, and galleries.
+_SEEDS = {
+    "certification": (
+        "Certified is what is proved, attacked what an attack reached; the truth of each seed lies between its two. Lines "
+        "are means over the seeds of training, bands reach from the smallest to the largest seed. They say nothing about "
+        "the sampling of images."
+    ),
+    "lipschitz": (
+        "Filled marks or solid lines are proved upper bounds, the others estimates from below; medians over samples. Means "
+        "over the seeds of training, and the range from the smallest to the largest seed."
+    ),
+    "smoothing": (
+        "True for each sample with the probability that the figure states. Lines are means over the seeds of training, "
+        "bands reach from the smallest to the largest seed."
+    ),
+}
+_PANELS = {
+    "fpr95": "False positives as OOD is moved by up to eps",
+    "id-radius": "ID that stays accepted within eps",
+    "ood-radius": "OOD that stays rejected within eps",
+    "sweep": "ID that stays accepted against false positives, as the threshold gamma moves",
+}
+_OBJECTIVE = (
+    "Training penalises the gradient norm of S at samples, weighted by lambda_grad. A radius is at least a margin over a "
+    "slope bound, as far as the ball of that bound reaches, so slope, margin and radius stand below one another. Medians "
+    "over samples; where there are several seeds of training, means and the range from the smallest to the largest."
+)
 
-    What cannot be drawn, because something it needs was not tested or saved, is left out.
+
+def pictures(detectors: Mapping[str, Sequence[Result]]) -> list[Picture]:
+    """The figures of the results: curves of a few detectors together that may share them, lambda_grad, and galleries.
+
+    Detectors that differ in their seeds alone are drawn as mean and range. What cannot be drawn, because something it
+    needs was not tested or saved, is left out.
     """
     drawn: list[Picture] = []
     for kind in TOLD:
-        norms: dict[str, dict[str, Result]] = {}
-        for name, group in detectors.items():
-            for result in group:
-                if result.table.kind == kind:
-                    norms.setdefault(result.table.norm, {})[name] = result
-        for results in norms.values():
-            names = list(results)
+        norms: dict[str, dict[str, Sequence[Result]]] = {}
+        for name, group in groups(detectors).items():
+            seeds = of_seeds(group, detectors, kind)
+            parts = {name: seeds} if seeds else {one: of_seeds([one], detectors, kind) for one in group}
+            for part, results in parts.items():
+                if results:
+                    norms.setdefault(results[0].table.norm, {})[part] = results
+        for runs in norms.values():
+            names = list(runs)
             for start in range(0, len(names), _TOGETHER):
-                drawn += _curves(kind, {name: results[name] for name in names[start : start + _TOGETHER]})
-        if kind == "certification":
-            drawn += [picture for results in norms.values() for picture in _galleries(results)]
-    return drawn
+                drawn += _curves(kind, {name: runs[name] for name in names[start : start + _TOGETHER]})
+    drawn += _objectives(detectors)
+    return drawn + [picture for group in detectors.items() for picture in _galleries(*group)]
 
 
-def _curves(kind: str, results: Mapping[str, Result]) -> list[Picture]:
-    try:
-        figure = figures.draw({name: result.table for name, result in results.items()})
-    except InputError:
-        if len(results) == 1:
-            return []
-        return [picture for name, result in results.items() for picture in _curves(kind, {name: result})]
+def _curves(kind: str, runs: Mapping[str, Sequence[Result]]) -> list[Picture]:
+    """One figure of runs that can share it, else one of each; of several seeds one a panel, for they take more room."""
+    every = [result for results in runs.values() for result in results]
+    tables = {name: [result.table for result in results] for name, results in runs.items()}
+    several = len(every) > len(runs)
     title, caption = _CAPTIONS[kind]
-    norm = next(iter(results.values())).table.norm
-    labels = [part for name in results for part in ("--label", name)]
-    files = [str(result.path) for result in results.values()]
-    command = ["grood-cert", "curve", *files, *labels, "--out", f"{kind}-{norm}.pdf"]
-    form = "probabilistic" if kind == "smoothing" else "proved"
-    return [_picture(f"{title} ({NORMS[norm]}): {', '.join(results)}", caption, form, command, figure)]
+    norm = every[0].table.norm
+    files = [str(result.path) for result in every]
+    command = ["grood-cert", "curve", *files, *(part for name in runs for part in ("--label", name))]
+    drawn = []
+    for panel, words in _PANELS.items() if several and kind == "certification" else [(None, title)]:
+        try:
+            figure = figures.draw(tables, panel=panel)
+        except InputError:
+            continue
+        stem = "-".join(filter(None, [kind, panel, norm]))
+        drawn.append(
+            _picture(
+                f"{words} ({NORMS[norm]}): {', '.join(runs)}",
+                _SEEDS[kind] if several else caption,
+                "probabilistic" if kind == "smoothing" else "proved",
+                [*command, *(["--panel", panel] if panel else []), "--out", f"{stem}.pdf"],
+                figure,
+            )
+        )
+    if drawn or len(runs) == 1:
+        return drawn
+    return [picture for name, results in runs.items() for picture in _curves(kind, {name: results})]
 
 
-def _galleries(results: Mapping[str, Result]) -> list[Picture]:
+def _objectives(detectors: Mapping[str, Sequence[Result]]) -> list[Picture]:
+    """Slope, margin, radius, FPR95 and accuracy over lambda_grad, where detectors differ in it and in their seeds alone."""
+    names, first = list(detectors), [group[0] for group in detectors.values()]
     found = []
-    for name, result in results.items():
+    for places in alike([result.table for result in first], but="objective.lambda_grad"):
+        records = objective_pages([names[place] for place in places], detectors)
+        weights = sorted({record["lambda_grad"] for record in records})
+        if len(weights) < 2:
+            continue
+        try:
+            figure = figures.objective(records)
+        except InputError:  # certified or analysed at different eps
+            continue
+        command = shlex.split(first[places[0]].table.manifest.get("command") or "")
+        swept = command[1:2] == ["sweep"]
+        title = f"From the objective to the proof: lambda_grad {', '.join(f'{weight:g}' for weight in weights)}"
+        found.append(_picture(title, _OBJECTIVE, "proved", command if swept else None, figure))
+    return found
+
+
+def _galleries(name: str, results: Sequence[Result]) -> list[Picture]:
+    found = []
+    for result in results:
+        if result.table.kind != "certification":
+            continue
         try:
             figure = figures.gallery(result.table, result.path.parent / "adversarial")
         except InputError:  # no counterexamples were kept
@@ -136,9 +216,9 @@ def _galleries(results: Mapping[str, Result]) -> list[Picture]:
     return found
 
 
-def _picture(title: str, caption: str, form: str, command: Sequence[str], figure: Figure) -> Picture:
+def _picture(title: str, caption: str, form: str, command: Sequence[str] | None, figure: Figure) -> Picture:
     alt = f"{title}. {caption} The numbers are in the tables of this page and in its card."
-    return Picture(title, caption, alt, form, shlex.join(command), data_uri(figure))
+    return Picture(title, caption, alt, form, shlex.join(command) if command else None, data_uri(figure))
 
 
 def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
@@ -148,9 +228,19 @@ def page(content: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "percent": percent, "clock": duration}
+    environment.filters |= {"number": number, "clock": duration}
+    environment.filters |= {"percent": lambda value: _unbroken(percent(value))}
+    environment.filters |= {"seeds": lambda value: _unbroken(percent_over_seeds(value))}
     text = resources.files("grood_cert.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(text).render(card=content, pictures=drawn, norms=NORMS, shown_eps=shown_eps)
+    return environment.from_string(text).render(
+        card=content,
+        pictures=drawn,
+        norms=NORMS,
+        shown=SHOWN,
+        shown_eps=shown_eps,
+        spread_text=spread_text,
+        form_of=form_of,
+    )
 
 
 def write(detectors: Mapping[str, Sequence[Result]], out: Path, title: str, command: str | None = None) -> None:
@@ -204,6 +294,22 @@ def percent(value: float) -> str:
         ('0.4 %', '0 %')
     """
     return f"{100 * value:.0f} %" if value in (0, 1) or 0.1 <= value <= 0.9 else f"{100 * value:.1f} %"
+
+
+def percent_over_seeds(value: Mapping[str, float]) -> str:
+    """A mean of shares over seeds as it is printed, with the smallest and the largest.
+
+    Example:
+        >>> percent_over_seeds({"mean": 0.6, "least": 0.47, "most": 0.68})
+        '60 % [47, 68]'
+    """
+    mean, least, most = (percent(value[key]) for key in ("mean", "least", "most"))
+    return f"{mean} [{least.removesuffix(' %')}, {most.removesuffix(' %')}]"
+
+
+def _unbroken(text: str) -> str:
+    """Text that stays on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def duration(seconds: float) -> str:

@@ -8,13 +8,14 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError
+from grood_cert.results.columns import NORMS
 from grood_cert.results.curves import fpr_curve, middle_eps
 from grood_cert.results.table import Table
 
@@ -41,9 +42,21 @@ OBJECTIVE: dict[str, str] = {  # what `objective_records` holds, in words
     "fpr95_id_certified": "FPR95, certified",
 }
 
+SHOWN = {  # what `over_seeds` tells of, in words
+    "accuracy": "ID accuracy",
+    "gradient_norm_estimate": "gradient norm at x (estimate), median",
+    "constant_bound": "Lipschitz constant (proved), median",
+    "margin": "margin |S - gamma|, median",
+    "radius_certified": "certified radius, median",
+    "radius_attack": "attack radius, median",
+    "fpr95_id_clean": "fpr95_id, clean",
+    "fpr95_id_attacked": "fpr95_id, attacked",
+    "fpr95_id_certified": "fpr95_id, certified",
+}
+
 
 def objective_records(
-    certification: Table | None, lipschitz: Table | None, metrics: Mapping[str, Any], eps: float | None = None
+    certification: Table | None, lipschitz: Table | None, eps: float | None = None
 ) -> list[dict[str, Any]]:
     """One record for the ID test set and for each OOD set of one trained detector, with the keys of `OBJECTIVE`.
 
@@ -52,7 +65,6 @@ def objective_records(
     Args:
         certification: Of the detector; None: there is none.
         lipschitz: Analysis of the same detector; None: there is none.
-        metrics: What training measured (`detector.origin.metrics`): `accuracy` is taken.
         eps: Where FPR95 and the constant are read, on both grids. By default FPR95 in the middle of its grid, the constant
             at the largest eps of its own.
 
@@ -66,7 +78,7 @@ def objective_records(
     if not recipe:
         raise InputError("a result of a network without a recipe: its lambda_grad is unknown")
     if len({table.norm for table in tables}) > 1:
-        raise InputError(f"certified in {tables[0].norm} and analysed in {tables[1].norm}; use one norm")
+        raise InputError(f"certified in {NORMS[tables[0].norm]} and analysed in {NORMS[tables[1].norm]}; use one norm")
     for table in tables:
         if eps is not None and eps not in table.eps:
             raise InputError(
@@ -83,7 +95,7 @@ def objective_records(
                 "samples": len(set(tables[0]["index"][mask].tolist())),
                 "norm": tables[0].norm,
                 "complete": all(table.complete for table in tables),
-                "accuracy": float(metrics["accuracy"]),
+                "accuracy": (tables[0].manifest.get("metrics") or {}).get("accuracy"),
             }
             if lipschitz is not None:
                 record |= _slope(lipschitz, kind, name, max(lipschitz.eps) if eps is None else eps)
@@ -127,3 +139,52 @@ def _certified(rows: Table, kind: str, name: str, eps: float) -> dict[str, Any]:
 
 def _median(values: NDArray[np.float64]) -> float | None:
     return float(np.median(values)) if len(values) else None
+
+
+def over_seeds(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """For each image set, what the seeds of a group have: one record a group, `group` and the keys of `SHOWN`.
+
+    Accuracy is told of the ID set.
+
+    Args:
+        groups: Records as of `objective_records`, of all seeds together, by the name of their group.
+
+    Returns:
+        Records by the name of the image set. Values are mean, smallest and largest over the seeds that have one, as
+        `mean`, `least`, `most` and the number of `seeds`; None if none has.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, records in groups.items():
+        for image_set in dict.fromkeys(record["set"] for record in records):
+            seeds = [record for record in records if record["set"] == image_set]
+            values = {key: spread_of([seed[key] for seed in seeds]) for key in SHOWN}
+            if seeds[0]["kind"] != "id":
+                values["accuracy"] = None
+            found.setdefault(image_set, []).append({"group": name, **values})
+    return found
+
+
+def spread_of(values: Sequence[float | None]) -> dict[str, float] | None:
+    """`mean`, `least`, `most` and number of `seeds` of the values that are known; None if none is.
+
+    Example:
+        >>> spread_of([0.5, None, 0.75])
+        {'mean': 0.625, 'least': 0.5, 'most': 0.75, 'seeds': 2}
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": sum(known) / len(known), "least": min(known), "most": max(known), "seeds": len(known)}
+
+
+def spread_text(value: Mapping[str, float] | None) -> str | None:
+    """A mean over seeds as it is printed, plus or minus half the range.
+
+    Example:
+        >>> spread_text({"mean": 0.0625, "least": 0.06, "most": 0.066, "seeds": 3})
+        '0.0625 ±0.003'
+    """
+    if value is None:
+        return None
+    half = (value["most"] - value["least"]) / 2
+    return f"{value['mean']:.3g}" + (f" ±{half:.2g}" if value["seeds"] > 1 else "")

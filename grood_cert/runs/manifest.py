@@ -36,6 +36,7 @@ def manifest(
         "score": str(detector.score),
         "gamma": detector.gamma,
         "calibration": origin.calibration if origin else None,
+        "metrics": origin.metrics if origin else None,
         "data": [
             {"set": images.name, "kind": images.kind, "images": len(images), "sha256": images.content_hash()}
             | ({"note": images.note} if images.note else {})

@@ -21,12 +21,12 @@ from typing import Any
 
 from grood_cert import detector, recipe
 from grood_cert.certification.settings import Settings
-from grood_cert.data import experiment_of
+from grood_cert.data import Experiment, experiment_of
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError
 from grood_cert.lipschitz.analyser import AnalysisSettings
 from grood_cert.recipe import Recipe
-from grood_cert.results import figures
+from grood_cert.results import figures, sweeps
 from grood_cert.results.sweeps import objective_records
 from grood_cert.results.table import Table
 from grood_cert.runs import analyse, certify
@@ -37,17 +37,6 @@ from grood_cert.system.reporting import SILENT, Reporter
 from grood_cert.training import run as training
 
 _OBJECTIVE = "objective.lambda_grad"
-SHOWN = {  # what `over_seeds` tells of, in words
-    "accuracy": "ID accuracy",
-    "gradient_norm_estimate": "gradient norm at x (estimate), median",
-    "constant_bound": "Lipschitz constant (proved), median",
-    "margin": "margin |S - gamma|, median",
-    "radius_certified": "certified radius, median",
-    "radius_attack": "attack radius, median",
-    "fpr95_id_clean": "fpr95_id, clean",
-    "fpr95_id_attacked": "fpr95_id, attacked",
-    "fpr95_id_certified": "fpr95_id, certified",
-}
 
 
 @dataclass(frozen=True)
@@ -113,20 +102,18 @@ class Measured:
 
     Attributes:
         cell: The cell.
-        detector: What was trained.
         rows: Its certification; None where the sweep has none.
         slopes: Its Lipschitz analysis; None where the sweep has none.
     """
 
     cell: Cell
-    detector: Detector
     rows: Table | None
     slopes: Table | None
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """One record an image set: `cell`, the settings of the grid, and the keys of `OBJECTIVE`."""
-        pages = objective_records(self.rows, self.slopes, self.detector.origin.metrics)
+        pages = objective_records(self.rows, self.slopes)
         return [{"cell": self.cell.name, **self.cell.values, **page} for page in pages]
 
 
@@ -215,8 +202,8 @@ def _label(values: Mapping[str, str], but: str | None = None) -> str:
     return "".join(letter if letter.isalnum() or letter in "=.,-_+" else "_" for letter in label)
 
 
-def train(cell: Cell, data_dir: Path | None, download: bool, device: str, reporter: Reporter = SILENT) -> Detector:
-    """The detector of a cell: trained, its training gone on with, or as it lies there.
+def train(cell: Cell, experiment: Experiment, device: str, reporter: Reporter = SILENT) -> Detector:
+    """The detector of a cell: trained on its images, its training gone on with, or as it lies there.
 
     Raises:
         InputError: If the folder holds another recipe's, or the recipe cannot be trained.
@@ -226,8 +213,7 @@ def train(cell: Cell, data_dir: Path | None, download: bool, device: str, report
         return training.run(
             cell.recipe,
             cell.folder,
-            data_dir=data_dir,
-            download=download,
+            experiment=experiment,
             device=device,
             resume=cell.unfinished,
             reporter=reporter,
@@ -240,12 +226,11 @@ def train(cell: Cell, data_dir: Path | None, download: bool, device: str, report
 
 def measure(
     cell: Cell,
+    experiment: Experiment,
     certifying: Settings | None,
     analysing: AnalysisSettings | None,
     *,
     limits: Limits = ALL,
-    data_dir: Path | None = None,
-    download: bool = False,
     device: str = "cpu",
     reporter: Reporter = SILENT,
 ) -> None:
@@ -253,11 +238,10 @@ def measure(
 
     Args:
         cell: The cell.
+        experiment: Its images, as of `experiment_of`.
         certifying: How it is certified; None: not at all.
         analysing: How its Lipschitz constants are bounded; None: not at all. Noise sets are left out.
         limits: Most images of each set.
-        data_dir: Folder that holds downloaded data sets.
-        download: Whether a missing torchvision set may be downloaded.
         device: "cpu", "cuda", ...
         reporter: Hears of all of it.
 
@@ -266,8 +250,7 @@ def measure(
         RunError: If the training diverges, or an engine is missing.
         SoundnessError: If an attack or an estimate contradicts a proof.
     """
-    trained = train(cell, data_dir, download, device, reporter)
-    experiment = experiment_of(trained.origin.recipe, data_dir)
+    trained = train(cell, experiment, device, reporter)
     sets = [experiment.test, *experiment.ood]
     if certifying:
         stage = f"certify {cell.name}"
@@ -308,8 +291,8 @@ def run(
         analysing: As for `measure`.
         limits: As for `measure`.
         shard: Which cells to do.
-        data_dir: As for `measure`.
-        download: As for `measure`.
+        data_dir: Folder that holds downloaded data sets.
+        download: Whether a missing torchvision set may be downloaded.
         device: As for `measure`.
         reporter: Hears of every cell.
 
@@ -321,7 +304,8 @@ def run(
     if shard.count > len(chosen):
         raise InputError(f"{shard.count} shards for {len(chosen)} cells; use fewer")
     own = shard.of(chosen)
-    channels, height, width = experiment_of(own[0].recipe, data_dir, download).test.images.shape[1:]
+    data, experiment = own[0].recipe.data, experiment_of(own[0].recipe, data_dir, download)
+    channels, height, width = experiment.test.images.shape[1:]
     if certifying:
         certifying.check((channels, height, width))
     if analysing:
@@ -330,16 +314,9 @@ def run(
     for number, cell in enumerate(own, 1):
         reporter.say(f"{cell.name}: {number} of {len(own)}")
         try:
-            measure(
-                cell,
-                certifying,
-                analysing,
-                limits=limits,
-                data_dir=data_dir,
-                download=download,
-                device=device,
-                reporter=reporter,
-            )
+            if cell.recipe.data != data:
+                data, experiment = cell.recipe.data, experiment_of(cell.recipe, data_dir, download)
+            measure(cell, experiment, certifying, analysing, limits=limits, device=device, reporter=reporter)
         except RunError as error:
             failed[cell.name] = error
             reporter.say(f"{cell.name}: {error}")
@@ -368,7 +345,6 @@ def collected(chosen: Sequence[Cell], certified: bool, analysed: bool) -> list[M
     return [
         Measured(
             cell,
-            detector.load(cell.model),
             Table.read(cell.folder / "rows.csv", "certification") if certified else None,
             Table.read(cell.folder / "lipschitz.csv", "lipschitz") if analysed else None,
         )
@@ -404,32 +380,20 @@ def draw(measured: Sequence[Measured], out: Path) -> dict[Path, str]:
             figures.save(figures.objective([record for record in found if record["cell"] in names]), path)
             files[path] = "slope, margin, radius, accuracy and FPR95 against lambda_grad"
         if tables:
-            figures.save(figures.worst_case(tables), worst)
+            figures.save(figures.robustness(tables, panel="fpr95"), worst)
             files[worst] = "FPR95 as OOD is moved, certified and attacked, over the seeds"
     return files
 
 
 def over_seeds(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
-    """For each image set, what to print: one record a combination of the grid, `cell` and the keys of `SHOWN`.
+    """For each image set, what to print: one record a combination of the grid, `group` and the keys of `SHOWN`.
 
     Values are means over the seeds; where there are several, plus or minus half the range.
     """
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for one in measured:
-        for record in one.records:
-            groups.setdefault(record["set"], {}).setdefault(one.cell.label() or "recipe", []).append(record)
+        groups.setdefault(one.cell.label() or "recipe", []).extend(one.records)
     return {
-        name: [
-            {"cell": label, **{key: _spread([record[key] for record in seeds]) for key in SHOWN}}
-            for label, seeds in cells.items()
-        ]
-        for name, cells in groups.items()
+        name: [record | {key: sweeps.spread_text(record[key]) for key in sweeps.SHOWN} for record in records]
+        for name, records in sweeps.over_seeds(groups).items()
     }
-
-
-def _spread(values: Sequence[float | None]) -> str | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    mean = f"{sum(known) / len(known):.3g}"
-    return mean if len(known) == 1 else f"{mean} ±{(max(known) - min(known)) / 2:.2g}"

@@ -46,6 +46,7 @@ from grood_cert.data import ImageSet
 from grood_cert.detector import Detector, check_network, versions
 from grood_cert.errors import InputError, RunError
 from grood_cert.interval import ROUNDING
+from grood_cert.results.columns import NORMS
 from grood_cert.results.table import Table
 from grood_cert.runs.onnx_file import write_onnx
 from grood_cert.scores import Energy
@@ -266,7 +267,7 @@ def undecided(rows: Table, eps: float, limit: int = 0) -> list[int]:
         InputError: If the rows are not of l_inf balls, or nothing is left undecided.
     """
     if rows.norm != "linf":
-        raise InputError(f"the rows are of {rows.norm} balls; VNNLIB holds boxes only, certify with --norm linf")
+        raise InputError(f"the rows are of {NORMS[rows.norm]} balls; VNNLIB holds boxes only, certify with --norm linf")
     if not 0 < eps <= 1:
         raise InputError(f"eps {eps!r}: expected a number above 0 and at most 1 (pixels lie in [0, 1])")
     open_ = (rows["status"] != "misdecided") & (rows["radius_certified"] < eps) & (eps < rows["radius_attack"])

@@ -76,10 +76,13 @@ def _check_bounds(network: nn.Module, experiment: Experiment, section: Objective
             interval_lipschitz(network, Ball(image, image.new_full((1,), section.slope_eps), "l2"))
 
 
-def _images(recipe: Recipe, data_dir: Path | None, download: bool, reporter: Reporter) -> Experiment:
+def _images(
+    recipe: Recipe, experiment: Experiment | None, data_dir: Path | None, download: bool, reporter: Reporter
+) -> Experiment:
     """The images of a run, which can be trained on, cut into batches and calibrated on."""
-    with processes.first_goes_ahead():
-        experiment = experiment_of(recipe, data_dir, download)
+    if experiment is None:
+        with processes.first_goes_ahead():
+            experiment = experiment_of(recipe, data_dir, download)
     for note in experiment.notes:
         reporter.say(note)
     check_images(experiment)
@@ -237,6 +240,7 @@ def run(
     recipe: Recipe,
     out: Path,
     *,
+    experiment: Experiment | None = None,
     data_dir: Path | None = None,
     download: bool = False,
     device: str = "cpu",
@@ -259,6 +263,7 @@ def run(
     Args:
         recipe: Settings.
         out: Folder of the run; made if absent.
+        experiment: What `experiment_of` makes of the recipe, where it is at hand; None: it is loaded.
         data_dir: Folder that holds downloaded data sets.
         download: Whether a missing torchvision set may be downloaded.
         device: "cpu", "cuda", ...
@@ -279,7 +284,7 @@ def run(
         _check_folder(out, force, resume)
     check_device(device)
     check_layout(recipe, torch.device(device))
-    experiment = _images(recipe, data_dir, download and first, reporter)
+    experiment = _images(recipe, experiment, data_dir, download and first, reporter)
     architecture = architecture_of(recipe, experiment)
     if pretrained := recipe.network.pretrained:
         check_apart((out / name for name in _NAMES), [Path(pretrained)])

@@ -88,7 +88,7 @@ def test_decisions_are_certified_and_attacked(call, model, pictures):
         accepted = loaded.predict(near.clamp(0, 1)).accepted
         assert bool((accepted == (row["accepted"] == "true")).all())
     code, out, _ = call("predict", model, folder / "0.png", "--eps", "0.005", "--norm", "l2", "--effort", "fast")
-    assert code == 0 and "no change of l2 norm up to 0." in out and "eps 0.005    certified by " in out
+    assert code == 0 and "no change of l_2 norm up to 0." in out and "eps 0.005    certified by " in out
 
 
 def test_what_predict_refuses(refused, model, pictures, tmp_path):

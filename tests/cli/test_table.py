@@ -11,7 +11,7 @@ from grood_cert.confidence import bootstrap
 def test_a_table_goes_to_the_screen_or_to_a_file(call, rows_file, tmp_path, monkeypatch):
     code, out, err = call("table", rows_file)
     assert code == 0 and err == "" and out.startswith("| model") and "FPR95 certified" in out
-    for name, start in (("t.md", "| model"), ("t.tex", "% linf"), ("t.csv", "model,set,eps")):
+    for name, start in (("t.md", "| model"), ("t.tex", "% l_inf"), ("t.csv", "model,set,eps")):
         assert call("table", rows_file, "--eps", "0.01,0.1", "--out", tmp_path / name)[0] == 0
         assert (tmp_path / name).read_text().startswith(start)
     records = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
@@ -19,7 +19,7 @@ def test_a_table_goes_to_the_screen_or_to_a_file(call, rows_file, tmp_path, monk
     assert all(float(r["fpr95_id"]) <= float(r["fpr95_id_attacked"]) <= float(r["fpr95_id_certified"]) for r in records)
     monkeypatch.setattr("grood_cert.guarantees.bootstrap", functools.partial(bootstrap, resamples=20))
     assert " [" in call("table", rows_file, "--intervals")[1]
-    assert call("table", rows_file, "--format", "latex", "--perturb", "both")[1].startswith("% linf, ID and OOD move")
+    assert call("table", rows_file, "--format", "latex", "--perturb", "both")[1].startswith("% l_inf, ID and OOD move")
 
 
 def test_bad_calls(refused, rows_file, tmp_path):

@@ -60,7 +60,7 @@ def test_latex_is_a_tabular_of_booktabs():
     assert lines[0] == r"\begin{tabular}{llrrrrrrrrr}" and lines[-1] == r"\end{tabular}"
     assert (lines[1], lines[3], lines[-2]) == (r"\toprule", r"\midrule", r"\bottomrule")
     assert all(line.count(" & ") == 10 and line.endswith(r" \\") for line in lines if "&" in line)
-    assert "% linf, ID and OOD move within eps" in text
+    assert "% l_inf, ID and OOD move within eps" in text
 
 
 def test_csv_holds_all_metrics_with_all_digits():

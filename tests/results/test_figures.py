@@ -80,7 +80,7 @@ def test_each_ood_set_has_panels_and_the_mean_one():
         "in: accepted within eps",
         *(f"{name}: FPR95, OOD moved" for name in "ab"),
         *(f"{name}: rejected within eps" for name in "ab"),
-        *(f"{name}: ID robustness at eps 0.2" for name in "ab"),
+        *(f"{name}: ID robustness, eps 0.2" for name in "ab"),
         "",  # the legend
     ]
     titles = [axes.get_title() for axes in figures.robustness(rows, mean=True).axes]
@@ -195,7 +195,7 @@ def test_other_samples_and_grids_are_drawn_together_only_with_a_word():
     for eps, panels in (([0.1, 0.3], 8), ([0.3, 0.4], 6)):  # the sweep needs an eps that all have
         other = Table({**rows.manifest, "eps": eps}, rows.columns, rows.grid)
         figure = figures.draw({"one": rows, "two": other}, mixed=True)
-        assert len(figure.axes) == panels and ("robustness at eps 0.1" in texts(figure)) == (panels == 8)
+        assert len(figure.axes) == panels and ("robustness, eps 0.1" in texts(figure)) == (panels == 8)
     with pytest.raises(InputError, match="no value in common, so there is no eps to sweep gamma at"):
         figures.draw({"one": rows, "two": other}, panel="sweep", mixed=True)
 
@@ -238,17 +238,54 @@ def test_numbers_behind_the_other_figures():
     assert [record["certified"] for record in numbers] == curves.smoothed_fpr_curve(result).certified.tolist()
 
 
-def test_worst_case_curves_are_means_over_seeds():
-    groups = {"a": [random_certification(0), random_certification(0)], "b": [random_certification(0)]}
-    scores = groups["a"][0].grid["s_lb"] * 0 - 9  # nothing is proved of the second seed
-    groups["a"][1] = dataclasses.replace(groups["a"][0], grid={**groups["a"][0].grid, "s_lb": scores})
-    figure = figures.worst_case(groups)
-    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["a", "b", "a", "b"]  # names of the OOD sets
-    first = figure.axes[0]
-    (proved,) = [record for record in [curves.fpr_curve(groups["b"][0], "ood", {"a": groups["b"][0].sets("ood")["a"]})]]
-    marked = [line.get_ydata() for line in first.lines if line.get_linestyle() == "None"]
+def test_seeds_are_drawn_as_mean_and_range():
+    one = random_certification(0)
+    nothing = dataclasses.replace(one, grid={**one.grid, "s_lb": one.grid["s_lb"] * 0 - 9})  # nothing is proved of OOD
+    figure = figures.robustness({"a": [one, nothing], "b": [one]}, panel="fpr95")
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{name}, {shown}: FPR95, OOD moved" for shown in ("certified", "attacked") for name in ("a", "b")
+    ]
+    proved = curves.fpr_curve(one, "ood", {"a": one.sets("ood")["a"]})
+    marked = [line.get_ydata() for line in figure.axes[0].lines if line.get_linestyle() == "None"]
     np.testing.assert_allclose(marked[0], np.r_[proved.certified[0], (proved.certified[1:] + 1) / 2])
     np.testing.assert_array_equal(marked[1], proved.certified)
-    assert "mean of 2 seeds" in figure.get_suptitle() and "40 in (ID)" in figure.get_suptitle()
+    (band, _) = figure.axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == 1 and heights.min() == proved.certified[0]
+    said = texts(figure)
+    assert "mean of 2 / 1 seeds, and the range from the smallest to the largest" in said and "40 in (ID)" in said
+    assert "of 40 a share is known to ±16 points (95 %)" in said and "limits" not in said
     with pytest.raises(InputError, match="different samples"):
-        figures.worst_case({"a": [random_certification(0)], "b": [random_certification(1, samples=20)]})
+        figures.robustness({"a": [one, random_certification(1, samples=20)]})
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_every_figure_knows_seeds(width):
+    rows = [random_certification(seed) for seed in range(3)]
+    figure = figures.draw({"one": rows, "two": rows[:1]}, width=width)
+    assert len(figure.axes) == 14 + (width == "double") * 0 and "0.9" in texts(figure)
+    numbers = figures.numbers({"one": rows, "two": rows[:1]}, panel="id-radius")
+    survive = [curves.radius_curve(table, table.sets("id")) for table in rows]
+    for record in numbers[:: max(1, len(numbers) // 50)]:
+        assert record["least"] <= record["mean"] <= record["most"] and record["seeds"] == (
+            3 if record["model"] == "one" else 1
+        )
+        if record["model"] == "one" and record["shown"] == "attacked":
+            each = [curve.attacked[curve.eps <= record["eps"]][-1] for curve in survive]
+            assert (record["mean"], record["least"], record["most"]) == pytest.approx(
+                (np.mean(each), min(each), max(each))
+            )
+    figure = figures.draw({"one": [SLOPES, SLOPES]}, width=width)
+    assert "smallest to largest seed" in texts(figure) and "known to" not in texts(figure)
+    assert [record["shown"] for record in figures.numbers({"one": [SLOPES, SLOPES]}, panel="id")][::2] == [
+        *("bound", "ascended_estimate", "gradient_norm_estimate")
+    ]
+    alone = slopes([("id", 0.1, 1.0, 2.0, 3.0)] * 7)
+    for runs in ({"one": alone, "two": alone}, {"one": [alone, alone]}):
+        figure = figures.draw(runs, width=width)  # at one eps side by side
+        assert "within eps 0.1" in texts(figure) and "best bound (proved)" in texts(figure)
+    figure = figures.draw({"one": [smoothed(1), smoothed(2)]}, width=width, cumulative=True)
+    assert "smallest to largest seed" in texts(figure) and "limits" not in texts(figure)
+    records = figures.numbers({"one": [smoothed(1), smoothed(2)]}, panel="fpr95", mean=True)
+    each = [curves.smoothed_fpr_curve(smoothed(seed)).certified for seed in (1, 2)]
+    assert [record["mean"] for record in records] == pytest.approx(np.mean(each, axis=0).tolist())

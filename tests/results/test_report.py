@@ -16,6 +16,7 @@ from grood_cert.results.card import Result
 from grood_cert.results.curves import fpr_curve
 from tests.results.examples import random_certification
 from tests.results.test_card import MANIFEST, named
+from tests.results.test_sweeps import run
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x & {{ 7 * 7 }}"
 
@@ -105,10 +106,53 @@ def test_the_words_say_what_the_card_says(detectors):
 def test_detectors_that_cannot_share_a_figure_get_their_own(detectors):
     other = named(random_certification(2), "three", "three", **MANIFEST, norm="l2")
     drawn = report.pictures({**detectors, "three": [Result(detectors["one"][0].path, other)]})
-    assert [picture.title.rpartition(" (")[2] for picture in drawn] == ["l_inf): one, two", "l2): three"]
+    assert [picture.title.rpartition(" (")[2] for picture in drawn] == ["l_inf): one, two", "l_2): three"]
     inside = named(random_certification(2, kinds=(("id", "in"),)), "four", "four", **MANIFEST)
     assert report.pictures({"four": [Result(detectors["one"][0].path, inside)]}) == []  # no OOD, no figure
     assert "Certification: l_inf" in page_of({"four": [Result(detectors["one"][0].path, inside)]}).text
+
+
+def swept(tmp_path):
+    """Certifications and analyses of two lambda_grad times two seeds, and one detector more."""
+    found = {}
+    for weight, seed in ((0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)):
+        name = f"lambda_grad={weight:g}-seed={seed}"
+        for table in run(weight, seed):
+            recipe = {"name": name, **table.manifest["recipe"]}
+            made = named(table, name, name, **MANIFEST, recipe=recipe, command="grood-cert sweep x --out y")
+            found.setdefault(name, []).append(Result(tmp_path / name / f"{table.kind}.csv", made))
+    return found
+
+
+def test_seeds_are_told_together(detectors, tmp_path):
+    runs = {**swept(tmp_path), "one": detectors["one"]}
+    content = cards.card(runs, "A title")
+    assert [(group["name"], group["seeds"]) for group in content["groups"]] == [
+        *((f"lambda_grad={weight}", [0, 1]) for weight in ("0", "0.5")),
+        ("one", [None]),
+    ]
+    tables = [group[0].table for group in runs.values()][:2]
+    (told,) = [record for record in content["groups"][0]["fpr95_id"] if (record["set"], record["eps"]) == ("a", 0.2)]
+    for key in ("certified", "attacked"):
+        each = [getattr(fpr_curve(table, "ood", {"a": table.sets("ood")["a"]}), key)[2] for table in tables]
+        value = told[f"fpr95_id_{key}"]
+        assert (value["mean"], value["least"], value["most"]) == (sum(each) / 2, min(each), max(each))
+    assert content["groups"][0]["over_seeds"]["in"]["accuracy"]["mean"] == pytest.approx(0.905)
+    drawn = report.pictures(runs)
+    assert [picture.title.split(":")[0] for picture in drawn] == [
+        "False positives as OOD is moved by up to eps (l_inf)",
+        "ID that stays accepted within eps (l_inf)",
+        "OOD that stays rejected within eps (l_inf)",
+        "ID that stays accepted against false positives, as the threshold gamma moves (l_inf)",
+        "Local Lipschitz constant of S (l_inf)",
+        "From the objective to the proof",
+    ]
+    assert drawn[0].title.endswith(": lambda_grad=0, lambda_grad=0.5, one")
+    assert drawn[-1].command == "grood-cert sweep x --out y"
+    page = Page(report.page(content, drawn))
+    assert "lambda_grad=0 (2 seeds), a moved by up to 0.2 (l_inf): at most" in page.text
+    assert "no intervals over the sampling of images" in page.text and "one , a moved by up to 0.2" in page.text
+    assert page.text.count("seeds), a moved") == 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.results import curves, figures
-from grood_cert.results.sweeps import OBJECTIVE, objective_records
+from grood_cert.results.sweeps import OBJECTIVE, objective_records, over_seeds, spread_text
 from grood_cert.results.table import Table
 from tests.results.examples import random_certification, slopes
 from tests.results.test_figures import texts
@@ -19,20 +19,18 @@ def run(weight, seed):
     )
     analysis["set"][analysis["kind"] == "id"] = "in"
     analysis["set"][analysis["kind"] == "ood"] = "a"
-    return [Table({**table.manifest, "recipe": recipe}, table.columns, table.grid) for table in (rows, analysis)]
+    more = {"recipe": recipe, "metrics": {"accuracy": 0.9 + seed / 100}}
+    return [Table({**table.manifest, **more}, table.columns, table.grid) for table in (rows, analysis)]
 
 
 RECORDS = [
-    record
-    for weight in (0.0, 0.01, 1.0)
-    for seed in range(2)
-    for record in objective_records(*run(weight, seed), {"accuracy": 0.9 + seed / 100})
+    record for weight in (0.0, 0.01, 1.0) for seed in range(2) for record in objective_records(*run(weight, seed))
 ]
 
 
 def test_records_by_brute_force():
     rows, analysis = run(0.1, 3)
-    records = objective_records(rows, analysis, {"accuracy": 0.9}, eps=0.2)
+    records = objective_records(rows, analysis, eps=0.2)
     assert [(record["kind"], record["set"]) for record in records] == [("id", "in"), ("ood", "a"), ("ood", "b")]
     for record in records:
         assert tuple(record) == tuple(OBJECTIVE) and (record["lambda_grad"], record["seed"]) == (0.1, 3)
@@ -51,27 +49,30 @@ def test_records_by_brute_force():
             ]
         else:
             assert record["fpr95_id_clean"] is None
+        assert record["accuracy"] == 0.93
     assert [record["constant_bound"] for record in records] == [3.2, 3.2, None]  # b was not analysed
+    older = Table({**rows.manifest, "metrics": None}, rows.columns, rows.grid)
+    assert objective_records(older, None)[0]["accuracy"] is None
 
 
 def test_what_is_not_known_is_none():
     rows, analysis = run(0.1, 0)
-    (alone, *_) = objective_records(None, analysis, {"accuracy": 0.9})
+    (alone, *_) = objective_records(None, analysis)
     assert alone["radius_certified"] is None and (alone["constant_bound"], alone["eps_constant"]) == (3.2, 0.2)
-    (alone, *_) = objective_records(rows, None, {"accuracy": 0.9})
+    (alone, *_) = objective_records(rows, None)
     assert alone["constant_bound"] is None and alone["margin"] > 0
     for tables, message in (
         ((None, None), "one of them is needed"),
         ((random_certification(0), None), "without a recipe"),
         (
             (rows, Table({**analysis.manifest, "norm": "l2"}, analysis.columns, {})),
-            "certified in linf and analysed in l2",
+            "certified in l_inf and analysed in l_2",
         ),
     ):
         with pytest.raises(InputError, match=message):
-            objective_records(*tables, {"accuracy": 0.9})
+            objective_records(*tables)
     with pytest.raises(InputError, match=r"eps 0\.3 is not on the grid"):
-        objective_records(rows, analysis, {"accuracy": 0.9}, eps=0.3)
+        objective_records(rows, analysis, eps=0.3)
 
 
 @pytest.mark.parametrize("width", ["single", "double"])
@@ -89,8 +90,13 @@ def test_the_page_shows_mean_and_spread_over_seeds(width):
         assert (min(heights), max(heights)) == pytest.approx((min(each), max(each)))
     assert (np.diff(line.get_xdata()) > 0).all()
     said = texts(figure)
-    assert "mean of 2 seeds, bands from the smallest to the largest; complete" in said
-    assert "constant at eps 0.2" in said and "FPR95 at eps 0.1" in said and "n 40 in (ID), 40 a (OOD)" in said
+    assert "mean of 2 seeds, and the range from the smallest to the largest; complete" in said
+    assert (
+        "norm l_inf" in said
+        and "constant at eps 0.2" in said
+        and "FPR95 at eps 0.1" in said
+        and "n 40 in (ID), 40 a (OOD)" in said
+    )
 
 
 def test_one_seed_one_weight_and_unfinished_runs_are_said(tmp_path):
@@ -102,3 +108,12 @@ def test_one_seed_one_weight_and_unfinished_runs_are_said(tmp_path):
         figures.objective([])
     with pytest.raises(InputError, match=r"the records differ in norm \(l2, linf\)"):
         figures.objective([RECORDS[0], {**RECORDS[1], "norm": "l2"}])
+
+
+def test_seeds_of_a_group_are_told_together():
+    told = over_seeds({"low": [r for r in RECORDS if r["lambda_grad"] < 1], "high": []})
+    assert list(told) == ["in", "a", "b"] and [record["group"] for record in told["in"]] == ["low"]
+    each = [r["margin"] for r in RECORDS if r["set"] == "a" and r["lambda_grad"] < 1]
+    value = told["a"][0]["margin"]
+    assert value == {"mean": pytest.approx(np.mean(each)), "least": min(each), "most": max(each), "seeds": 4}
+    assert told["b"][0]["constant_bound"] is None and spread_text(None) is None

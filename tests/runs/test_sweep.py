@@ -81,7 +81,7 @@ def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
     assert [len(measured.rows) for measured in found] == [4, 4] and found[0].slopes is None
     alone = training.run(load(tiny, ["objective.lambda_grad=0.1", 'name="lambda_grad=0.1-seed=5"']), tmp_path / "alone")
     assert (tmp_path / "alone" / "model.pt").read_bytes() == cells[1].model.read_bytes()
-    assert alone.gamma == found[1].detector.gamma == detector.load(cells[1].model).gamma
+    assert alone.gamma == found[1].rows.gamma == detector.load(cells[1].model).gamma
     others = sweep.cells(tiny, {"objective.lambda_grad": ("0", "0.1")}, 1, tmp_path / "sweep", ["optimizer.lr=0.01"])
     with pytest.raises(InputError, match=r"of another recipe \(optimizer.lr = 0.002, not 0.01\)"):
         sweep.run(others, certifying, None, limits=sweep.Limits(2))
@@ -110,9 +110,9 @@ def test_a_sweep_is_drawn(tiny, tmp_path):
     ]
     printed = sweep.over_seeds(found)
     assert list(printed) == ["digits:0-5", "digits:8,9"]
-    two = [one.detector.origin.metrics["accuracy"] for one in found[:2]]
+    two = [one.rows.manifest["metrics"]["accuracy"] for one in found[:2]]
     mean, half = sum(two) / 2, abs(two[0] - two[1]) / 2
-    assert printed["digits:0-5"][0]["cell"] == "lambda_grad=0,lr=0.002"
+    assert printed["digits:0-5"][0]["group"] == "lambda_grad=0,lr=0.002"
     assert printed["digits:0-5"][0]["accuracy"] == f"{mean:.3g} ±{half:.2g}"
     for one in found:  # what was found by search never exceeds what was proved
         assert (one.slopes["ascended_estimate"] <= one.slopes["bound"]).all()

@@ -1,8 +1,9 @@
 """Figures of results, and the numbers behind them. Every figure says what it was made from, and what is unfinished.
 
 The kind of result chooses the figure: `robustness` of certifications, `lipschitz`, `smoothing`. Where several models are
-drawn together they share norm, eps and samples, unless `mixed` allows other grids and samples. `objective` draws what
-training penalised against what was proved, over the runs of a sweep; `gallery` shows samples and their counterexamples.
+drawn together they share norm, eps and samples, unless `mixed` allows other grids and samples. Results of one name are
+seeds of one training (`grood_cert.results.seeds`), drawn as their mean and range. `objective` draws what training
+penalised against what was proved, over the runs of a sweep; `gallery` shows samples and their counterexamples.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ from grood_cert.results.figures.certified import robustness
 from grood_cert.results.figures.facts import common_norm, facts
 from grood_cert.results.figures.slopes import lipschitz
 from grood_cert.results.figures.smoothed import smoothing
-from grood_cert.results.figures.style import NORM_LABELS, STYLE, Width, check_format, check_width, save
-from grood_cert.results.figures.sweeps import objective, worst_case
+from grood_cert.results.figures.style import STYLE, Width, check_format, check_width, save
+from grood_cert.results.figures.sweeps import objective
 from grood_cert.results.figures.twins import gallery
-from grood_cert.results.table import Table
+from grood_cert.results.seeds import Groups, Runs, groups_of
 from grood_cert.system.files import write_csv
 
 __all__ = [
-    "NORM_LABELS",
     "STYLE",
     "Width",
     "check_format",
@@ -42,14 +42,13 @@ __all__ = [
     "robustness",
     "save",
     "smoothing",
-    "worst_case",
     "write_numbers",
 ]
 _DRAWN = ("certification", "lipschitz", "smoothing")
 
 
 def draw(
-    tables: Mapping[str, Table],
+    runs: Runs,
     perturbed: Perturbed | None = None,
     eps: float | None = None,
     *,
@@ -62,7 +61,7 @@ def draw(
     """The figure that goes with the kind of result: `robustness`, `lipschitz` or `smoothing`.
 
     Args:
-        tables: Results of one kind by the name to print.
+        runs: Results of one kind by the name to print, several of one name if they differ in the seed of training alone.
         perturbed: Which side moves in the FPR95 panels; of certifications only. None: OOD.
         eps: The eps of the panels over gamma; of certifications only. None: the middle of the grid.
         panel: One panel alone, `PANELS` of the figure's module.
@@ -75,18 +74,18 @@ def draw(
         InputError: If the results are of several kinds, of a kind that is not drawn, or not to be drawn with these
             options, or cannot share an axis.
     """
-    kind = _kind(tables, perturbed, eps, mean, cumulative)
+    kind = _kind(groups_of(runs), perturbed, eps, mean, cumulative)
     if kind == "certification":
         return robustness(
-            tables, perturbed or "ood", eps, panel=panel, width=width, mean=mean, cumulative=cumulative, mixed=mixed
+            runs, perturbed or "ood", eps, panel=panel, width=width, mean=mean, cumulative=cumulative, mixed=mixed
         )
     if kind == "lipschitz":
-        return lipschitz(tables, panel=panel, width=width, mixed=mixed)
-    return smoothing(tables, panel=panel, width=width, mean=mean, cumulative=cumulative, mixed=mixed)
+        return lipschitz(runs, panel=panel, width=width, mixed=mixed)
+    return smoothing(runs, panel=panel, width=width, mean=mean, cumulative=cumulative, mixed=mixed)
 
 
 def numbers(
-    tables: Mapping[str, Table],
+    runs: Runs,
     perturbed: Perturbed | None = None,
     eps: float | None = None,
     *,
@@ -95,26 +94,27 @@ def numbers(
 ) -> list[dict[str, Any]]:
     """The numbers behind the figure of `draw`: one record for each point of each curve, with its 95 % limits.
 
-    Radii are given in the falling form, as the share that survives eps.
+    Radii are given in the falling form, as the share that survives eps. Of several seeds there is one record a point and
+    thing `shown`: `mean`, `least` and `most` over `seeds`, without limits.
 
     Raises:
         InputError: As `draw` does.
     """
-    kind = _kind(tables, perturbed, eps, mean)
+    kind = _kind(groups_of(runs), perturbed, eps, mean)
     if kind == "certification":
-        return list(certified.numbers(tables, perturbed or "ood", eps, panel, mean))
-    return list(slopes.numbers(tables, panel) if kind == "lipschitz" else smoothed.numbers(tables, panel, mean))
+        return list(certified.numbers(runs, perturbed or "ood", eps, panel, mean))
+    return list(slopes.numbers(runs, panel) if kind == "lipschitz" else smoothed.numbers(runs, panel, mean))
 
 
 def _kind(
-    tables: Mapping[str, Table],
+    groups: Groups,
     perturbed: Perturbed | None,
     eps: float | None,
     mean: bool,
     cumulative: bool = False,
 ) -> str:
     """The kind that all results share, and that these options are for."""
-    kinds = {table.kind for table in tables.values()}
+    kinds = {table.kind for group in groups.values() for table in group}
     if not kinds:
         raise InputError("no results given; write some with: grood-cert certify MODEL --out FOLDER")
     if len(kinds) > 1:

@@ -20,12 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from grood_cert.confidence import LEVEL
 from grood_cert.errors import InputError
+from grood_cert.results.columns import NORMS
 from grood_cert.system.files import replacing
 
 FORMATS = (".png", ".pdf", ".svg")
 Width = Literal["single", "double"]
 WIDTHS: dict[str, float] = {"single": 8.0, "double": 17.0}  # of a column and of a page, in cm
-NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
 GREY = "#555555"
 STYLE: Any = {  # Any: matplotlib types rc keys one by one
     "font.size": 8,
@@ -77,10 +77,10 @@ class Look:
     turn: int
     of: int
 
-    def marks(self, count: int) -> dict[str, Any]:
-        """Markers at about five of `count` points, at others than those of other models."""
-        step = max(1, count // 5)
-        return {"marker": self.marker, "markersize": 3.2, "markevery": (step * self.turn // self.of, step)}
+    def marks(self, hollow: bool = False) -> dict[str, Any]:
+        """Markers along a line, at other places than those of other models; hollow for what is not proved."""
+        shape: dict[str, Any] = {"markerfacecolor": "white"} if hollow else {}
+        return shape | {"marker": self.marker, "markersize": 3.2, "markevery": (0.14 * self.turn / self.of, 0.14)}
 
 
 def looks(count: int) -> list[Look]:
@@ -163,7 +163,7 @@ def radii(axes: Axes, norm: str, largest: float) -> None:
     axes.set_xlim(0, 1.02 * largest)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
-    axes.set_xlabel(f"eps ({NORM_LABELS[norm]}, pixels in [0, 1])")
+    axes.set_xlabel(f"eps ({NORMS[norm]}, pixels in [0, 1])")
 
 
 def logarithmic(axes: Axes, values: ArrayLike) -> None:
@@ -213,6 +213,21 @@ def limits(
     axes.fill_between(x, curve, limit, hatch=look.hatch if look.of <= 3 else None, alpha=0.45, **options)
 
 
+def seeds(
+    axes: Axes,
+    x: ArrayLike,
+    values: Sequence[ArrayLike],
+    look: Look,
+    step: Literal["post"] | None = None,
+    **line: Any,
+) -> None:
+    """A mean over seeds, and the band from the smallest to the largest of them: `values` are these three."""
+    mean, least, most = values
+    inside, edge = mpl.colors.to_rgba(look.colour, 0.16), mpl.colors.to_rgba(look.colour, 0.5)
+    axes.fill_between(x, least, most, facecolor=inside, edgecolor=edge, linewidth=0.4, step=step)
+    axes.plot(x, mean, color=look.colour, drawstyle="default" if step is None else f"steps-{step}", **line)
+
+
 def stairs(eps: NDArray[np.float64], *values: NDArray[np.float64], early: bool) -> list[NDArray[np.float64]]:
     """Steps between points of a grid: from each point on (`early` False), or from the point before on (`early`)."""
     steps = [np.repeat(eps, 2)]
@@ -224,6 +239,7 @@ def stairs(eps: NDArray[np.float64], *values: NDArray[np.float64], early: bool) 
 
 STAR: Any = {"marker": "*", "markersize": 9, "markeredgecolor": "white", "markeredgewidth": 0.6, "clip_on": False}
 UNDECIDED = Patch(facecolor=GREY, alpha=0.3, label="undecided")
+SEEDS = Patch(facecolor=GREY, alpha=0.25, label="smallest to largest seed")
 LIMITS = Patch(facecolor="none", edgecolor=GREY, hatch="////", linewidth=0.4, label=f"{_LEVEL} limits (sampling)")
 
 

@@ -1,4 +1,4 @@
-"""A sweep: lambda_grad on one page (slope, margin, radius, accuracy, FPR95), and worst-case curves over the seeds."""
+"""A sweep: lambda_grad on one page, slope, margin, radius, accuracy and FPR95."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from grood_cert.errors import InputError
-from grood_cert.results.curves import fpr_curve, ood_sets
+from grood_cert.results.columns import NORMS
 from grood_cert.results.figures import style
-from grood_cert.results.figures.facts import common_norm, is_mixed
-from grood_cert.results.table import Table
+from grood_cert.results.figures.facts import spread_words
 
 _PROVED, _SHOWN, _ESTIMATED = ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#555555", ":", "^")
 _ROWS: tuple[tuple[str, Mapping[str, tuple[str, str, str]]], ...] = (
@@ -56,11 +55,11 @@ def _said(records: Sequence[Mapping[str, Any]]) -> str:
 
     sizes = {(record["kind"], record["set"]): record["samples"] for record in records}
     counts = [f"{size} {name} ({kind.upper()})" for (kind, name), size in sizes.items()]
-    facts = {"n": ", ".join(counts), "norm": each("norm").replace("l", "l_", 1), "effort": each("effort")}
+    facts = {"n": ", ".join(counts), "norm": NORMS[str(records[0]["norm"])], "effort": each("effort")}
     facts |= {"engine": each("engine"), "FPR95 at eps": each("eps"), "constant at eps": each("eps_constant")}
     seeds = sorted({record["seed"] for record in records})
     whole = "complete" if all(record["complete"] for record in records) else "NOT FINISHED"
-    spread = f"mean of {len(seeds)} seeds, bands from the smallest to the largest" if len(seeds) > 1 else "one seed"
+    spread = spread_words([len(seeds)]) if len(seeds) > 1 else "one seed"
     return "; ".join([*(f"{word} {value}" for word, value in facts.items() if value), spread, whole])
 
 
@@ -102,6 +101,9 @@ def objective(records: Sequence[Mapping[str, Any]], width: style.Width = "double
             axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.2)
         row = np.concatenate([_values(of(*column), weights, key).ravel() for column in columns for key in curves])
         row = row[np.isfinite(row)]
+        if label == _ACCURACY[0] and not len(row):  # of runs that did not record it
+            axes.set_axis_off()
+            return
         if label.startswith("slope"):
             style.logarithmic(axes, row)
             axes.set_ylabel(label)
@@ -143,61 +145,4 @@ def objective(records: Sequence[Mapping[str, Any]], width: style.Width = "double
             entry.set_color(colour)
         style.legend(figure, (), entries, width, 1 if width == "single" else 3)
         style.fit(figure, len(rows), 4.2 if width == "double" else 3.4)
-    return figure
-
-
-def worst_case(groups: Mapping[str, Sequence[Table]], width: style.Width = "double") -> Figure:
-    """FPR95 of each OOD set as it is moved, certified and attacked: means over seeds, and bands over them.
-
-    Args:
-        groups: Certifications of the seeds by what they share, the name to print.
-        width: Of the figure: 8 or 17 cm.
-
-    Raises:
-        InputError: If there are none, or they have different norms, grids or samples.
-    """
-    every = {f"{name} {number}": table for name, group in groups.items() for number, table in enumerate(group)}
-    norm = common_norm(every)
-    is_mixed(every, mixed=False)
-    first = next(iter(every.values()))
-    looks = dict(zip(groups, style.looks(len(groups)), strict=True))
-    sets = list(ood_sets(first))
-    columns = 1 if width == "single" else min(len(sets), 3)
-    parts = [[(name, shown) for name in sets] for shown in ("certified", "attacked")]
-    rows = [part[start : start + columns] for part in parts for start in range(0, len(part), columns)]
-    characters = int(style.WIDTHS[width] / columns / 0.185)
-    entries = [style.line("certified (proved)"), style.line("attacked (shown)", "--")]
-    told = [
-        {"kind": kind, "set": name, "samples": int(mask.sum()), "norm": norm, "eps": None, "eps_constant": None}
-        | {"effort": first.manifest.get("effort"), "engine": first.manifest.get("bounded_by")}
-        | {"seed": number, "complete": all(table.complete for table in every.values())}
-        for number in range(max(map(len, groups.values())))
-        for kind in ("id", "ood")
-        for name, mask in first.sets(kind).items()
-    ]
-
-    def draw(axes: Axes, panel: tuple[str, str]) -> None:
-        name, shown = panel
-        proved = shown == "certified"
-        for group, tables in groups.items():
-            curves = [fpr_curve(table, "ood", {name: table.sets("ood")[name]}) for table in tables]
-            rates = np.array([getattr(curve, shown) for curve in curves])
-            eps, mean, least, most = style.stairs(
-                curves[0].eps, rates.mean(0), rates.min(0), rates.max(0), early=proved
-            )
-            marks: Any = {"marker": looks[group].marker, "markersize": 3.2, "linestyle": ""}
-            axes.fill_between(eps, least, most, color=looks[group].colour, alpha=0.16, linewidth=0)
-            axes.plot(eps, mean, color=looks[group].colour, linestyle="-" if proved else "--")
-            axes.plot(curves[0].eps, rates.mean(0), color=looks[group].colour, **marks)
-        style.radii(axes, norm, max(first.eps))
-        style.percent(axes, "FPR at 95 % TPR")
-        style.titled(axes, f"{name}: {shown} FPR95", "gamma accepts 95 % of the clean ID samples", characters)
-
-    with style.styled(width):
-        figure = style.canvas(width)
-        size = style.small_type()
-        figure.suptitle(style.wrapped(_said(told), int(style.WIDTHS[width] / 2.54 * 72 / (0.57 * size))))
-        style.grid(figure, rows, draw)
-        style.legend(figure, groups, entries, width)
-        style.fit(figure, len(rows), 5.2)
     return figure

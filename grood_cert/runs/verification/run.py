@@ -138,6 +138,8 @@ def _check_description(found: Findings, table: Table, detector: Detector) -> Non
         "score": str(detector.score),
         "name": detector.name,
     }
+    if "metrics" in manifest:  # not in those of earlier versions
+        said["metrics"] = origin.metrics if origin else None
     told: dict[str, Any] = {name: manifest.get(name) for name in said} | {"name": manifest["model"].get("name")}
     if table.kind == "smoothing":
         said["calibration"] = told["calibration"] = None  # of the smoothed detector
