@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grood_cert.data.arrays import stored
-from grood_cert.data.images import Contents, Request, to_channels
+from grood_cert.data.images import Array, Contents, Request, to_channels
 from grood_cert.errors import InputError, RunError
 
 PHOTO_PATCHES = 400
@@ -37,9 +38,15 @@ def _of_scikit_learn(name: str) -> Path:
 def digits(request: Request) -> Contents:
     """The 1797 digits of 8x8 pixels that scikit-learn holds."""
     del request
-    rows = np.loadtxt(_of_scikit_learn("data/digits.csv.gz"), delimiter=",")  # 64 pixels from 0 to 16, and the class
+    rows = _digits()
     images = (rows[:, :-1].reshape(-1, *_SHAPE) / 16).astype(np.float32)
     return Contents(stored(images), rows[:, -1].astype(np.int64), tuple(str(digit) for digit in range(10)))
+
+
+@functools.cache
+def _digits() -> Array:
+    """64 pixels from 0 to 16 and the class, one row a digit; read once, it is stored as text."""
+    return np.loadtxt(_of_scikit_learn("data/digits.csv.gz"), delimiter=",")
 
 
 def photo_patches(request: Request) -> Contents:

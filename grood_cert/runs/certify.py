@@ -45,6 +45,7 @@ from grood_cert.system.reporting import SILENT, Reporter
 _SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6)  # of the median attack radius
 _PROBED = 16
 _CHECKED = 2  # images of each set
+_TOGETHER = 8  # balls checked at once
 
 
 def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed: int = 0) -> tuple[float, ...]:
@@ -180,11 +181,9 @@ def cross_checked(
         other = build("auto_lirpa", native.network, native.shape, native.method, native.graph).bounded
     except (InputError, RunError) as error:
         return {"left_out": str(error)}
-    images = [
-        images[None] for whole in sets for images in whole.images[:_CHECKED].to(next(native.network.parameters()))
-    ]
+    images = torch.cat([whole.images[:_CHECKED] for whole in sets]).to(next(native.network.parameters()))
     ends = dict.fromkeys((eps[0], eps[-1]))
-    balls = (Ball(image, value, norm) for image in images for value in ends)
+    balls = (Ball(part, value, norm) for part in images.split(_TOGETHER) for value in ends)
     found = cross_check(native, other, balls, score=score)
     if not found.balls:
         return {"left_out": "there was no ball that both engines could bound"}

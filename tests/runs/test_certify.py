@@ -165,7 +165,7 @@ def test_engines_that_contradict_each_other_end_the_run(loaded, monkeypatch, tmp
     with pytest.raises(SoundnessError, match="the bound engines contradict each other") as caught:
         certification.run(loaded, model, [images], settings, tmp_path, limit=4)
     with np.load(caught.value.counterexample) as archive:
-        assert archive["eps"].tolist() == [0.01] and archive["image"].shape == (1, 1, 8, 8)
+        assert archive["eps"].tolist() == [0.01, 0.01] and archive["image"].shape == (2, 1, 8, 8)
         assert (np.abs(archive["native_upper"] - archive["other_upper"]) > 1e-7).any()
     assert (tmp_path / "rows.csv").read_text() == "precious"
 
