@@ -265,7 +265,8 @@ def test_one_neuron_is_met_at_both_ends(leak, shift):
     assert largest <= relaxed.upper(2, np.ones((1, 1)))[0] <= largest + 1e-9
     lowest = -relaxed.upper(2, -np.ones((1, 1)), np.zeros((1, 1)))[0]
     assert smallest - 1e-9 <= lowest <= smallest
-    assert low - 1e-9 <= -relaxed.upper(2, -np.ones((1, 1)), np.ones((1, 1)))[0] <= smallest
+    for slope in (1.0, 3.0):  # beyond 1 it counts as 1
+        assert low - 1e-9 <= -relaxed.upper(2, -np.ones((1, 1)), np.full((1, 1), slope))[0] <= smallest
 
 
 # Rounding
@@ -356,6 +357,17 @@ def test_a_proof_is_accepted_and_its_radius_lies_below_the_attack(proof_files, d
     assert code == 0 and said.startswith(f"proved: S {'<' if decision == 'id' else '>'} {gamma}")
     eps, radius = read(folder / f"{decision}.npz")[0]["eps"], found[decision][1]
     assert 0.5 * radius < eps < radius
+
+
+@pytest.mark.parametrize("decision", ["id", "ood"])
+def test_a_bound_on_gamma_proves_nothing(proof_files, decision, capsys, monkeypatch):
+    folder, *_ = proof_files
+    claim, arrays = read(folder / f"{decision}.npz")
+    _, said = check(folder / f"{decision}.npz", capsys, monkeypatch)
+    value = float(said.split("= ")[1].split()[0])
+    for gamma, code in ((value, 1), (np.nextafter(value, np.inf if decision == "id" else -np.inf), 0)):
+        save(folder / "equal.npz", claim | {"gamma": gamma}, arrays)
+        assert check(folder / "equal.npz", capsys, monkeypatch)[0] == code
 
 
 @pytest.mark.parametrize("decision", ["id", "ood"])

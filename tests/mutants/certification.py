@@ -136,6 +136,66 @@ MUTANTS = (
         },
     ),
     *planted(
+        "certification/checker.py",
+        ("certification/test_checker.py",),
+        {
+            "a travelling proof of ID holds with S_ub = gamma": (
+                '("<", value < gamma) if claim["decision"]',
+                '("<", value <= gamma) if claim["decision"]',
+            ),
+            "a travelling proof of OOD holds with S_lb = gamma": (
+                'else (">", value > gamma)',
+                'else (">", value >= gamma)',
+            ),
+            "NaN is a travelling proof": (
+                '("<", value < gamma) if claim["decision"]',
+                '("<", not value >= gamma) if claim["decision"]',
+            ),
+            "a travelling proof holds for any network": (
+                'or hashlib.sha256(content).hexdigest() != claim["network"]:',
+                "or hashlib.sha256(content).hexdigest() is None:",
+            ),
+            "the checker ignores eps": (
+                "low, high = np.nextafter(np.maximum(self.x - eps, 0), -1)",
+                "low, high = np.nextafter(np.maximum(self.x, 0), -1)",
+            ),
+            "the checker pays no rounding of intervals": (
+                "self.ends.append((low - self.unit * self.m[-1], high + self.unit * self.m[-1]))",
+                "self.ends.append((low, high))",
+            ),
+            "the checker knows of no rounding at all": ("self.neurons = 2.0**-50 * (", "self.neurons = 0.0 * ("),
+            "the checker's chord lies below the neuron": (
+                "constant = np.maximum(0, np.maximum((leak - chord) * low, (1 - chord) * high))",
+                "constant = np.maximum(0, (leak - chord) * high)",
+            ),
+            "the checker bounds from below by the chord": (
+                "row = positive * chord + (row - positive) * slope",
+                "row = positive * chord + (row - positive) * chord",
+            ),
+            "the checker takes slopes beyond 1": (
+                "np.where(constant > 0, np.minimum(slope, 1), chord)",
+                "np.where(constant > 0, slope, chord)",
+            ),
+            "the checker's slope is below the leak": (
+                "slope = leak + (1 - leak) * (chord > 0.5",
+                "slope = (1 - leak) * (chord > 0.5",
+            ),
+            "the checker forgets that two layers read a value": (
+                "pending[i] = pending.get(i, 0) + row",
+                "pending[i] = row",
+            ),
+            "the checker does not pay for the ball": (
+                "gained - price * (move**power).sum(1) + cost + self.unit",
+                "gained - price * (move**power).sum(1) + self.unit",
+            ),
+            "the checker adds the entropy": ("float(upper - t * entropy +", "float(upper + t * entropy +"),
+            "the checker takes the best end of a logit": (
+                "(power - row * ends).max(0).sum()",
+                "(power - row * ends).min(0).sum()",
+            ),
+        },
+    ),
+    *planted(
         "certification/smoothing.py",
         ("certification/test_smoothing.py",),
         {
