@@ -13,8 +13,9 @@ NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training test
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
 
+# worksteal keeps the tests of a file in one process, where they share what they have made
 test: lint
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 processors: env
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) $(NUMERICS)

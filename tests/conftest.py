@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 from filelock import FileLock
@@ -18,20 +19,40 @@ def one_thread():
 
 @pytest.fixture
 def quick_attacks(monkeypatch):
-    """All efforts with the attack of "fast", for tests of what is proved."""
+    """All efforts with a weak attack, for tests of what is proved."""
+    from grood_cert.attacks import AttackEffort
     from grood_cert.certification.settings import EFFORTS
 
     for name, effort in EFFORTS.items():
-        monkeypatch.setitem(EFFORTS, name, replace(effort, attack=EFFORTS["fast"].attack))
+        monkeypatch.setitem(EFFORTS, name, replace(effort, attack=AttackEffort(8, 0, 2, 8, 1)))
+
+
+_GRAPHS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@pytest.fixture
+def captured_once(monkeypatch):
+    """Cascades of one detector share its graph, for tests of what comes after."""
+    from grood_cert.certification import cascade
+
+    capture = cascade.capture
+
+    def captured(network, shape):
+        if network not in _GRAPHS:
+            _GRAPHS[network] = capture(network, shape)
+        return _GRAPHS[network]
+
+    monkeypatch.setattr(cascade, "capture", captured)
 
 
 @pytest.fixture(scope="session")
 def small_recipe():
-    """The demo's recipe, cut to a few seconds."""
+    """The demo's recipe, cut to a few seconds; the OOD sets are those that are loaded at once."""
     from grood_cert.recipe import Recipe
 
     recipe = Recipe()
-    return replace(recipe, name="small", optimizer=replace(recipe.optimizer, epochs=12, batch_size=128))
+    data = replace(recipe.data, ood=("digits:8,9", "uniform-noise"))
+    return replace(recipe, name="small", data=data, optimizer=replace(recipe.optimizer, epochs=12, batch_size=128))
 
 
 def made_once(name, tmp_path_factory, make) -> Path:
@@ -53,6 +74,16 @@ def model(small_recipe, tmp_path_factory) -> Path:
     from grood_cert.training import run as training
 
     return made_once("model", tmp_path_factory, lambda folder: training.run(small_recipe, folder)) / "model.pt"
+
+
+@pytest.fixture(scope="session")
+def mlp_model(small_recipe, tmp_path_factory) -> Path:
+    """A checkpoint of one hidden layer of 16 neurons, for tests of what takes its time: it takes less here."""
+    from grood_cert.training import run as training
+
+    network = replace(small_recipe.network, name="mlp", width=16, hidden_layers=1)
+    recipe = replace(small_recipe, network=network)
+    return made_once("mlp", tmp_path_factory, lambda folder: training.run(recipe, folder)) / "model.pt"
 
 
 @pytest.fixture(scope="session")

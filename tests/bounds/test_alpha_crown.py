@@ -81,9 +81,9 @@ def test_bounds_hold_and_are_never_looser_than_plain_ones(build, norm):
     plain = gibbs_upper(-relaxed.upper(len(graph.nodes) - 1, -weights.unsqueeze(1))[:, 0], weights)
     upper, lower = (optimised_bounds(graph, ball, side, hidden, 0) for side in ("upper", "lower"))
     assert bool((upper <= plain + 1e-9).all())
-    for steps, hidden_steps in ((8, 0), (8, 4)):
-        best_upper = optimised_bounds(graph, ball, "upper", hidden, steps, hidden_steps)
-        best_lower = optimised_bounds(graph, ball, "lower", hidden, steps, hidden_steps)
+    for hidden_steps in (0, 4) if norm == "linf" else (4,):
+        best_upper = optimised_bounds(graph, ball, "upper", hidden, 8, hidden_steps)
+        best_lower = optimised_bounds(graph, ball, "lower", hidden, 8, hidden_steps)
         assert bool((best_upper <= upper).all() and (best_lower >= lower).all())
         assert bool((seen.maximum <= best_upper).all() and (seen.minimum >= best_lower).all())
     score = energy(network(points_in(ball))).reshape(-1, len(ball.center))

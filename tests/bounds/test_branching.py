@@ -127,7 +127,7 @@ def test_enough_nodes_reach_the_exact_extreme(name, side):
     outside = branch_and_bound(graph, whole_box(), exact + sign * TOLERANCE[side], side, nodes=1000)
     assert bool(outside.decided) and not bool(outside.refuted)
     assert sign * float(outside.bound) >= sign * exact
-    inside = branch_and_bound(graph, whole_box(), exact - sign * TOLERANCE[side], side, nodes=1000)
+    inside = branch_and_bound(graph, whole_box(), exact - sign * TOLERANCE[side], side, nodes=1000, steps=4)
     assert not bool(inside.decided)
     assert sign * float(inside.bound) >= sign * exact - 1e-9
     if bool(inside.refuted):
@@ -173,8 +173,8 @@ def test_two_hidden_layers_against_a_grid(side):
         extreme = sign * float((sign * torch.as_tensor(score_of(network, grid))).max())
         steep = np.prod([np.linalg.norm(network[i].weight.detach().numpy(), 2) for i in (1, 3, 5)])
         slack = steep * 0.001 * np.sqrt(2) + TOLERANCE[side]
-        assert bool(branch_and_bound(graph, whole_box(), extreme + sign * slack, side, nodes=500).decided)
-        missed = branch_and_bound(graph, whole_box(), extreme - sign * 1e-6, side, nodes=200)
+        assert bool(branch_and_bound(graph, whole_box(), extreme + sign * slack, side, nodes=500, steps=4).decided)
+        missed = branch_and_bound(graph, whole_box(), extreme - sign * 1e-6, side, nodes=200, steps=4)
         assert not bool(missed.decided) and sign * float(missed.bound) >= sign * extreme
 
 
@@ -194,9 +194,7 @@ def residual():
     return resnet_small(Normalize([0.5], [0.5]), (1, 4, 4), 3, width=2).double().eval()
 
 
-@pytest.mark.parametrize(
-    ("build", "norm"), [(mlp, "linf"), (mlp, "l1"), (conv, "linf"), (conv, "l2"), (conv, "l1"), (residual, "l2")]
-)
+@pytest.mark.parametrize(("build", "norm"), [(mlp, "linf"), (conv, "l1"), (residual, "l2")])
 def test_bounds_hold_in_three_norms(build, norm):
     network = build()
     with torch.no_grad():
@@ -213,12 +211,12 @@ def test_bounds_hold_in_three_norms(build, norm):
         sign = 1 if side == "upper" else -1
         plain = optimised_bounds(graph, ball, side, hidden, 0)
         gamma = float((extreme + plain)[0] / 2)  # the first ball has work to do
-        found = branch_and_bound(graph, ball, gamma, side, nodes=16, steps=5)
+        found = branch_and_bound(graph, ball, gamma, side, nodes=12, steps=4)
         assert bool((sign * found.bound >= sign * extreme).all())
         assert bool((sign * found.bound <= sign * plain).all())
-        assert bool((found.nodes <= 16).all())
+        assert bool((found.nodes <= 12).all())
         assert found.decided.tolist() == (sign * found.bound < sign * gamma).tolist()
-        beyond = branch_and_bound(graph, ball, float(extreme[0]), side, nodes=8, steps=5)
+        beyond = branch_and_bound(graph, ball, float(extreme[0]), side, nodes=4, steps=4)
         assert not bool(beyond.decided[0])
         assert bool((ball.distance(beyond.points) <= ball.eps * (1 + 1e-12)).all())
 
@@ -325,9 +323,10 @@ def test_wrong_arguments_are_refused():
         branch_and_bound(graph, whole_box(), 0.0, "sideways", 10)
 
 
-def test_the_benchmark_orders_its_methods(model):
+def test_the_benchmark_orders_its_methods(model, monkeypatch):
     from benchmarks import tightness
 
+    monkeypatch.setattr(tightness, "_PRECISION", 0.1)
     records = tightness.measure(model, samples=1, nodes=(4,))
     assert [tuple(record) for record in records] == [tightness.COLUMNS] * len(records)
     for kind in ("id", "ood"):

@@ -55,7 +55,7 @@ def balls(norm="linf", count=2):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_they_agree_where_the_lines_are_the_same_and_meet_elsewhere(name, method):
     native, other = engines(name, method)
-    for norm in NORMS:
+    for norm in NORMS if method == "crown" else NORMS[:2]:
         found = cross_check(native, other, balls(norm))
         same = method != "ibp" and name not in ("pools", "smooth") and (norm == "linf" or name != "residual")
         assert (found.balls, found.same_lines) == (4, 4 if same else 0)

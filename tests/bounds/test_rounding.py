@@ -89,8 +89,8 @@ def test_refined_bounds_enclose_what_exact_arithmetic_gives(scale):
             upper = optimised_bounds(graph, ball, "upper", hidden, 5, score=score)
             lower = optimised_bounds(graph, ball, "lower", hidden, 5, score=score)
             middle = float(score.value(network(ball.center)).detach())
-            above = branch_and_bound(graph, ball, middle + 1e-3, "upper", 32, score=score).bound
-            below = branch_and_bound(graph, ball, middle - 1e-3, "lower", 32, score=score).bound
+            above = branch_and_bound(graph, ball, middle + 1e-3, "upper", 12, score=score).bound
+            below = branch_and_bound(graph, ball, middle - 1e-3, "lower", 12, score=score).bound
             found = [(float(lower), float(upper)), (float(below), float(above))]
             for point in points(ball):
                 value = -max(exactly(network, point)[0])
@@ -193,7 +193,7 @@ def captured_convolutional(seed):
     return network, capture(network, (1, 12, 12))
 
 
-@pytest.mark.parametrize("score", [Energy(), Energy(3.0), MaxLogit(), MSP(), MSP(0.5)], ids=str)
+@pytest.mark.parametrize("score", [Energy(3.0), MaxLogit(), MSP(), MSP(0.5)], ids=str)
 def test_the_float32_network_stays_inside_bounds_for_its_deployment(score):
     """In balls of radius 0, where nothing but rounding is left, alone and in batches; and under attack in others."""
     outside = 0
@@ -214,7 +214,7 @@ def test_the_float32_network_stays_inside_bounds_for_its_deployment(score):
                     network.double(),
                     [ball],
                     generator,
-                    attacks.AttackEffort.preset("fast"),
+                    attacks.AttackEffort(ascent=6, restarts=0, logits=1),
                     score,
                 )
                 points = torch.minimum(torch.maximum(extremes.argmax, ball.lower), ball.upper).float()

@@ -23,13 +23,13 @@ from grood_cert.errors import InputError, SoundnessError
 from grood_cert.runs.batches import generator
 from grood_cert.scores import energy
 
-pytestmark = pytest.mark.usefixtures("quick_attacks")
+pytestmark = pytest.mark.usefixtures("quick_attacks", "captured_once")
 CHEAP = ("ibp", "crown")
 
 
 @pytest.fixture(scope="module")
-def loaded(model):
-    return detector.load(model)
+def loaded(mlp_model):
+    return detector.load(mlp_model)
 
 
 @pytest.fixture(scope="module")

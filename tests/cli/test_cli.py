@@ -82,9 +82,9 @@ def test_from_recipe_to_figure(call, tmp_path):
     assert "tiny" in (tmp_path / "figure-curve.csv").read_text()
 
 
-def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
+def test_lipschitz_and_its_curve(call, refused, mlp_model, rows_file, tmp_path):
     options = ("--eps", "0.01", "--limit", "1", "--samples", "16", "--clever-batches", "0", "--ood", "digits:8,9")
-    code, out, _ = call("lipschitz", model, *options, "--memory", "1M", "--out", tmp_path / "a")
+    code, out, _ = call("lipschitz", mlp_model, *options, "--memory", "1M", "--out", tmp_path / "a")
     assert code == 0 and "best bound (proved)" in out and "ascended maximum (estimate)" in out
     code, out, _ = call("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "l.pdf")
     assert code == 0 and (tmp_path / "l.pdf").read_bytes()[:4] == b"%PDF" and (tmp_path / "l-curve.csv").exists()
@@ -95,18 +95,17 @@ def test_lipschitz_and_its_curve(call, refused, model, rows_file, tmp_path):
         message = refused("curve", tmp_path / "a/lipschitz.csv", "--out", tmp_path / "figure.png", *option)
         assert "are for certifications" in message
     assert not (tmp_path / "mixed.png").exists() and not (tmp_path / "figure.png").exists()
-    assert "expected a size such as 64M" in refused("lipschitz", model, "--memory", "lots", "--out", tmp_path / "b")
-    assert "memory must be 65536 or more" in refused("lipschitz", model, "--memory", "1", "--out", tmp_path / "b")
-    assert "eps -1.0" in refused("lipschitz", model, "--eps", "-1", "--out", tmp_path / "b")
-    assert "exists already" in refused("lipschitz", model, "--out", tmp_path / "a")
+    assert "expected a size such as 64M" in refused("lipschitz", mlp_model, "--memory", "lots", "--out", tmp_path / "b")
+    assert "memory must be 65536 or more" in refused("lipschitz", mlp_model, "--memory", "1", "--out", tmp_path / "b")
+    assert "eps -1.0" in refused("lipschitz", mlp_model, "--eps", "-1", "--out", tmp_path / "b")
+    assert "exists already" in refused("lipschitz", mlp_model, "--out", tmp_path / "a")
     assert not (tmp_path / "b").exists()
 
 
 def test_demo(tmp_path, small_recipe, quick_attacks, monkeypatch):
     monkeypatch.setattr(demo, "EPS", demo.SHOWN_EPS)
     recorder = Recorder()
-    data = replace(small_recipe.data, ood=("digits:8,9", "uniform-noise"))
-    tiny = replace(small_recipe, optimizer=replace(small_recipe.optimizer, epochs=2), data=data)
+    tiny = replace(small_recipe, optimizer=replace(small_recipe.optimizer, epochs=2))
     result = demo.run(tmp_path, limit=2, recipe=tiny, reporter=recorder)
     assert [stage for stage, _, _ in recorder.stages] == [
         "train energy",
@@ -282,17 +281,17 @@ def test_an_unfinished_run_is_read_when_that_is_asked_for(call, refused, rows_fi
     lines = rows_file.read_text().splitlines(keepends=True)
     (tmp_path / "rows.csv").write_text("".join(lines))
     manifest = json.loads(rows_file.with_suffix(".json").read_text())
-    partial = {"complete": False, "rows": 40, "samples_done": 40, "bytes": len("".join(lines[:41]).encode())}
+    partial = {"complete": False, "rows": 30, "samples_done": 30, "bytes": len("".join(lines[:31]).encode())}
     partial["sha256"] = None  # that of the whole run
     (tmp_path / "rows.json").write_text(json.dumps(manifest | partial))
     for arguments in (("threshold", "--gamma", "-4", "--out", "t.csv"), ("curve", "--out", "f.svg")):
         command, *rest = arguments
         rest[-1] = tmp_path / rest[-1]
-        done = f"is unfinished, 40 of {manifest['of_samples']} samples"
+        done = f"is unfinished, 30 of {manifest['of_samples']} samples"
         assert done in refused(command, tmp_path / "rows.csv", *rest) and not rest[-1].exists()
         code, _, err = call(command, tmp_path / "rows.csv", *rest, "--partial")
         assert code == 0 and done in err
-    assert f"not finished: small: 40 of {manifest['of_samples']} samples" in (tmp_path / "f.svg").read_text()
+    assert f"not finished: small: 30 of {manifest['of_samples']} samples" in (tmp_path / "f.svg").read_text()
 
 
 def test_a_demo_of_less_than_nothing_trains_nothing(refused, tmp_path):
@@ -393,7 +392,8 @@ def test_a_soundness_violation_has_an_exit_code_of_its_own(call, model, tmp_path
         "score_bounds",
         lambda bounded, ball, method, *rest: score_bounds(bounded, Ball(ball.center, ball.eps / 10, ball.norm), method),
     )
-    code, out, err = call("certify", model, "--eps", "0.1", "--limit", "4", "--stages", "crown", "--out", tmp_path)
+    options = "--eps", "0.1", "--limit", "2", "--stages", "crown", "--effort", "fast", "--engine", "native"
+    code, out, err = call("certify", model, *options, "--out", tmp_path)
     assert code == 3 and out == "" and "SOUNDNESS VIOLATION" in err and "counterexample.npz" in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["counterexample.npz"]
 

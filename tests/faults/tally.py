@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,10 +33,22 @@ class Tally:
         return f"| {' | '.join((*self.kind, str(self.trials), ends, str(len(self.violations))))} |"
 
 
-def printed(module: str, *options: str) -> str:
-    """What a campaign prints that is run as a command and finds no violation."""
+_COMMANDS = """
+import importlib, json, sys
+for module, *options in json.loads(sys.argv.pop()):
+    sys.argv[1:] = options
+    if importlib.import_module(f"{module}.__main__").main():
+        sys.exit(1)
+"""
+
+
+def printed(*commands: tuple[str, ...]) -> str:
+    """What campaigns print that are run as commands and find no violation; each is a module and its options.
+
+    One process runs them one after another: it imports once what it forks children from.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", module, *options],
+        [sys.executable, "-c", _COMMANDS, json.dumps(commands)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,

@@ -37,7 +37,8 @@ def test_damage_is_one_accident():
         assert content.startswith(damage(content, "cut", draw)) and not damage(content, "emptied", draw)
 
 
-def test_a_merge_survives_a_few_faults():
+def test_a_merge_survives_a_few_faults_and_a_few_cases_of_the_fuzzer_are_refused_in_one_line_or_read_aright():
     faults = "killed", "terminated", "disk", "damaged"
-    options = "--jobs", "merge", "--moments", "1", "--seed", "1", "--faults", *faults
-    assert " faults, 0 violations" in printed("tests.faults", *options)
+    merge = "--jobs", "merge", "--moments", "1", "--seed", "1", "--faults", *faults
+    said = printed(("tests.faults", *merge), ("tests.fuzz", "--cases", "50", "--seed", "1"))
+    assert " faults, 0 violations" in said and "50 cases, 0 violations" in said

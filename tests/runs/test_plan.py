@@ -15,9 +15,9 @@ def test_a_plan_names_the_work_and_tries_a_little_of_it():
     assert outline("working", [], (), worker) == ["working: 0 samples of 0 sets, in 0 batches"]
 
 
-def test_a_dry_run_writes_nothing(model, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_writes_nothing(model, mlp_model, tmp_path, monkeypatch, capsys):
     certify = ["certify", str(model), "--eps", "0.01", "--effort", "fast", "--engine", "native"]
-    smooth, lipschitz = ["smooth", str(model), "--n", "20"], ["lipschitz", str(model), "--eps", "0.01"]
+    smooth, lipschitz = ["smooth", str(model), "--n", "20"], ["lipschitz", str(mlp_model), "--eps", "0.01"]
     lipschitz += ["--samples", "8", "--clever-batches", "0"]
     for command, word in ((certify, "certifying"), (smooth, "calibrating"), (lipschitz, "analysing")):
         arguments = [*command, "--limit", "4", "--out", str(tmp_path / "x"), "--dry-run", "--device", "cpu"]

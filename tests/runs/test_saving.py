@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from grood_cert import detector
-from grood_cert.certification.settings import Settings
+from grood_cert.attacks import AttackEffort
+from grood_cert.certification.settings import EFFORTS, Settings
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError, SoundnessError
 from grood_cert.results.table import Table, read_cells
@@ -220,120 +220,113 @@ def test_more_shards_than_batches_are_refused(tmp_path):
 
 # Real processes, really killed
 
-LIMIT = 5  # of each set: six batches in all
+LIMIT = 3  # of each set: four batches in all
+ATTACK = 4, 0, 1, 4, 0  # steps, restarts, rounds, ascent, logits: what is saved counts here
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, socket, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 from grood_cert import detector
-from grood_cert.certification.settings import Settings
+from grood_cert.attacks import AttackEffort
+from grood_cert.certification.settings import EFFORTS, Settings
 from grood_cert.cli import run_script
+from grood_cert.data import experiment_of
+from grood_cert.networks.capture import capture
 from grood_cert.runs import certify as certification
 from grood_cert.runs import shards
-from grood_cert.data import experiment_of
 
-def main(model: Path, out: Path, limit: int, dies: int = -1, waits: int = -1) -> None:
-    loaded = detector.load(model)
-    experiment = experiment_of(loaded.origin.recipe)
-    sets = [experiment.test, experiment.ood[0]]
-    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
-    shard, real = shards.shard_of_environment(), certification.certify
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+model, folder = map(Path, sys.argv[1:])
+sys.argv[1:] = []
+torch.set_num_threads(1)
+EFFORTS["fast"] = replace(EFFORTS["fast"], attack=AttackEffort(*ATTACK))
+loaded, real = detector.load(model), certification.certify
+experiment = experiment_of(loaded.origin.recipe)
+capture(loaded.network, loaded.shape)  # the first one loads the compiler
+
+
+def started(name, number=None, **environment):
+    if child := os.fork():
+        return child
+    os.environ.update(environment)
+    os.dup2(os.open(f"{folder}/{name}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
 
     def certify(certifier, batch, *rest):
-        if batch.number == dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if batch.number == waits:
-            signal.pause()
+        if number and batch.number == 3:
+            os.kill(os.getpid(), number)
         return real(certifier, batch, *rest)
 
-    certification.certify = certify
-    result = certification.run(loaded, model, sets, settings, out, limit=limit, shard=shard)
-    os.write(1, f"{len(result)} {result.complete}\\n".encode())  # two processes share the pipe: one write a line
+    def main() -> None:
+        certification.certify = certify
+        sets = [experiment.test, experiment.ood[0]]
+        settings = Settings(
+            eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2, engine="native"
+        )
+        result = certification.run(
+            loaded, model, sets, settings, folder / name, limit=LIMIT, shard=shards.shard_of_environment()
+        )
+        assert len(result) == 2 * LIMIT and result.complete
 
-run_script(main)
+    run_script(main)
+
+
+def pair(number=None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [started("pair", number, RANK=str(rank), **together) for rank in range(2)]
+
+
+def codes(*children):
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+found = {name: codes(started(name, getattr(signal, name))) for name in ("SIGKILL", "SIGINT")}
+found["pair"] = codes(*pair(signal.SIGKILL))
+left = {file.name: json.loads(file.read_text()) for file in (folder / "pair").glob("*.json")}
+print(json.dumps([found, left, codes(*pair())]))
 """
 
 
-@pytest.fixture(scope="session")
-def script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("script") / "certify.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-def start(command, *arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def certify(model, out, limit):
+def certify(model, out):
     """The same run as that of the script, in this process."""
     loaded = detector.load(model)
     experiment = experiment_of(loaded.origin.recipe)
-    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2)
-    return certification.run(loaded, model, [experiment.test, experiment.ood[0]], settings, out, limit=limit)
+    settings = Settings(eps=(0.01,), stages=("ibp",), effort="fast", precision=0.1, batch_size=2, engine="native")
+    return certification.run(loaded, model, [experiment.test, experiment.ood[0]], settings, out, limit=LIMIT)
 
 
-def wait_for_batches(process, manifest, least):
-    while not (manifest.exists() and json.loads(manifest.read_text())["batches"] >= least):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def test_killed_certifications_go_on(model, tmp_path, monkeypatch):
+    """Alone, by SIGKILL and SIGINT; and one of two processes: the other one ends and says so, and two processes go on.
 
-
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    """The rows of the script's run in one go."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    certify(model, folder, LIMIT)
-    return folder / "rows.csv"
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_killed_certification_goes_on(undisturbed, script, model, tmp_path, number, code):
-    process = start([script], model, tmp_path, LIMIT, "--waits", 3)
-    path = tmp_path / "rows.csv"
-    wait_for_batches(process, path.with_suffix(".json"), 1)
-    with pytest.raises(InputError, match=r"another process is writing .*rows.csv"), files.locked(path):
-        pass
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=1800)
-    assert process.returncode == code
-    assert errors == (
-        ""
-        if number == signal.SIGKILL
-        else "certify.py: error: interrupted; the same command goes on (train: with --resume)\n"
+    All are forked off one process: one import of torch for all of them.
+    """
+    monkeypatch.setitem(EFFORTS, "fast", dataclasses.replace(EFFORTS["fast"], attack=AttackEffort(*ATTACK)))
+    certify(model, tmp_path / "whole")
+    (tmp_path / "certify.py").write_text(SCRIPT.replace("LIMIT", str(LIMIT)).replace("ATTACK", repr(ATTACK)))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "certify.py"), str(model), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
     )
-    partial = Table.read(path, partial=True)
-    assert not partial.complete and 2 <= len(partial) < 2 * LIMIT
-    assert certify(model, tmp_path, LIMIT).complete
-    assert path.read_bytes() == undisturbed.read_bytes()
-    assert {entry.name for entry in tmp_path.iterdir()} == {"rows.csv", "rows.json"}
-
-
-def test_processes_together(undisturbed, script, model, tmp_path):
-    """One of two processes dies: the other one ends and says so. Then torchrun goes on with what both have saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [start([script], model, tmp_path, LIMIT, "--dies", 3, RANK=str(rank), **together) for rank in range(2)]
-    errors = [process.communicate(timeout=1800)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, -signal.SIGKILL]
-    assert "error: another process of this run has stopped" in errors[0]
-    saved = {index: manifest(tmp_path / f"rows-{index}-of-2.csv") for index in (1, 2)}
-    assert saved[1]["complete"] and not saved[2]["complete"] and saved[2]["batches"] == 1
-    assert not (tmp_path / "rows.csv").exists()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    process = start(torchrun, model, tmp_path, LIMIT)
-    output, error = process.communicate(timeout=1800)
-    assert process.returncode == 0, error
-    assert output.count("10 True") == 2
-    assert (tmp_path / "rows.csv").read_bytes() == undisturbed.read_bytes()
-    assert {entry.name for entry in tmp_path.iterdir()} == {"rows.csv", "rows.json"}
-    assert manifest(tmp_path / "rows.csv")["shards"] == 2
+    assert done.returncode == 0, done.stderr
+    ends, saved, at_last = json.loads(done.stdout)
+    assert ends == {"SIGKILL": [-signal.SIGKILL], "SIGINT": [130], "pair": [1, -signal.SIGKILL]}
+    said = {name: (tmp_path / f"{name}.err").read_text() for name in ends}
+    assert said["SIGKILL"] == ""
+    assert said["SIGINT"] == "certify.py: error: interrupted; the same command goes on (train: with --resume)\n"
+    assert "error: another process of this run has stopped" in said["pair"]
+    for name in ("SIGKILL", "SIGINT"):
+        partial = Table.read(tmp_path / name / "rows.csv", partial=True)
+        assert not partial.complete and len(partial) == 5
+        assert certify(model, tmp_path / name).complete
+    assert saved["rows-1-of-2.json"]["complete"] and not saved["rows-2-of-2.json"]["complete"]
+    assert saved["rows-2-of-2.json"]["batches"] == 1 and saved.keys() == {"rows-1-of-2.json", "rows-2-of-2.json"}
+    assert at_last == [0, 0] and manifest(tmp_path / "pair" / "rows.csv")["shards"] == 2
+    for name in ends:
+        assert (tmp_path / name / "rows.csv").read_bytes() == (tmp_path / "whole" / "rows.csv").read_bytes()
+        assert {entry.name for entry in (tmp_path / name).iterdir()} == {"rows.csv", "rows.json"}

@@ -16,7 +16,19 @@ from grood_cert.runs.shards import Shard
 from grood_cert.training import run as training
 from tests.recorder import Recorder
 
-TINY = 'name = "tiny"\nseed = 5\n[optimizer]\nepochs = 1\nbatch_size = 256\n[data]\nood = ["digits:8,9"]\n'
+TINY = """
+name = "tiny"
+seed = 5
+[optimizer]
+epochs = 1
+batch_size = 256
+[network]
+name = "mlp"
+width = 8
+hidden_layers = 1
+[data]
+ood = ["digits:8,9"]
+"""
 
 
 @pytest.fixture
@@ -70,7 +82,7 @@ def test_cells_that_are_refused(tiny, tmp_path):
 
 def test_a_sweep_is_its_trainings_and_goes_on(tiny, tmp_path):
     cells = sweep.cells(tiny, {"objective.lambda_grad": ("0", "0.1")}, 1, tmp_path / "sweep")
-    certifying = Settings((0.01, 0.02), stages=("ibp",), engine="native")
+    certifying = Settings((0.01, 0.02), stages=("ibp",), engine="native", effort="fast")
     assert sweep.lacking(cells[0], True, False) == ["train", "certify"]
     sweep.run(cells, certifying, None, limits=sweep.Limits(2), shard=Shard.parse("2/2"))
     assert [sweep.lacking(cell, True, False) for cell in cells] == [["train", "certify"], []]
@@ -98,7 +110,9 @@ def test_a_sweep_is_drawn(tiny, tmp_path):
         tiny, {"objective.lambda_grad": ("0", "0.3"), "optimizer.lr": ("0.002",)}, 2, tmp_path / "sweep"
     )
     slopes = AnalysisSettings((0.01,), samples=4, ascents=1, clever_batches=0)
-    sweep.run(cells, Settings((0.01,), stages=("ibp",), engine="native"), slopes, limits=sweep.Limits(3, 1))
+    sweep.run(
+        cells, Settings((0.01,), stages=("ibp",), engine="native", effort="fast"), slopes, limits=sweep.Limits(3, 1)
+    )
     found = sweep.collected(cells, True, True)
     files = sweep.draw(found, tmp_path / "sweep")
     names = ["sweep.csv", "objective-lr=0.002.png", "worst-case.png"]
