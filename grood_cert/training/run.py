@@ -156,10 +156,13 @@ class _Files:
     def add(self, epoch: Epoch, network: nn.Module) -> None:
         """Write the record of an epoch, and its weights if they are the best so far."""
         self.rows.append(dataclasses.asdict(epoch))
-        with checkpoint.writing(self.out):
-            write_csv(self.log, [item.name for item in dataclasses.fields(Epoch)], self.rows)
+        self._write_log()
         if best_epoch(self.rows, self.floor) == epoch.epoch:
             checkpoint.save_weights(self.best, epoch.epoch, network.state_dict())
+
+    def _write_log(self) -> None:
+        with checkpoint.writing(self.out):
+            write_csv(self.log, [item.name for item in dataclasses.fields(Epoch)], self.rows)
 
     def best_weights(self) -> dict[str, Tensor]:
         """The weights of the best epoch."""
@@ -181,7 +184,11 @@ class _Files:
         return RunError(words)
 
     def finish(self, detector: Detector) -> None:
-        """Write the detector; there is nothing to go on with any more."""
+        """Write the detector; there is nothing to go on with any more.
+
+        The log as well: a run that went on after its last epoch has not written it, and it may be damaged.
+        """
+        self._write_log()
         with checkpoint.writing(self.out):
             detector.save(self.model)
         for file in (self.last, self.failed):

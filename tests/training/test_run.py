@@ -115,6 +115,17 @@ def test_a_run_without_an_epoch_to_keep_is_not_resumed(tmp_path):
     assert "no epoch reached" in describe(tmp_path)[0]
 
 
+def test_a_log_that_was_damaged_after_the_last_epoch_is_written_again(finished, tmp_path, monkeypatch):
+    recipe = finished[0]
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(training, "_detector", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        training.run(recipe, tmp_path)
+    before = (tmp_path / "log.csv").read_bytes()
+    (tmp_path / "log.csv").write_text("epoch\n")
+    training.run(recipe, tmp_path, resume=True)
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
 def test_a_network_that_never_meets_an_outlier_is_the_same_whatever_they_are(tmp_path):
     """BatchNorm, momentum and the order of the ID images: nothing of them may follow from outliers that no term sees."""
     states = []
