@@ -74,10 +74,12 @@ def certify(
     from grood_cert.ball import DEFAULT_EPS
     from grood_cert.bounds.engines import Engine
     from grood_cert.certification.settings import Settings
+    from grood_cert.data.spec import parse_spec
     from grood_cert.errors import InputError
     from grood_cert.networks.graph import Deployment
     from grood_cert.runs import certify as certification
     from grood_cert.runs.proofs import check_samples
+    from grood_cert.system.files import check_apart
 
     loaded = options.at_gamma(detector.load(model, options.device_name(device)), gamma)
     folder = out or model.parent
@@ -102,6 +104,9 @@ def certify(
     )
     settings.check(loaded.shape)
     check_samples(save_proofs)
+    check_apart([folder / "curves.png"] if figure else (), [model])
+    adversarial = folder.glob("adversarial/*.npz") if save_adversarial else ()
+    check_apart(adversarial, (Path(parse_spec(text)[0]) for text in ood or ()))
     experiment = options.image_sets(loaded, ood, data_dir, download)
     sets = [experiment.test, *experiment.ood]
     if not grid:

@@ -60,7 +60,7 @@ def sweep(
     from grood_cert.lipschitz.analyser import AnalysisSettings
     from grood_cert.results.sweeps import SHOWN
     from grood_cert.runs import sweep as sweeping
-    from grood_cert.system.files import is_locked
+    from grood_cert.system.files import check_apart, is_locked
 
     torch.set_num_threads(1)  # shards share the cores; their threads would wait for one another
     axes = [sweeping.axis(text) for text in grid]
@@ -79,7 +79,9 @@ def sweep(
     certifying = Settings(radii, ball, effort=effort or "default", seed=seed) if certify else None
     slopes = options.eps_grid([lipschitz_eps]) if lipschitz_eps else (radii[(len(radii) - 1) // 2],)
     analysing = AnalysisSettings(slopes, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
-    cells = sweeping.cells(recipes.find(recipe), dict(axes), seeds, out, settings or ())
+    source = recipes.find(recipe)
+    check_apart([out / "sweep.csv", *out.glob("*.png")], [source])
+    cells = sweeping.cells(source, dict(axes), seeds, out, settings or ())
     part = options.shard_of(shard)
     if dry_run:
         for cell in part.of(cells):

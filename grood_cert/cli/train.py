@@ -95,9 +95,12 @@ def train(
     """
     from grood_cert import recipe as recipes
     from grood_cert.system import processes
+    from grood_cert.system.files import check_apart
     from grood_cert.training import run as training
 
-    chosen = recipes.load(recipes.find(recipe), settings or ())
+    source = recipes.find(recipe)
+    check_apart((out / name for name in training.FILES), [source])
+    chosen = recipes.load(source, settings or ())
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(processes.joined(options.device_name(device)))
         write = _events(out / "tensorboard") if tensorboard else lambda epoch: None

@@ -31,10 +31,12 @@ def vnnlib(
     from grood_cert import detector
     from grood_cert.bounds.engine import Method, way_of
     from grood_cert.bounds.engines import build
-    from grood_cert.results.table import Table
+    from grood_cert.results.table import Table, manifest_path
     from grood_cert.runs import vnnlib as properties
+    from grood_cert.system.files import check_apart
 
     way_of(method)
+    check_apart((out / name for name in ("instances.csv", properties.INSTANCES)), [rows, manifest_path(rows)])
     read = Table.read(rows, "certification", partial)
     options.warn_unfinished(read, rows)
     properties.undecided(read, eps)

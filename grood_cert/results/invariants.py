@@ -15,7 +15,8 @@ alpha are the manifest's.
 *Lipschitz analyses*: no estimate from below exceeds the bound, no bound of a method lies below it; it never falls with eps;
 `provenance` names the method with the smallest bound at its eps.
 
-Of all: no sample occurs twice, every image set is one that the manifest names, of its kind and with so many images.
+Of all: no sample occurs twice, every image set is one that the manifest names, of its kind and with so many images; there are
+as many samples as the manifest says are done, and of a complete run all are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from grood_cert.results.table import Table
 
 _PROOFS = (*STAGES, LOOKED_UP)
+_ENGINES = ("native", "auto_lirpa")
 _NORMS = ("linf", "l2", "l1")
 _SLACK = 1e-9  # relative: what rounding may do between a score and one computed in another batch
 _Mask = NDArray[np.bool_]
@@ -99,6 +101,9 @@ def _check_manifest(table: Table) -> None:
     norms = ("l2",) if table.kind.startswith("smoothing") else _NORMS
     if table.norm not in norms:
         raise ValueError(f"its manifest's norm is {table.norm!r}, not {' or '.join(norms)}")
+    engine = table.manifest.get("bounded_by", _ENGINES[0])
+    if engine not in _ENGINES:
+        raise ValueError(f"its manifest's bounded_by is {engine!r}, not {' or '.join(_ENGINES)}")
     for name in ("gamma", "gamma_base"):
         value: Any = table.manifest.get(name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
@@ -109,6 +114,7 @@ def _check_names(table: Table) -> None:
     index = table["index"]
     _refuse(table, index < 0, "index", "is no position of an image")
     key = np.stack([_numbered(table[name]) for name in ("kind", "set", "index")], axis=1)
+    _check_progress(table, len(np.unique(key, axis=0)))
     if "eps" in table.columns:
         key = np.concatenate([key, _numbered(table["eps"])[:, None]], axis=1)
     first = np.unique(key, axis=0, return_index=True)[1]
@@ -123,6 +129,18 @@ def _check_names(table: Table) -> None:
         if (name, kind) not in images:
             _refuse(table, mask, "set", f"of kind {kind} is none of the manifest's image sets")
         _refuse(table, mask & (index >= images[name, kind]), "index", f"is beyond the {images[name, kind]} images")
+
+
+def _check_progress(table: Table, samples: int) -> None:
+    """What the manifest says of how far the run has come, where it says so, is what there is."""
+    manifest = table.manifest
+    if (done := manifest.get("samples_done", samples)) != samples:
+        raise ValueError(f"its manifest's samples_done is {done}, but there are {samples}")
+    for part, whole in (("samples_done", "of_samples"), ("batches", "of_batches")):
+        if table.complete and manifest.get(part) != manifest.get(whole):
+            raise ValueError(
+                f"its manifest is of a complete run, but speaks of {manifest.get(part)} of {manifest.get(whole)} {part.removesuffix('_done')}"
+            )
 
 
 def _numbered(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -34,11 +34,11 @@ from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator, subset
 from grood_cert.runs.manifest import manifest
 from grood_cert.runs.plan import outline
-from grood_cert.runs.proofs import Proofs, check_samples
+from grood_cert.runs.proofs import Proofs, check_samples, remove_proofs
 from grood_cert.runs.saving import execute, save_evidence
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.scores import Score
-from grood_cert.system.files import check_writable, replacing
+from grood_cert.system.files import check_writable, is_locked, replacing
 from grood_cert.system.memory import batch_for_memory, peak_memory
 from grood_cert.system.reporting import SILENT, Reporter
 
@@ -248,6 +248,8 @@ def run(
     if memory:
         cascade = Cascade(detector, settings, balls_within(cascade, max(sets, key=len), memory))
     adversarial = out / "adversarial" if save_adversarial else None
+    if force and (shard.count == 1 or (shard.joint and shard.leads)) and not is_locked(shard.file(out / "rows.csv")):
+        remove_proofs(out)  # separate shards share the folder, so they leave what is there
     proofs = Proofs(out, save_proofs, cascade, sets) if save_proofs else None
     if proofs and proofs.left_out:
         reporter.say(f"no proofs are saved: {proofs.left_out}")

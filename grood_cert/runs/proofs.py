@@ -34,6 +34,13 @@ def check_samples(samples: int) -> None:
         raise InputError(f"--save-proofs must be 0 (none) or more samples of each set, got {samples}")
 
 
+def remove_proofs(folder: Path) -> None:
+    """Remove the proofs of an earlier run, from the folder of the run."""
+    for path in (folder / FOLDER).glob("*.npz"):
+        if re.fullmatch(r"network\.npz|\d+-[A-Za-z0-9._-]+-\d+\.npz", path.name):
+            path.unlink(missing_ok=True)
+
+
 class Proofs:
     """Where the proofs of the first samples of each set go.
 

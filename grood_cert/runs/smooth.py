@@ -27,7 +27,7 @@ from grood_cert.runs.saving import execute
 from grood_cert.runs.shards import WHOLE, Shard
 from grood_cert.system.reporting import SILENT, Reporter
 
-_GUARANTEE = (
+GUARANTEE = (
     "With probability at least 1 - alpha over the draws of a row, its decision and radius_smoothed are true of the "
     "smoothed detector; with probability at least 1 - alpha, all its bounds are. Up to alpha of the rows are expected "
     "to be false."
@@ -137,7 +137,7 @@ def run(
     about |= {
         "gamma": gamma,
         "calibration": {"set": calibration.name, "samples": samples, "percent": TPR_PERCENT},
-        "guarantee": _GUARANTEE,
+        "guarantee": GUARANTEE,
     }
     path = execute(
         out / "smoothing.csv",

@@ -50,7 +50,7 @@ from grood_cert.results.columns import NORMS
 from grood_cert.results.table import Table
 from grood_cert.runs.onnx_file import write_onnx
 from grood_cert.scores import Energy
-from grood_cert.system.files import check_writable, replacing, sha256, write_json
+from grood_cert.system.files import check_apart, check_writable, replacing, sha256, write_json
 
 _DENOMINATOR = 2**24  # n / 2^24 with n <= 2^24 is a float32 value
 _LARGEST = 3e38  # below the largest float32 value
@@ -352,6 +352,8 @@ def export(
         images.append(image)
     if len({instance.name for instance in instances}) < len(instances):
         raise InputError("two image sets would share the same file names; export them to different folders")
+    written = ["model.onnx", "instances.csv", INSTANCES, *(f"{instance.name}.vnnlib" for instance in instances)]
+    check_apart((out / name for name in written), [model])
     network = _with_rows(detector.network, [i.specification.row for i in instances])
     write_onnx(network, torch.stack(images[:2]), out / "model.onnx", any_batch=False)
     for output, (instance, image) in enumerate(zip(instances, images, strict=True)):

@@ -35,7 +35,13 @@ from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate,
 from grood_cert.training.loop import Epoch, TrainingError, check_images, fit
 from grood_cert.training.step import check_batches, check_layout, steps_per_epoch
 
-_NAMES = ("model.pt", "log.csv", "last.pt", "best.pt", "failed.txt")
+FILES = (  # that a run writes to its folder
+    "model.pt",
+    "log.csv",
+    "last.pt",
+    "best.pt",
+    "failed.txt",
+)
 
 
 def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
@@ -125,7 +131,7 @@ class _Files:
 
     def __init__(self, out: Path, recipe: Recipe, architecture: Architecture) -> None:
         self.out, self.recipe, self.architecture = out, recipe, architecture
-        self.model, self.log, self.last, self.best, self.failed = self.all = [out / name for name in _NAMES]
+        self.model, self.log, self.last, self.best, self.failed = self.all = [out / name for name in FILES]
         self.floor = accuracy_floor(recipe, architecture.classes)
         self.rows: list[dict[str, Any]] = []
 
@@ -294,7 +300,7 @@ def run(
     experiment = _images(recipe, experiment, data_dir, download and first, reporter)
     architecture = architecture_of(recipe, experiment)
     if pretrained := recipe.network.pretrained:
-        check_apart((out / name for name in _NAMES), [Path(pretrained)])
+        check_apart((out / name for name in FILES), [Path(pretrained)])
     network = _network(recipe, architecture, reporter)
     _check_bounds(network, experiment, recipe.objective)
     files = _Files(out, recipe, architecture)

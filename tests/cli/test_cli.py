@@ -503,6 +503,11 @@ def test_nothing_is_written_over_what_is_read(refused, model, rows_file, tmp_pat
     shutil.copy(model, "run/best.pt")
     recipe = Path("own.toml")
     recipe.write_text('name = "own"\n[network]\npretrained = "run/best.pt"\n[optimizer]\nepochs = 1\n')
+    for name in ("log.csv", "sweep.csv"):
+        Path(name).write_text('name = "own"\n')
+    for name in ("csv", "json"):
+        shutil.copy(rows_file.with_suffix(f".{name}"), f"instances.{name}")
+    shutil.copy(model, "curves.png")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for command in (
         ("curve", "rows.csv", "--out", "shown.png"),
@@ -527,9 +532,13 @@ def test_nothing_is_written_over_what_is_read(refused, model, rows_file, tmp_pat
         ("recipe", "copy", "own.toml", "run/../own.toml", "--force"),
         ("import", "net.onnx", "--id", "out.csv", "--out", "out.csv", "--force"),
         ("train", "own.toml", "--out", "run", "--force"),
+        ("train", "log.csv", "--out", ".", "--force"),
+        ("sweep", "sweep.csv", "--out", ".", "--grid", "objective.lambda_grad=0"),
+        ("vnnlib", "net.json", "--rows", "instances.csv", "--eps", "0.1", "--out", ".", "--force"),
+        ("certify", "curves.png", "--eps", "0.1", "--effort", "fast", "--out", "."),
         ("threshold", "rows.csv", "--gamma", "1", "--out", "./run/../rows.csv", "--force"),
     ):
-        if command[0] == "certify":
+        if "link" in command:
             Path("link").mkdir()
             Path("link/rows.json").symlink_to(Path("net.json").resolve())
         assert "would overwrite" in refused(*command), command

@@ -126,6 +126,14 @@ def test_shards_one_of_them_killed_leave_the_same_proofs_and_their_counts_add_up
     assert merged["proofs"] == len(expected(folder))
 
 
+def test_a_run_begun_afresh_leaves_no_proofs_of_another(detector, sets, tmp_path):
+    certification.run(detector, None, sets, SETTINGS, tmp_path, save_proofs=4)
+    (tmp_path / "proofs" / "notes.npz").touch()
+    assert len([*tmp_path.glob("proofs/*.npz")]) > 3
+    certification.run(detector, None, sets, SETTINGS, tmp_path, force=True)
+    assert [path.name for path in tmp_path.glob("proofs/*")] == ["notes.npz"]
+
+
 def test_what_cannot_be_stored_is_said_and_the_run_goes_on(sets, tmp_path):
     said = []
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +21,14 @@ from grood_cert.certification.smoothing import SmoothingSettings
 from grood_cert.data import experiment_of
 from grood_cert.errors import InputError
 from grood_cert.lipschitz.analyser import AnalysisSettings
-from grood_cert.results.checksum import KEY
+from grood_cert.results.checksum import KEY, Checksum
 from grood_cert.results.columns import SCHEMAS
 from grood_cert.results.table import Table
 from grood_cert.runs import analyse, certify, smooth
+from grood_cert.runs.merge import merge
+from grood_cert.runs.shards import Shard
+from grood_cert.runs.verification import claims
+from grood_cert.runs.verification import run as verification
 from grood_cert.runs.verification.run import verify
 from tests.recorder import Recorder
 from tests.results.examples import changed
@@ -48,7 +55,7 @@ class Runs:
     def verify(self, table, **options):
         sets = [self.calibration] if table.kind == "smoothing-calibration" else self.sets
         if table.kind == "smoothing":
-            options["calibration"] = self.tables["smoothing-calibration"]
+            options.setdefault("calibration", self.tables["smoothing-calibration"])
         return verify(table, self.detector, self.model, sets, **{"every": 1, **options})
 
 
@@ -282,6 +289,220 @@ def test_a_changed_cell_is_found_by_a_check(runs, kind):
     unfounded = Counter(change.claim for change in changes if change.finder == "not found again")
     for claim, count in unfounded.items():
         assert found.checks[claim].checked >= found.checks[claim].repeated + count, claim
+
+
+# Manifests: each entry is changed, with the checksum recomputed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a manifest, by its last name, what it becomes, and who finds it, in the words of the docs."""
+
+    name: str
+    value: object
+    finder: str
+    kinds: tuple[str, ...] = tuple(SCHEMAS)
+
+
+SMOOTHED, SMOOTHING, MEDIANS = ("smoothing", "smoothing-calibration"), ("smoothing",), ("smoothing-calibration",)
+BOUNDED, ROWS, SLOPES = ("certification", "lipschitz"), ("certification",), ("lipschitz",)
+ENTRIES = (
+    Entry("kind", "another", "invariants"),
+    Entry("schema", 2, "invariants"),
+    Entry("norm", "l2", "contradicted", BOUNDED),
+    Entry("norm", "linf", "invariants", SMOOTHED),
+    Entry("eps", [0.001, 1.0], "invariants", ("certification", "smoothing", "lipschitz")),
+    Entry("eps", [0.001, 1.0], "its rows", MEDIANS),
+    Entry("gamma", 7.5, "invariants", ROWS),
+    Entry("gamma", 7.5, "contradicted", ("smoothing", "smoothing-calibration", "lipschitz")),
+    Entry("gamma_base", 7.5, "contradicted", SMOOTHED),
+    Entry("model.sha256", "0" * 64, "refused"),
+    Entry("model.name", "another", "contradicted"),
+    Entry("recipe", None, "contradicted"),
+    Entry("metrics", None, "contradicted"),
+    Entry("imported", {"source": "net.onnx"}, "contradicted"),
+    Entry("score", "max-logit", "contradicted"),
+    Entry("calibration.samples", 9, "contradicted"),
+    Entry("calibration.percent", 90, "contradicted"),
+    Entry("calibration.set", "nowhere", "contradicted", SMOOTHING),
+    Entry("guarantee", "It is true.", "contradicted", SMOOTHING),
+    Entry("data.set", "nowhere", "invariants"),
+    Entry("data.kind", "noise", "invariants"),
+    Entry("data.images", 1000, "contradicted"),
+    Entry("data.sha256", "0" * 64, "refused"),
+    Entry("limit", 3, "contradicted"),
+    Entry("seed", 1, "contradicted"),
+    Entry("shard", "2/2", "contradicted"),
+    Entry("complete", False, "invariants"),
+    Entry("samples_done", 3, "invariants"),
+    Entry("of_samples", 1000, "invariants"),
+    Entry("batches", 1000, "invariants"),
+    Entry("of_batches", 1000, "invariants"),
+    Entry("rows", 1000, "invariants"),
+    Entry("sigma", 0.5, "invariants", SMOOTHING),
+    Entry("n", 1000, "invariants", SMOOTHING),
+    Entry("alpha", 1e-6, "invariants", SMOOTHING),
+    *(Entry(name, value, "its rows", MEDIANS) for name, value in (("sigma", 0.26), ("n", 101), ("alpha", 1e-6))),
+    Entry("calibration_limit", 40, "contradicted", SMOOTHING),
+    Entry("calibration_limit", 40, "its rows", MEDIANS),
+    Entry("method", "exact", "contradicted", SMOOTHED),
+    Entry("method", "guess", "refused", SLOPES),
+    Entry("dtype", "float16", "contradicted", BOUNDED),
+    Entry("dtype", "float64", "contradicted", SMOOTHING),
+    Entry("dtype", "float64", "its rows", MEDIANS),
+    Entry("largest_eps", 2.0, "contradicted", ROWS),
+    Entry("deployment", "float32", "not found again", ROWS),
+    Entry("stages", ["ibp"], "invariants", ROWS),
+    Entry("bounded_by", "marabou", "invariants", BOUNDED),
+    Entry("time_limit", 5.0, "refused", ROWS),
+    Entry("engine", "auto_lirpa", "nothing", BOUNDED),
+    *(Entry(name, value, "nothing", ROWS) for name, value in (("effort", "max"), ("precision", 0.5), ("per_logit", False))),
+    *(Entry(f"cross_check.{name}", 1000, "nothing", ROWS) for name in ("balls", "same_lines", "largest_disagreement")),
+    *(Entry(f"cross_check.{name}", "another", "nothing", ROWS) for name in ("engine", "version")),
+    *(Entry(name, 1000, "nothing", SLOPES) for name in ("samples", "ascents")),
+    Entry("clever_batches", 30, "nothing", SLOPES),
+    Entry("memory", 2**30, "nothing", (*SMOOTHED, *SLOPES)),
+    Entry("batch_size", 5, "nothing"),
+    *(Entry(name, "another", "nothing") for name in ("model.path", "device", "machine", "finished", "command")),
+    *(Entry(f"versions.{name}", "9", "nothing") for name in ("grood_cert", "torch", "numpy", "python", "auto_LiRPA")),
+    *(Entry(name, 9, "nothing") for name in ("bytes", "seconds", "peak_memory", "proofs", "shards")),
+    Entry("failures", {"another": 1}, "nothing"),
+)  # fmt: skip
+
+
+def leaves(value, name=""):
+    """The names of a manifest's entries; those of a list are named alike."""
+    if isinstance(value, dict) and value and name not in ("recipe", "metrics"):
+        return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{name}.{key}" if name else key)}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return leaves(value[0], name)
+    return {name}
+
+
+def with_entry(manifest, entry):
+    changed = json.loads(json.dumps(manifest))
+    *path, last = entry.name.split(".")
+    place = changed
+    for key in path:
+        place = place[key]
+    place = place[0] if isinstance(place, list) else place
+    assert place[last] != entry.value
+    place[last] = entry.value
+    return changed
+
+
+def written(table, manifest, path):
+    """The rows of a table beside a manifest, with the checksum of both."""
+    table.write(path)
+    whole = json.loads(path.with_suffix(".json").read_text()) | manifest
+    with path.open(newline="") as stream:
+        whole[KEY] = Checksum(csv.DictReader(stream)).of(whole)
+    path.with_suffix(".json").write_text(json.dumps(whole))
+    return path
+
+
+def without_trying(monkeypatch):
+    """`verify` without what it tries on samples: all that it says of manifests but norm and deployment."""
+    monkeypatch.setattr(verification, "_parts", lambda *arguments: [])
+    monkeypatch.setattr(claims, "Analyser", lambda *about: SimpleNamespace(batch_size=64))
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_every_entry_of_a_manifest_is_changed(runs, kind, monkeypatch, tmp_path):
+    without_trying(monkeypatch)
+    table = runs.tables[kind]
+    entries = [entry for entry in ENTRIES if kind in entry.kinds]
+    assert {entry.name for entry in entries} == leaves(dict(table.manifest)) - {KEY}
+    everything = dict(table.manifest)
+    for number, entry in enumerate(entries):
+        path = written(table, with_entry(table.manifest, entry), tmp_path / f"{number}.csv")
+        if entry.finder == "invariants":
+            with pytest.raises(InputError, match=r"[0-9]+\.csv"):
+                Table.read(path)
+        elif entry.finder == "refused":
+            with pytest.raises(InputError):
+                runs.verify(Table.read(path))
+        elif entry.finder == "contradicted" and entry.name != "norm":
+            assert contradicted(runs.verify(Table.read(path))), entry.name
+        elif entry.finder in ("nothing", "its rows"):
+            everything = with_entry(everything, entry)
+    found = runs.verify(Table.read(written(table, everything, tmp_path / "all.csv")))
+    assert not contradicted(found) and not missed(found)
+
+
+def test_the_docs_say_who_finds_each_entry_of_a_manifest():
+    text = DOCS.read_text(encoding="utf-8").partition("changes of manifests")[2].partition("</details>")[0]
+    said = []
+    for names, kinds, finder in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \|", text, re.MULTILINE):
+        kinds = SCHEMAS if kinds == "all" else kinds.split(", ")
+        said += [(name, kind, finder) for name in re.findall(r"`(.*?)`", names) for kind in kinds]
+    assert sorted(said) == sorted((entry.name, kind, entry.finder) for entry in ENTRIES for kind in entry.kinds)
+
+
+def test_medians_of_other_noise_are_found_from_the_smoothed_rows(runs, monkeypatch):
+    without_trying(monkeypatch)
+    medians = runs.tables["smoothing-calibration"]
+    for entry in ENTRIES:
+        if entry.finder == "its rows":
+            other = Table(with_entry(medians.manifest, entry), medians.columns, medians.grid)
+            found = runs.verify(runs.tables["smoothing"], calibration=other)
+            assert contradicted(found) == {"what the manifest says of the calibration"}, entry.name
+
+
+@pytest.mark.parametrize(
+    ("name", "finds"),
+    [("norm", "gradient_norm_estimate, computed again"), ("deployment", "s_lb and s_ub, bounded again by auto_lirpa")],
+)
+def test_another_norm_or_arithmetic_is_found_by_what_is_tried(runs, name, finds):
+    table = runs.tables["certification"]
+    (entry,) = (entry for entry in ENTRIES if entry.name == name and "certification" in entry.kinds)
+    found = runs.verify(Table(with_entry(table.manifest, entry), table.columns, table.grid), limit=1)
+    assert finds in (contradicted(found) if entry.finder == "contradicted" else missed(found))
+
+
+def shard_of(table, number, count=2, **manifest):
+    """The rows of a shard, as a run of it would have written them."""
+    drawn = Shard(number, count).of([*dict.fromkeys(table["set"].tolist())])  # batches are of a set here
+    mask = np.isin(table["set"], drawn)
+    progress = {
+        "samples_done": int(mask.sum()),
+        "of_samples": int(mask.sum()),
+        "batches": len(drawn),
+        "of_batches": len(drawn),
+    }
+    whole = {**table.manifest, "shard": f"{number + 1}/{count}", "rows": int(mask.sum()), **progress, **manifest}
+    grid = {name: values[mask] for name, values in table.grid.items()}
+    return Table(whole, {name: values[mask] for name, values in table.columns.items()}, grid)
+
+
+def test_shards_are_true_as_they_are_and_false_otherwise(runs, monkeypatch, tmp_path):
+    without_trying(monkeypatch)
+    whole = runs.tables["certification"]
+    paths = []
+    for number in range(2):
+        part = shard_of(whole, number)
+        paths.append(written(part, {}, tmp_path / f"rows-{number + 1}-of-2.csv"))
+        assert not contradicted(runs.verify(Table.read(paths[-1])))
+        assert contradicted(runs.verify(shard_of(whole, number, shard=f"{2 - number}/2"))) == {"samples"}
+        assert contradicted(runs.verify(tampered(part, Change("index", "", unused, "", kind=part["kind"][0])))) == {
+            "samples"
+        }
+        text = paths[-1].read_text().splitlines()
+        twice = tmp_path / "twice.csv"
+        twice.write_text("\n".join([*text[:-1], text[1], ""]))
+        manifest = json.loads(paths[-1].with_suffix(".json").read_text())
+        with twice.open(newline="") as stream:
+            manifest[KEY] = Checksum(csv.DictReader(stream)).of(manifest)
+        twice.with_suffix(".json").write_text(json.dumps(manifest))
+        for read in (Table.read, lambda path: merge([path, *paths], tmp_path / "merged.csv")):
+            with pytest.raises(InputError, match=r"second time|samples_done"):
+                read(twice)
+    merge(paths, tmp_path / "merged.csv")
+    merged = Table.read(tmp_path / "merged.csv")
+    assert not contradicted(runs.verify(merged)) and merged["score"].tolist() == whole["score"].tolist()
+    assert contradicted(runs.verify(Table({**merged.manifest, "shard": "1/2"}, merged.columns, merged.grid))) == {
+        "samples"
+    }
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)

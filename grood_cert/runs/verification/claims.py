@@ -311,8 +311,9 @@ class SmoothingClaims(Claims[SmoothingSettings]):
         from scipy.stats import betabinom, hypergeom
 
         table, n = self.table, self.settings.n
+        name = f"{part.name} {part.generator.initial_seed()}"  # of noise that --seed changes
         for row, image, index in zip(part.rows.tolist(), part.images, part.index.tolist(), strict=True):
-            draws = self.smoother.draws(image, "verification", part.name, index)
+            draws = self.smoother.draws(image, "verification", name, index)
             if np.isnan(draws).any() or np.isnan(table["median_estimate"][row]):
                 self.found.note("median_estimate, fresh noise", "left out where a score under noise is nan")
                 continue

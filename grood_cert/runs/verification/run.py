@@ -14,22 +14,26 @@ A *contradiction* is found, or not: where there is none, nothing is proved but w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from grood_cert.ball import Norm, largest_eps
+from grood_cert.certification.smoothing import SmoothingSettings
 from grood_cert.data import ImageSet, spec
 from grood_cert.detector import Detector, Import, Provenance, logits
 from grood_cert.errors import InputError
+from grood_cert.metrics import TPR_PERCENT
 from grood_cert.results.checksum import KEY
 from grood_cert.results.table import Table
 from grood_cert.results.thresholds import calibrated_gamma
 from grood_cert.runs.batches import batches
 from grood_cert.runs.manifest import model_hash
 from grood_cert.runs.shards import WHOLE, Shard
+from grood_cert.runs.smooth import GUARANTEE
 from grood_cert.runs.verification.claims import CLAIMS
 from grood_cert.runs.verification.findings import Findings, Part
 from grood_cert.system.files import as_json
@@ -78,7 +82,7 @@ def verify(
         found.note("checksum of rows and manifest", "the manifest holds none")
     found.add("hash of the model", [False], "", {}, [True])
     found.add("hashes of the image sets", [False] * len(chosen), "", {}, [True] * len(chosen))
-    _check_description(found, table, detector)
+    _check_description(found, table, detector, list(chosen.values()))
     _check_gamma(found, table, detector, calibration)
     detector = replace(detector, gamma=table.gamma)
     claims = CLAIMS[table.kind](table, detector, found)
@@ -128,38 +132,64 @@ def _check_sets(table: Table, sets: Sequence[ImageSet]) -> dict[tuple[str, str],
     return found
 
 
-def _check_description(found: Findings, table: Table, detector: Detector) -> None:
-    """What the manifest says of the detector must be what the checkpoint says."""
-    origin, manifest = detector.provenance, table.manifest
-    said = {
+def _check_description(found: Findings, table: Table, detector: Detector, sets: Sequence[ImageSet]) -> None:
+    """What the manifest says of the detector and the image sets must be what they are."""
+    origin, manifest, smoothed = detector.provenance, table.manifest, table.kind.startswith("smoothing")
+    said: dict[str, Any] = {
         "recipe": origin.recipe.to_dict() if isinstance(origin, Provenance) else None,
         "imported": origin.source if isinstance(origin, Import) else None,
-        "calibration": origin.calibration if origin else None,
         "score": str(detector.score),
         "name": detector.name,
+        "images": [len(images) for images in sets],
     }
-    if "metrics" in manifest:  # not in those of earlier versions
-        said["metrics"] = origin.metrics if origin else None
-    told: dict[str, Any] = {name: manifest.get(name) for name in said} | {"name": manifest["model"].get("name")}
-    if table.kind == "smoothing":
-        said["calibration"] = told["calibration"] = None  # of the smoothed detector
+    told: dict[str, Any] = {name: manifest.get(name) for name in said}
+    told |= {"name": manifest["model"].get("name"), "images": [entry["images"] for entry in manifest["data"]]}
+    if table.kind != "smoothing":  # that of the smoothed detector: `_check_calibration`
+        said["calibration"], told["calibration"] = origin.calibration if origin else None, manifest.get("calibration")
+    if table.kind == "certification":
+        _also(said, told, manifest, largest_eps=largest_eps(detector.shape, cast(Norm, table.norm)))
+    _also(said, told, manifest, metrics=origin.metrics if origin else None)
+    if smoothed:
+        _also(said, told, manifest, method=SmoothingSettings.method, gamma_base=detector.gamma, guarantee=GUARANTEE)
+    else:
+        dtype = str(next(detector.network.parameters()).dtype)
+        _also(said, told, manifest, dtype=dtype.removeprefix("torch."))
+    _compare(found, "what the manifest says of model and images", said, told, "differ from what they are")
+
+
+def _also(said: dict[str, Any], told: dict[str, Any], manifest: Mapping[str, Any], **expected: Any) -> None:
+    """Entries that a manifest may lack, as those of earlier versions do."""
+    for name in expected.keys() & manifest.keys():
+        said[name], told[name] = expected[name], manifest[name]
+
+
+def _compare(found: Findings, claim: str, said: Mapping[str, Any], told: Mapping[str, Any], words: str) -> None:
+    """Count entries of the manifest, `told`, that must be those of `said`."""
     wrong = [as_json(said[name]) != as_json(told[name]) for name in said]
     names = " and ".join(name for name, differs in zip(said, wrong, strict=True) if differs)
-    words = f"{names} differ from what the checkpoint says"
-    found.add("what the manifest says of the model", wrong, words, {}, [not differs for differs in wrong])
+    found.add(claim, wrong, f"{names} {words}", {}, [not differs for differs in wrong])
+
+
+def _check_calibration(found: Findings, table: Table, calibration: Table) -> None:
+    """Of smoothed rows and their calibration: both must be of one run."""
+    manifest, other = table.manifest, calibration.manifest
+    name = next((entry["set"] for entry in other.get("data") or ()), None)
+    samples = {"set": name, "samples": len(calibration), "percent": TPR_PERCENT}
+    shared = [field.name for field in fields(SmoothingSettings) if field.name not in ("batch_size", "memory")]
+    said = {"calibration": samples, "model": other["model"].get("sha256")} | {name: other.get(name) for name in shared}
+    told = {"calibration": manifest["calibration"], "model": manifest["model"].get("sha256")}
+    told |= {name: manifest.get(name) for name in shared}
+    _compare(found, "what the manifest says of the calibration", said, told, "differ from the calibration's")
 
 
 def _check_gamma(found: Findings, table: Table, detector: Detector, calibration: Table | None) -> None:
     """Gamma must be the checkpoint's; of smoothed rows, that of their calibration."""
     claim, own, expected = "gamma", table.gamma, detector.gamma
     if table.kind == "smoothing":
-        base = table.manifest["gamma_base"]
-        found.add(
-            "gamma_base", [base != expected], f"it is {base}, the checkpoint's gamma {expected}", {}, [base == expected]
-        )
         if calibration is None:
             found.note(claim, "the calibration that it came from is not here")
             return
+        _check_calibration(found, table, calibration)
         expected = calibrated_gamma(calibration)
     elif table.kind == "certification" and own != expected:
         found.note(claim, f"the rows are at {own:.6g}, the checkpoint's is {expected:.6g}")
