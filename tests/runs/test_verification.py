@@ -453,7 +453,11 @@ def test_medians_of_other_noise_are_found_from_the_smoothed_rows(runs, monkeypat
     ("name", "finds"),
     [("norm", "gradient_norm_estimate, computed again"), ("deployment", "s_lb and s_ub, bounded again by auto_lirpa")],
 )
-def test_another_norm_or_arithmetic_is_found_by_what_is_tried(runs, name, finds):
+def test_another_norm_or_arithmetic_is_found_by_what_is_tried(runs, name, finds, monkeypatch):
+    monkeypatch.setattr(claims.CertificationClaims, "_attack", lambda *arguments: None)
+    monkeypatch.setattr(
+        claims.CertificationClaims, "_proved_again", lambda self, part, ball: np.full(len(ball.eps), True)
+    )
     table = runs.tables["certification"]
     (entry,) = (entry for entry in ENTRIES if entry.name == name and "certification" in entry.kinds)
     found = runs.verify(Table(with_entry(table.manifest, entry), table.columns, table.grid), limit=1)
