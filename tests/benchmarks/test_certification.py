@@ -68,7 +68,7 @@ def test_radii_of_a_linear_score(kind, sign):
 
 
 def test_throughput(loaded, sets):
-    records = benchmark.throughput(loaded, sets, samples=2, repeats=1, engines=("native",))
+    records = benchmark.throughput(loaded, sets, samples=4, repeats=1, engines=("native",))
     assert [tuple(record) for record in records] == [benchmark.THROUGHPUT_COLUMNS[1:]] * 6
     by_way = {record["way"]: record for record in records}
     plain = by_way["plain, bounds only"]
