@@ -249,6 +249,7 @@ capture(loaded.network, loaded.shape)  # the first one loads the compiler
 def started(name, number=None, **environment):
     if child := os.fork():
         return child
+    torch.set_num_threads(1)  # two threads that first touch its pool after a fork can find none
     os.environ.update(environment)
     os.dup2(os.open(f"{folder}/{name}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
 
