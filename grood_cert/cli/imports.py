@@ -90,10 +90,7 @@ def import_(
     accuracy = "" if found["accuracy"] is None else f"ID accuracy {found['accuracy']:.4f}, "
     title = f"{detector.name}: {accuracy}{detector.score}, gamma {detector.gamma:.4f}"
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
-    if sets:
-        output.print_across(sets, "set", DETECTION, title)
-    else:
-        typer.echo(title)
+    output.print_across(sets, "set", DETECTION, title)
     typer.echo(f"wrote {out}; next: grood-cert certify {out} --eps 1/255,2/255 --effort fast")
 
 

@@ -152,7 +152,13 @@ def _cell(value: Any) -> str:
 
 
 def print_across(records: Sequence[Mapping[str, Any]], name: str, quantities: Mapping[str, str], title: str) -> None:
-    """One column a record, headed by its `name`, and one line a quantity (key: words) that any record has."""
+    """One column a record, headed by its `name`, and one line a quantity (key: words) that any record has.
+
+    Without records, the title alone.
+    """
+    if not records:
+        console().print(title)
+        return
     from rich import box
     from rich.table import Table
 

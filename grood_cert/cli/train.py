@@ -130,5 +130,7 @@ def train(
     found = detector.origin.metrics
     sets = [{"set": name, **values} for name, values in found["ood"].items()]
     title = f"{chosen.name}: ID accuracy {found['accuracy']:.4f}, gamma {detector.gamma:.4f}"
+    if not sets:
+        title += "; detection was not measured, data.ood names no set"
     output.print_across(sets, "set", DETECTION, title)
     typer.echo(f"wrote {out / 'model.pt'} and {out / 'log.csv'}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grood_cert.cli.output import Bar, Shown
+from grood_cert.cli.output import Bar, Shown, print_across
 
 
 def test_the_time_left_follows_from_the_rate_since_the_first_report(monkeypatch):
@@ -65,3 +65,8 @@ def test_a_full_disk_behind_what_is_printed_is_one_line():
 def test_a_name_that_no_file_can_have_is_refused(refused, tmp_path):
     said = refused("train", "x" * 5000, "--out", tmp_path / "run")
     assert said == f"grood-cert: error: {'x' * 60}...: File name too long; give a shorter one\n"
+
+
+def test_a_table_of_nothing_is_its_title(capsys):
+    print_across([], "set", {"auroc": "AUROC"}, "x" * 200)
+    assert capsys.readouterr().out == "x" * 200 + "\n"
