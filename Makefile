@@ -8,13 +8,17 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test models faults fuzz audit oldest newest soundness mutants oracle processors lint env clean
+.PHONY: demo test suite models faults fuzz audit oldest newest soundness mutants oracle processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
 
+# Lint and types run beside the tests; what fails in either fails all.
+test: env
+	@$(MAKE) --no-print-directory --jobs=2 lint suite
+
 # worksteal keeps the tests of a file in one process, where they share what they have made
-test: lint
+suite: env
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 processors: env
