@@ -10,16 +10,17 @@ Both searches use the exact answer to a linear problem over the pixel box. With 
     onto(a, c)        argmin ||d||_p  over a . d  = c,     0 <= y + d <= 1      hyperplane projection, nearest flip
 
 * `extremes` climbs S and -S inside nested balls: y <- y + h (x + towards(v, eps) - y) with v a running mean of
-  normalised gradients. The share h starts at 1 and shrinks with every step that reaches no new best value. Up through the balls each search starts where the one in the smaller ball ended, moved outwards
-  in proportion, and takes the more steps the larger its ball is; down again, where the one in the larger ball ended.
+  normalised gradients. The share h starts at 1 and shrinks with every step that reaches no new best value. Up through
+  the balls each search starts where the one in the smaller ball ended, moved outwards in proportion, and takes the more
+  steps the larger its ball is; down again, where the one in the larger ball ended.
 * `minimum_norm` walks along the level set S = gamma, towards x, as FAB does: both y and x are projected onto the
   hyperplane on which the linearised score is gamma, and the next point lies between the two. Flipped points are
   recorded and pulled towards x. The best one is shortened along the segment to x by bisection, in float64.
 
 Where GReg has flattened S, the softmax-weighted gradient sum_k p_k grad f_k vanishes although no logit is flat; since
-LSE >= max_k f_k, both searches also start from points that climb a single logit; in nested balls these climbs go
-on from ball to ball too. What is climbed is the score's
-*order* (`grood_cert.scores`), which does not saturate as MSP does; what is reported is the score.
+LSE >= max_k f_k, both searches also start from points that climb a single logit; in nested balls these climbs go on
+from ball to ball too. What is climbed is the score's *order* (`grood_cert.scores`), which does not saturate as MSP does;
+what is reported is the score.
 
 References:
     Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020 (FAB);
@@ -258,6 +259,11 @@ def onto(gradient: Tensor, points: Tensor, gain: Tensor, norm: Norm) -> Tensor:
     return (_fill(flat.abs(), room, gain.abs(), norm, "gain") * flat.sign()).reshape(gradient.shape)
 
 
+def _better(value: Tensor, best: Tensor) -> Tensor:
+    """Whether a value is larger than the best so far; NaN gives way to any number."""
+    return (value > best) | (best.isnan() & ~value.isnan())
+
+
 def _ascend(
     network: nn.Module, ball: Ball, sign: Tensor, points: Tensor, steps: int, rule: Score
 ) -> tuple[Tensor, Tensor]:
@@ -272,7 +278,7 @@ def _ascend(
         points = points + ball.per_pixel(share) * (towards(velocity, ball) - points)
         value, gradient = _gradient(network, points, rule)
         value, gradient = sign * value, ball.per_pixel(sign) * gradient
-        better = (value > best) | (best.isnan() & ~value.isnan())
+        better = _better(value, best)
         share = torch.where(better, share, _SHRINK * share)
         best, best_points = torch.where(better, value, best), _where(better, points, best_points)
         best_gradient = _where(better, gradient, best_gradient)
@@ -335,7 +341,7 @@ class _Search:
     @staticmethod
     def best(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The better one of two findings."""
-        better = (second[0] > first[0]) | (first[0].isnan() & ~second[0].isnan())
+        better = _better(second[0], first[0])
         return torch.where(better, second[0], first[0]), _where(better, second[1], first[1])
 
     def climb(self, ball: Ball, points: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -353,6 +359,8 @@ class _Search:
         for _ in range(self._effort.restarts):
             random = _random_points(coarse, self._generator)
             starts.append(_ascend(self._coarse, coarse, self._sign.float(), random, _EXPLORE, self._rule)[0])
+        with torch.no_grad():
+            values = [self._sign * self._rule.order(self._coarse(start)) for start in starts]
         if len(self._classes):
             half = len(points) // 2
             climbs = len(self._classes) // half
@@ -361,9 +369,11 @@ class _Search:
             steps = range(1, 1 + _EXPLORE) if self._climbed else range(_EXPLORE)
             climbed = _climb(self._coarse, around, self._classes, self._rule, begin, steps)
             self._climbed = around.eps, climbed
+            with torch.no_grad():
+                low = -self._rule.order(self._coarse(climbed))
+            high = torch.full_like(low[:half], -torch.inf)  # they lead to low scores alone
             starts += [torch.cat([starts[0][:half], climb]) for climb in climbed.chunk(climbs)]
-        with torch.no_grad():
-            values = [self._sign * self._rule.order(self._coarse(start)) for start in starts]
+            values += [torch.cat([high, value]) for value in low.chunk(climbs)]
         best = torch.stack(values).nan_to_num(nan=-torch.inf).argmax(0)
         return torch.stack(starts)[best, torch.arange(len(best), device=best.device)]
 
@@ -404,8 +414,11 @@ def extremes(
     check_eval(network)
     search = _Search(network, balls[0].center, balls[0].norm, generator, effort, score)
     both = [Ball(search.images, ball.eps.repeat(2), ball.norm) for ball in balls]
-    given = search.images if points is None else _repeat(points, 2)
-    value, distance = search.value(given), both[0].distance(given)
+    value, given = search.centre
+    if points is not None:
+        given = _repeat(points, 2)
+        value = search.value(given)
+    distance = both[0].distance(given)
     best, where, eps = search.centre, given, distance
     found = []
     for number, ball in enumerate(both, 1):

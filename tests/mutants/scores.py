@@ -182,8 +182,8 @@ MUTANTS = (
                 "ends = ball.center + 1.01 * (ended.to(ball.center) - ball.center),",
             ),
             "of two findings the worse is kept": (
-                "better = (second[0] > first[0]) |",
-                "better = (second[0] < first[0]) |",
+                "return (value > best) |",
+                "return (value < best) |",
             ),
             "a flip on gamma counts for ID": (
                 "torch.where(accepted, score > gamma, score <= gamma)",
@@ -230,8 +230,8 @@ MUTANTS = (
         ("test_attacks.py",),
         {
             "a score that is NaN hides the others": (
-                "(second[0] > first[0]) | (first[0].isnan() & ~second[0].isnan())",
-                "(second[0] > first[0])",
+                "(value > best) | (best.isnan() & ~value.isnan())",
+                "(value > best)",
             ),
         },
     ),
