@@ -102,7 +102,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     if objective.reduction == "reference" and optimizer.accumulate > 1:
         message = 'reduction = "reference" divides by the size of the batch; use optimizer.accumulate = 1'
         yield {"objective.reduction", "optimizer.accumulate"}, f"objective: {message}"
-    if objective.certified != "none" and (compute.compile or compute.precision == "bf16"):
+    if objective.certified != "none" and (compute.compile or compute.precision != "float32"):
         message = f'certified = "{objective.certified}": bounds are trained in float32 and without compute.compile'
         yield {"objective.certified", "compute.compile", "compute.precision"}, f"objective: {message}"
     if objective.lambda_grad > 0 and objective.penalty != "fast":

@@ -250,9 +250,13 @@ class AugmentationSection(Section):
 
 @dataclass(frozen=True)
 class ComputeSection(Section):
-    """How the arithmetic is done; certificates are always in float64."""
+    """How the arithmetic of training is done; certificates are always in float64.
 
-    precision: str = setting("float32", one_of("float32", "bf16"))
+    `precision` is that of products: "float32", also on GPUs that would round their factors to TF32; "tf32", on such a
+    GPU alone; or "bf16".
+    """
+
+    precision: str = setting("float32", one_of("float32", "tf32", "bf16"))
     channels_last: bool = False
     compile: bool = False
 

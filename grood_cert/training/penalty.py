@@ -47,7 +47,8 @@ from grood_cert.scores import energy
 PenaltyMethod = Literal["exact", "fast"]
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BREAK_EVEN = {"exact": 1 / 2, "fast": 1 / 4}  # share of the samples from which on the loss's own pass is cheaper
-_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.05}
+_TF32 = "tf32"
+_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, _TF32: 0.1, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -252,9 +253,17 @@ def pixels_per_unit(network: nn.Module) -> Tensor:
 
 
 def score_difference(images: Tensor) -> float:
-    """By how much S should change under "fast": enough for the network's arithmetic, little for its curvature."""
+    """By how much S should change under "fast": enough for the network's arithmetic, little for its curvature.
+
+    Under autocast that is its type's; else that of the images, or TF32 where a GPU may use it for them.
+    """
     kind = images.device.type
-    return _DIFFERENCE[torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype]
+    if torch.is_autocast_enabled(kind):
+        return _DIFFERENCE[torch.get_autocast_dtype(kind)]
+    if kind == "cuda" and images.dtype == torch.float32:
+        rounded = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+        return _DIFFERENCE[_TF32 if rounded else torch.float32]
+    return _DIFFERENCE[images.dtype]
 
 
 class SampleWise:

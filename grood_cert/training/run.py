@@ -33,7 +33,7 @@ from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.checkpoint import TrainingState
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
 from grood_cert.training.loop import Epoch, TrainingError, check_images, fit
-from grood_cert.training.step import check_batches, check_layout, steps_per_epoch
+from grood_cert.training.step import check_batches, check_compute, steps_per_epoch
 
 FILES = (  # that a run writes to its folder
     "model.pt",
@@ -296,7 +296,7 @@ def run(
     if first:
         _check_folder(out, force, resume)
     check_device(device)
-    check_layout(recipe, torch.device(device))
+    check_compute(recipe, torch.device(device))
     experiment = _images(recipe, experiment, data_dir, download and first, reporter)
     architecture = architecture_of(recipe, experiment)
     if pretrained := recipe.network.pretrained:

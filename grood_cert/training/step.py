@@ -84,12 +84,19 @@ def steps_per_epoch(recipe: Recipe, experiment: Experiment) -> int:
     return -(-len(experiment.train) // recipe.optimizer.batch_size)
 
 
-def check_layout(recipe: Recipe, device: torch.device) -> None:
-    """Channels last pays on a GPU; on a CPU, torch 2.11 corrupts memory in the backward pass of a strided 1x1 convolution.
+def check_compute(recipe: Recipe, device: torch.device) -> None:
+    """Refuse on a CPU what is for a GPU alone.
+
+    A CPU has no TF32, and gains nothing by channels last: torch 2.11 corrupts memory there in the backward pass of a
+    strided 1x1 convolution.
 
     Raises:
-        InputError: If the device is a CPU and the recipe asks for channels last.
+        InputError: If the device is a CPU and the recipe asks for TF32 or channels last.
     """
+    if recipe.compute.precision == "tf32" and device.type == "cpu":
+        raise InputError(
+            'compute.precision = "tf32" is for a GPU; use --device cuda, or --set compute.precision=float32'
+        )
     if recipe.compute.channels_last and device.type == "cpu":
         raise InputError(
             "compute.channels_last = true is for a GPU; use --device cuda, or --set compute.channels_last=false"
@@ -130,11 +137,27 @@ def _set(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         tensor.copy_(value)
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products of float32 on a GPU round their factors to TF32 (10 bits of mantissa) while the block runs, or do not.
+
+    PyTorch allows it in convolutions and not in other products.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
 class Steps:
     """The steps of a run: what happens to a network for one batch."""
 
     def __init__(self, network: nn.Module, experiment: Experiment, recipe: Recipe, device: torch.device) -> None:
-        check_layout(recipe, device)
+        check_compute(recipe, device)
         self.cuts = check_batches(recipe, experiment)
         self.network, self.experiment, self.recipe, self.device = network, experiment, recipe, device
         self.optimizer = _optimizer(network, recipe.optimizer)
@@ -178,6 +201,13 @@ class Steps:
         with bf16, functorch.patch(donated_buffer=False):
             yield
 
+    def _backward(self, share: float, step: int, part: tuple[int, Tensor, Tensor], section: ObjectiveSection) -> Terms:
+        """The objective of one part of a batch; its gradient, times a share, is added to that of the parameters."""
+        with tf32(self.recipe.compute.precision == "tf32"):
+            found = self._terms(step, *part, section)
+            (share * found.total).backward()
+        return found
+
     def _own_parts(self, inside: Tensor, outside: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """What of a batch this process computes: number, ID images and outliers of each part."""
         mine = self.recipe.optimizer.accumulate
@@ -195,11 +225,10 @@ class Steps:
         terms = torch.zeros(len(TERMS), device=self.device)
         before = [buffer.clone() for buffer in self.buffers]
         after = [torch.zeros_like(buffer) for buffer in self.statistics]
-        for part, part_inside, part_outside in self._own_parts(inside, outside):
-            share = len(part_inside) / len(inside)
+        for part in self._own_parts(inside, outside):
+            share = len(part[1]) / len(inside)
             _set(self.buffers, before)
-            found = self._terms(step, part, part_inside, part_outside, self.recipe.objective)
-            (share * found.total).backward()
+            found = self._backward(share, step, part, self.recipe.objective)
             terms += share * torch.stack([getattr(found, name).detach().float() for name in TERMS])
             for mean, buffer in zip(after, self.statistics, strict=True):
                 mean += share * buffer
@@ -224,7 +253,7 @@ class Steps:
         # Without the term a compiled network is another one, so it runs once before the clock does.
         for lambda_grad in (section.lambda_grad, 0.0) * (2 if self.recipe.compute.compile else 1):
             start = time.perf_counter()
-            self._terms(step, *part, dataclasses.replace(section, lambda_grad=lambda_grad)).total.backward()
+            self._backward(1.0, step, part, dataclasses.replace(section, lambda_grad=lambda_grad))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds[lambda_grad] = time.perf_counter() - start

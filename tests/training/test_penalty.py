@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from grood_cert.sections import ObjectiveSection
 from grood_cert.training import penalty
 from grood_cert.training.objective import objective
 from grood_cert.training.penalty import BatchStatistics, SampleWise
+from grood_cert.training.step import tf32
 
 ALL_ACTIVE = ObjectiveSection(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
 
@@ -261,6 +263,74 @@ def test_fast_works_in_bfloat16(fixture, request, monkeypatch):
             found += parameter_gradients(network, images, "eval", ["fast"])
     assert cosine(exact, found[0]) > 0.97
     assert cosine(exact, found[1]) < 0.9, "so small a difference drowns in the rounding"
+
+
+class _Factor(torch.autograd.Function):
+    """Rounded to 10 bits of mantissa."""
+
+    @staticmethod
+    def forward(ctx, values):
+        mantissa, exponent = torch.frexp(values)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class _Product(torch.autograd.Function):
+    """As it is; its gradient, a factor of the products that go back, is rounded."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Factor.forward(ctx, gradient)
+
+
+class TF32Products(TorchFunctionMode):
+    """Factors of products rounded to TF32, forwards and backwards; what is summed and what comes out is not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.conv2d, functional.linear):
+            return func(*args, **(kwargs or {}))
+        first, second, *others = args
+        return _Product.apply(func(_Factor.apply(first), _Factor.apply(second), *others, **(kwargs or {})))
+
+
+def test_tf32_has_ten_bits():
+    values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11 + 2**-20, -3 - 2**-10, 0.0], dtype=torch.float64)
+    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -3.0, 0.0], dtype=torch.float64)
+    assert torch.equal(_Factor.apply(values), expected)
+
+
+@pytest.mark.parametrize("fixture", ["conv_small", "resnet_small"])
+def test_fast_works_in_tf32_at_its_own_difference(fixture, request, monkeypatch):
+    """At float32's the error is several times as large: the rounding of TF32 is divided by the difference."""
+    network, images = (item.double() for item in copy.deepcopy(request.getfixturevalue(fixture)))
+    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    errors = []
+    for arithmetic in (penalty._TF32, torch.float32):
+        monkeypatch.setitem(penalty._DIFFERENCE, torch.float64, penalty._DIFFERENCE[arithmetic])
+        with TF32Products():
+            (fast,) = parameter_gradients(network, images, "eval", ["fast"])
+        errors.append(1 - cosine(exact, fast))
+    assert errors[0] < 0.002 and errors[1] > 3 * errors[0]
+
+
+def test_the_difference_is_that_of_the_arithmetic_in_force():
+    on_gpu, wide = (
+        SimpleNamespace(device=torch.device("cuda"), dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
+    for allowed, arithmetic in ((False, torch.float32), (True, penalty._TF32)):
+        with tf32(allowed):
+            assert penalty.score_difference(on_gpu) == penalty._DIFFERENCE[arithmetic]
+            assert penalty.score_difference(wide) == penalty._DIFFERENCE[torch.float64]
+            assert penalty.score_difference(torch.zeros(1)) == penalty._DIFFERENCE[torch.float32], "a CPU has no TF32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert penalty.score_difference(torch.zeros(1)) == penalty._DIFFERENCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("fixture", ["conv_small", "resnet_small"])

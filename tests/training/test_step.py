@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from grood_cert.errors import InputError
 from grood_cert.scores import energy
 from grood_cert.sections import OptimizerSection
 from grood_cert.training import step as steps
@@ -234,3 +235,29 @@ def test_other_arithmetic_trains_the_same_network_nearly(compute, device):
     (first, *_), (second, *_) = (list(fit(network_of(recipe, data), data, recipe, device)) for recipe in (usual, other))
     assert second.loss == pytest.approx(first.loss, rel=0.02)
     assert second.gradient_norm_id == pytest.approx(first.gradient_norm_id, rel=0.2)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_off_in_training_unless_asked_for(allowed):
+    """In the passes forwards and backwards; what was set before is set again."""
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() != "highest"
+
+    data, recipe, seen, before = experiment(), small(optimizer={"epochs": 1}), [], flags()
+    network = network_of(recipe, data)
+    for register in (network.register_forward_hook, network[-1].register_full_backward_hook):
+        register(lambda *_: seen.append(flags()) if network.training else None)
+    if allowed:
+        recipe = small(optimizer={"epochs": 1}, compute={"precision": "tf32"})
+        with pytest.raises(
+            InputError, match=r'"tf32" is for a GPU; use --device cuda, or --set compute\.precision=float32'
+        ):
+            Steps(network, data, recipe, torch.device("cpu"))
+        step = Steps(network, data, small(optimizer={"epochs": 1}), torch.device("cpu"))
+        step.recipe = recipe
+        network.train()
+        assert step.take(0, torch.arange(20), torch.arange(10)) is not None
+    else:
+        list(fit(network, data, recipe))
+    assert set(seen) == {(allowed, allowed)} and flags() == before
