@@ -145,9 +145,10 @@ class ObjectiveSection(Section):
         m_in: Energy that ID samples should lie below.
         m_out: Energy that auxiliary outliers should lie above, m_in < m_out.
         outlier_loss: "energy", L_S; "oe", outlier exposure; or "none".
-        slope: What the gradient loss averages: "gradient-norm", ||grad S(x)||_2 at the sample (GReg), or "interval", a
-            formal upper bound of ||grad S||_2 over the l_2 ball of radius `slope_eps` around it.
-        slope_eps: Radius of that ball, pixel units.
+        slope: What the gradient loss averages: "gradient-norm", ||grad S(x)||_2 at the sample (GReg); "interval", a
+            formal upper bound of ||grad S||_2 over the l_2 ball of radius `slope_eps` around it; or "first-order", how
+            far S is from its margin after a move of `slope_eps` in l_inf along ||grad S(x)||_1, squared.
+        slope_eps: Radius of that ball, length of that move; pixel units.
         penalty: How the norm is differentiated: "exact"; "fast", by a finite difference; or "stochastic", exactly for
             a random share of the active samples.
         penalty_share: That share, in (0, 1].
@@ -167,7 +168,7 @@ class ObjectiveSection(Section):
     m_in: float = -6.0
     m_out: float = -2.0
     outlier_loss: str = setting("energy", one_of("energy", "oe", "none"))
-    slope: str = setting("gradient-norm", one_of("gradient-norm", "interval"))
+    slope: str = setting("gradient-norm", one_of("gradient-norm", "interval", "first-order"))
     slope_eps: float = setting(0.0, NOT_NEGATIVE)
     penalty: str = setting("exact", one_of("exact", "fast", "stochastic"))
     penalty_share: float = setting(0.25, POSITIVE, AT_MOST_ONE)
@@ -184,7 +185,11 @@ class ObjectiveSection(Section):
         """Variants that have no formula."""
         if self.slope == "interval" and (self.penalty == "fast" or self.coordinates == "normalised"):
             yield 'slope = "interval" is differentiated exactly and in pixels; use neither "fast" nor "normalised"'
-        if self.reduction == "reference" and (self.slope == "interval" or self.penalty != "exact"):
+        if self.slope == "first-order" and self.coordinates == "normalised":
+            yield 'slope = "first-order" is in pixels; use coordinates = "pixels"'
+        if self.slope == "first-order" and self.lambda_grad > 0 and self.slope_eps == 0:
+            yield 'slope = "first-order" needs a slope_eps above 0'
+        if self.reduction == "reference" and (self.slope != "gradient-norm" or self.penalty != "exact"):
             yield 'reduction = "reference" needs slope = "gradient-norm" and penalty = "exact"'
 
     @property

@@ -33,6 +33,9 @@ from grood_cert.sections import (
         ({"lambda_grad": "much"}, "lambda_grad: expected a number, got 'much'"),
         ({"lambda_grad": True}, "lambda_grad: expected a number, got True"),
         ({"slope": "interval", "penalty": "fast"}, "differentiated exactly and in pixels"),
+        ({"slope": "first-order", "slope_eps": 0.1, "coordinates": "normalised"}, 'first-order" is in pixels'),
+        ({"slope": "first-order"}, 'slope = "first-order" needs a slope_eps above 0'),
+        ({"slope": "first-order", "slope_eps": 0.1, "reduction": "reference"}, 'needs slope = "gradient-norm"'),
         ({"reduction": "reference", "penalty": "fast"}, 'needs slope = "gradient-norm" and penalty = "exact"'),
     ],
 )

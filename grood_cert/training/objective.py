@@ -22,7 +22,18 @@ Whose slope it is, and how its norm is differentiated, is in `grood_cert.trainin
 a random share of the active samples stands for all of them, n_active / n_drawn times: an unbiased estimate of L_grad
 and of its derivative. The point gradient says nothing about the ball around a sample; with `slope = "interval"` the
 same loss averages a formal bound of the local Lipschitz constant (`grood_cert.lipschitz.interval`), at radius 0 it
-is GReg. L_certified, which bounds S itself over a ball, is in `grood_cert.training.certified_loss`.
+is GReg.
+
+*First-order worst case.* A small slope alone proves nothing: with S - gamma divided by 2, slopes are halved, margins are
+too, and every radius is what it was. What a certificate needs is a margin d that is large *for* the slope, d >= eps L with L
+the Lipschitz constant on the ball. `slope = "first-order"` asks for that, with the dual norm at the sample for L:
+
+    L_grad = E_id[relu(S + eps ||grad_x S||_1 - m_in)^2] + E_aux[relu(m_out - S + eps ||grad_x S||_1)^2]
+
+It is L_S with the worst value of S in the l_inf ball of radius eps, to first order, and at eps = 0 it is L_S. Where it
+is 0, the distance from the margin is at least eps ||grad S||_1. Nothing is gained by rescaling, which moves S back over
+its margin, and nothing by staying short of a margin, as there is no indicator. An estimate all the same: it
+knows S at the sample alone. L_certified, which bounds S itself over a ball, is in `grood_cert.training.certified_loss`.
 
 References:
     Sharifi et al., "Gradient-Regularized Out-of-Distribution Detection", ECCV 2024 (arXiv 2404.12368);
@@ -167,7 +178,7 @@ class _Batch:
         self.scale = pixels_per_unit(network) if section.coordinates == "normalised" else None
         self.part = section.penalty_share if section.penalty == "stochastic" else 1.0
         self.samples: SampleWise | None = None
-        if section.lambda_grad > 0 and section.slope == "gradient-norm" and section.reduction == "paper":
+        if section.lambda_grad > 0 and section.slope != "interval" and section.reduction == "paper":
             self.samples = SampleWise(
                 network,
                 self.images,
@@ -200,17 +211,26 @@ class _Batch:
         if section.lambda_grad == 0:
             return self.zero
         inside, outside = self.score_id.detach(), self.score_aux.detach()
-        shares = gradient_shares(inside, outside, section.m_in, section.m_out, self.roles.gradient)
+        m_in, m_out = (math.inf, -math.inf) if section.slope == "first-order" else (section.m_in, section.m_out)
+        shares = gradient_shares(inside, outside, m_in, m_out, self.roles.gradient)
         used, shares = _drawn(shares, self.part, generator)
         return (shares * self._slopes(used)).sum() if len(used) else self.zero
 
     def _slopes(self, used: Tensor) -> Tensor:
         """What L_grad averages, of the samples of these numbers."""
+        if self.section.slope == "first-order":
+            return self._first_order(used)
         if self.samples is not None:
             return self.samples.norms(used)
         chosen = self.images.detach()[used]
         ball = Ball(chosen, chosen.new_full((len(used),), self.section.slope_eps), "l2")
         return interval_lipschitz(self.network, ball)
+
+    def _first_order(self, used: Tensor) -> Tensor:
+        """relu(S + eps ||grad S||_1 - m_in)^2 of ID images, relu(m_out - S + eps ||grad S||_1)^2 of outliers."""
+        assert self.samples is not None
+        short = torch.cat([self.score_id - self.section.m_in, self.section.m_out - self.score_aux])
+        return functional.relu(short[used] + self.section.slope_eps * self.samples.norms(used, "linf")).square()
 
     def _reference_loss(self) -> Tensor:
         """(1/N) sum_i ||dF/dx_i||, F = E_aux relu(S - m_out) - E_id relu(m_in - S), in one more pass in train mode."""

@@ -9,7 +9,8 @@ r"""Norms of the score's gradient that parameters can be trained on: which netwo
   knows it. No second pass is needed.
 * Without BatchNorm in train mode both are the same function, and the loss's own pass is used.
 
-*How.* With v = g / ||g|| held constant, the derivative of the norm is that of the slope in this direction,
+*How.* With v held constant, g / ||g||_2 for the Euclidean norm of g and sign g for ||g||_1, the derivative of the norm is
+that of the slope in this direction,
 
     d ||g|| / d theta = v . (d g / d theta) = d / d theta [d S(x + h v) / d h at h = 0].
 
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from grood_cert.ball import DUAL_ORDER
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Normalize
 from grood_cert.scores import energy
@@ -332,11 +334,12 @@ class SampleWise:
             (gradient,) = torch.autograd.grad(total, images, create_graph=self._method == "exact", retain_graph=True)
         return (score[used], gradient[used]) if share else (score, gradient)
 
-    def norms(self, used: Tensor) -> Tensor:
-        r"""||grad S||_2 of some samples of the loss's batch; formulas and costs above.
+    def norms(self, used: Tensor, norm: Literal["l2", "linf"] = "l2") -> Tensor:
+        r"""The dual norm of grad S at some samples of the loss's batch; formulas and costs above.
 
         Args:
             used: Their positions, at least one, shape (n,).
+            norm: Of the moves that S is steep along: "l2" for ||grad S||_2, "linf" for ||grad S||_1.
 
         Returns:
             Shape (n,), per pixel unit (times `scale`); carries the graph to the parameters. The derivative of a norm
@@ -345,12 +348,15 @@ class SampleWise:
         share = self._shareable and len(used) >= _BREAK_EVEN[self._method] * len(self._images)
         score, gradient = self._gradient(used, share)
         gradient = gradient if self._scale is None else gradient * self._scale
-        length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=DUAL_ORDER[norm], dim=1)
         if self._piece is None:
             return length
         difference = score_difference(self._images)
         step = difference / length.clamp(min=difference)
-        direction = gradient / length.clamp(min=torch.finfo(length.dtype).tiny).reshape(-1, 1, 1, 1)
+        if norm == "l2":
+            direction = gradient / length.clamp(min=torch.finfo(length.dtype).tiny).reshape(-1, 1, 1, 1)
+        else:
+            direction = gradient.sign()
         offset = step.reshape(-1, 1, 1, 1) * (direction if self._scale is None else direction * self._scale)
         rows = used if share else torch.arange(len(used), device=used.device)
         with self._apart(), self._piece.keep(rows):

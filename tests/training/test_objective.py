@@ -379,3 +379,80 @@ def test_roles_choose_who_enters_which_loss(outlier_loss):
     empty = objective(network, images, labels, outliers, weights, roles=Roles(nobody, nobody))
     assert parameter_gradient(network, empty.total).isfinite().all()
     assert empty.active_energy_aux == empty.active_gradient_aux == 0
+
+
+def first_order(network: nn.Module, images, labels, outliers, weights: ObjectiveSection) -> torch.Tensor:
+    """CE + lambda_S L_S + lambda_grad L_grad, the first-order worst case written out, every pass on one image."""
+    total = torch.zeros((), dtype=torch.float64)
+    for image, label in zip(images, labels, strict=True):
+        total = total - network(image[None])[0].softmax(0)[label].log() / len(images)
+    for part, side, margin in ((images, 1.0, weights.m_in), (outliers, -1.0, weights.m_out)):
+        for image in part:
+            image = image.clone().requires_grad_(True)
+            score = score_of(network, image)
+            (gradient,) = torch.autograd.grad(score, image, create_graph=True)
+            steepest = sum(entry.abs() for entry in gradient.flatten())
+            for weight, worst in (
+                (weights.lambda_S, score),
+                (weights.lambda_grad, score + side * weights.slope_eps * steepest),
+            ):
+                if side * (worst - margin) > 0:
+                    total = total + weight * (worst - margin) ** 2 / len(part)
+    return total
+
+
+@pytest.mark.parametrize("name", ["conv-small", "mlp"])
+@pytest.mark.parametrize(("penalty", "precision"), [("exact", 1e-9), ("fast", 1e-4), ("stochastic", 1e-9)])
+def test_the_first_order_worst_case_is_its_formula_sample_by_sample(name, penalty, precision):
+    """Some samples short of their margins, some beyond, some beyond by more than a move of slope_eps takes back."""
+    network, data = build(name), batch(5, 6)
+    scores = torch.stack([score_of(network, image) for image in torch.cat([data[0], data[2]])]).detach()
+    m_in, m_out = (float(part.sort().values[2:4].mean()) for part in (scores[:5], scores[5:]))
+    options = {"slope": "first-order", "slope_eps": 0.01, "penalty": penalty, "penalty_share": 1.0}
+    weights = ObjectiveSection(0.3, 0.7, m_in, m_out, **options)
+    terms, expected = objective(network, *data, weights), first_order(network, *data, weights)
+    assert 0 < terms.energy < terms.gradient
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=0)
+    got, wanted = parameter_gradient(network, terms.total), parameter_gradient(network, expected)
+    assert (got - wanted).norm() <= precision * wanted.norm()
+
+
+def test_the_first_order_worst_case_of_a_linear_score_is_its_worst_case():
+    """One logit: S = -(w . x + b). Interval bounds are exact, so the certified loss is the same number."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 1)).double()
+    images, _, outliers = batch(4, 5, side=4)
+    images, outliers = 0.2 + 0.6 * images, 0.2 + 0.6 * outliers  # balls of 0.1 stay in the pixel box
+    options = {"m_in": -0.4, "m_out": 0.3, "certified": "both", "certified_eps": 0.1, "certified_ramp": 0.0}
+    weights = ObjectiveSection(lambda_grad=1.0, slope="first-order", slope_eps=0.1, **options)
+    terms = objective(network, images, torch.zeros(4, dtype=torch.long), outliers, weights)
+    assert terms.energy < terms.gradient
+    torch.testing.assert_close(terms.gradient, terms.certified, rtol=1e-12, atol=0)
+
+
+def test_the_first_order_worst_case_gains_nothing_by_a_smaller_scale():
+    """Scores twice as near to the middle of the margins: slopes are halved, which GReg rewards and this does not."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 1)).double()
+    images, labels, outliers = torch.full((2, 1, 4, 4), 0.5).double(), torch.zeros(2, dtype=torch.long), None
+    weight, found = network[1].weight.detach(), {}
+    images, outliers = images + 0.4 * weight.sign().reshape(1, 4, 4), images - 0.4 * weight.sign().reshape(1, 4, 4)
+    reach = float(0.4 * weight.abs().sum())
+    with torch.no_grad():
+        network[1].bias.copy_(-0.5 * weight.sum())
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            network[1].weight.mul_(scale), network[1].bias.mul_(scale)
+        for slope in ("gradient-norm", "first-order"):
+            weights = ObjectiveSection(m_in=-0.4 * reach, m_out=0.4 * reach, slope=slope, slope_eps=0.1)
+            found[slope, scale] = float(objective(network, images, labels, outliers, weights).gradient)
+    assert found["gradient-norm", 0.5] == pytest.approx(found["gradient-norm", 1.0] / 2)
+    assert found["first-order", 1.0] == 0 < found["first-order", 0.5]
+
+
+def test_roles_choose_whose_worst_case_is_trained():
+    network, (images, labels, outliers) = build("conv-small"), batch()
+    weights, chosen = replace(WEIGHTS, slope="first-order", slope_eps=0.05), torch.arange(9) >= 3
+    terms = objective(network, images, labels, outliers, weights, roles=Roles(~chosen, chosen))
+    alone = objective(network, images, labels, outliers[chosen], weights)
+    torch.testing.assert_close(terms.gradient, alone.gradient, rtol=1e-12, atol=0)
