@@ -156,8 +156,11 @@ class ObjectiveSection(Section):
         coordinates: Units of the gradient: "pixels" in [0, 1], or "normalised".
         batch_norm: Whose slope it is where there is BatchNorm: "eval", that of the network with running statistics; or
             "shared", with the statistics of the batch held constant, which needs no second forward pass.
-        certified: Samples whose bounds over an l_inf ball are trained: "none", "ood", or "both".
-        certified_method: "ibp" or "crown-ibp".
+        certified: Samples whose worst score in an l_inf ball is trained: "none", "ood", or "both".
+        certified_method: Of the bound on it: "ibp" or "crown-ibp".
+        certified_mix: Share of the bound in the certified loss; the rest is the score at the end of an attack. 1 trains
+            bounds alone, 0 is adversarial training.
+        certified_attack_steps: Gradients of that attack.
         certified_eps: Radius of that ball, pixel units.
         certified_ramp: Share of the training over which this radius and the weight grow from 0, in [0, 1].
         lambda_certified: Weight of the certified loss.
@@ -177,6 +180,8 @@ class ObjectiveSection(Section):
     batch_norm: str = setting("eval", one_of("eval", "shared"))
     certified: str = setting("none", one_of("none", "ood", "both"))
     certified_method: str = setting("ibp", one_of("ibp", "crown-ibp"))
+    certified_mix: float = setting(1.0, NOT_NEGATIVE, AT_MOST_ONE)
+    certified_attack_steps: int = setting(3, POSITIVE)
     certified_eps: float = setting(0.0, NOT_NEGATIVE)
     certified_ramp: float = setting(0.5, NOT_NEGATIVE, AT_MOST_ONE)
     lambda_certified: float = setting(1.0, NOT_NEGATIVE)
@@ -225,8 +230,8 @@ class OptimizerSection(Section):
 
     The learning rate rises linearly to `lr` over `warmup_steps` and then follows the schedule step by step: "cosine"
     from `lr` to `lr_min`, "multistep", times `factor` after each epoch listed in `milestones`, or "constant".
-    `batch_size` counts the ID images of one step, over all processes; `accumulate` parts of it are computed one after
-    another.
+    Gradients longer than `clip_norm` are shortened to it; 0: none is. `batch_size` counts the ID images of one step,
+    over all processes; `accumulate` parts of it are computed one after another.
     """
 
     name: str = setting("adam", one_of("sgd", "adam"))
@@ -238,6 +243,7 @@ class OptimizerSection(Section):
     milestones: tuple[int, ...] = ()
     factor: float = setting(0.1, POSITIVE, AT_MOST_ONE)
     warmup_steps: int = setting(0, NOT_NEGATIVE)
+    clip_norm: float = setting(0.0, NOT_NEGATIVE)
     epochs: int = setting(60, POSITIVE)
     batch_size: int = setting(64, POSITIVE)
     accumulate: int = setting(1, POSITIVE)

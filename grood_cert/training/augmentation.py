@@ -2,7 +2,7 @@ r"""Random changes of training images, drawn from one generator, image by image.
 
 In this order: a random share of the area, resized to full size; a shift within a black margin; a horizontal flip; and
 Gaussian noise, x + sigma n with n ~ N(0, I), the training that randomised smoothing asks for. The noise is not clipped:
-the smoothed detector averages over points outside the pixel box too. The numbers are drawn on the CPU, so that they do
+the smoothed detector averages over points outside the pixel box too; terms over balls clip it themselves. The numbers are drawn on the CPU, so that they do
 not depend on the device.
 
 References:

@@ -33,7 +33,8 @@ the Lipschitz constant on the ball. `slope = "first-order"` asks for that, with 
 It is L_S with the worst value of S in the l_inf ball of radius eps, to first order, and at eps = 0 it is L_S. Where it
 is 0, the distance from the margin is at least eps ||grad S||_1. Nothing is gained by rescaling, which moves S back over
 its margin, and nothing by staying short of a margin, as there is no indicator. An estimate all the same: it
-knows S at the sample alone. L_certified, which bounds S itself over a ball, is in `grood_cert.training.certified_loss`.
+knows S at the sample alone. L_certified, which is about the worst value of S itself in a ball, is in
+`grood_cert.training.certified_loss`.
 
 References:
     Sharifi et al., "Gradient-Regularized Out-of-Distribution Detection", ECCV 2024 (arXiv 2404.12368);
@@ -222,7 +223,7 @@ class _Batch:
             return self._first_order(used)
         if self.samples is not None:
             return self.samples.norms(used)
-        chosen = self.images.detach()[used]
+        chosen = self.images.detach()[used].clamp(0, 1)  # training noise leaves the box
         ball = Ball(chosen, chosen.new_full((len(used),), self.section.slope_eps), "l2")
         return interval_lipschitz(self.network, ball)
 
@@ -243,18 +244,10 @@ class _Batch:
         norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return norms.mean()
 
-    def certified_loss(self, grown: float) -> Tensor:
+    def certified_loss(self, grown: float, generator: torch.Generator | None) -> Tensor:
         """L_certified at this share of the final radius."""
-        section = self.section
-        return certified_loss(
-            self.network,
-            self.images_id if section.certified == "both" else None,
-            self.images_aux[self.roles.energy],
-            grown * section.certified_eps,
-            section.m_in,
-            section.m_out,
-            section.certified_method,
-        )
+        section, outliers = self.section, self.images_aux[self.roles.energy]
+        return certified_loss(self.network, self.images_id, outliers, grown * section.certified_eps, section, generator)
 
 
 def _drawn(shares: Tensor, part: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -289,7 +282,7 @@ def objective(
         section: Weights, margins and variants.
         roles: Which auxiliary samples enter which loss; by default all enter both.
         progress: How far the whole training is, from 0 to 1; the certified term grows with it.
-        generator: For the draws of the stochastic penalty.
+        generator: For the draws of the stochastic penalty and the first points of the attack.
 
     Returns:
         The terms; `total` carries the graph. With the "fast" penalty its value is that of the formula, its derivative a
@@ -319,7 +312,7 @@ def objective(
     certified = batch.zero
     grown = 1.0 if section.certified_ramp == 0 else min(1.0, progress / section.certified_ramp)
     if section.certified != "none" and grown > 0:
-        certified = batch.certified_loss(grown)
+        certified = batch.certified_loss(grown, generator)
         total = total + grown * section.lambda_certified * certified
 
     score_id, score_aux, m_in, m_out = batch.score_id, batch.score_aux, section.m_in, section.m_out

@@ -69,15 +69,7 @@ def _check_bounds(network: nn.Module, experiment: Experiment, section: Objective
     image, network = experiment.train.images[:1], network.eval()
     with torch.no_grad():
         if section.certified != "none":
-            certified_loss(
-                network,
-                image,
-                image,
-                section.certified_eps,
-                section.m_in,
-                section.m_out,
-                section.certified_method,
-            )
+            certified_loss(network, image, image, section.certified_eps, section)
         if section.lambda_grad > 0 and section.slope == "interval":
             interval_lipschitz(network, Ball(image, image.new_full((1,), section.slope_eps), "l2"))
 

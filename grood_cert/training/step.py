@@ -240,6 +240,8 @@ class Steps:
         _set(self.statistics, after)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step, self.total)
+        if self.recipe.optimizer.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip_norm)
         self.optimizer.step()
         return terms
 

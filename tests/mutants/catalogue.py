@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import bounds, certification, lipschitz, networks, scores
+from tests.mutants import bounds, certification, lipschitz, networks, scores, training
 from tests.mutants.runner import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -11,4 +11,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *lipschitz.MUTANTS,
     *networks.MUTANTS,
     *scores.MUTANTS,
+    *training.MUTANTS,
 )

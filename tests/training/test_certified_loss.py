@@ -1,4 +1,4 @@
-"""Bounds of S that training can lower: sound, L_S at radius 0, and trained outliers end up certified."""
+"""The worst score that training can lower: bounds are sound, attacks stay inside, trained outliers end up certified."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import nn
 from grood_cert.ball import Ball
 from grood_cert.errors import InputError
 from grood_cert.networks import architectures
+from grood_cert.networks.capture import capture
 from grood_cert.scores import energy
 from grood_cert.sections import ObjectiveSection
-from grood_cert.training.certified_loss import certified_loss, energy_interval
+from grood_cert.training import certified_loss as module
+from grood_cert.training.certified_loss import adversarial_points, certified_loss, energy_interval
 from grood_cert.training.objective import Roles, energy_loss, objective
 
 METHODS = ("ibp", "crown-ibp")
@@ -109,11 +111,13 @@ def test_a_linear_network_in_closed_form():
         torch.testing.assert_close(upper, score + reach, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_at_radius_zero_it_is_the_energy_loss_of_the_eval_mode_network(method):
+def test_at_radius_zero_it_is_the_energy_loss_of_the_eval_mode_network(method, mix):
     network, inside, outside = build("resnet-small"), images_of(6), images_of(9, 1)
-    both = certified_loss(network, inside, outside, 0.0, -1.9, -1.5, method)
-    alone = certified_loss(network, None, outside, 0.0, -1.9, -1.5, method)
+    section = ObjectiveSection(m_in=-1.9, m_out=-1.5, certified="both", certified_method=method, certified_mix=mix)
+    both = certified_loss(network, inside, outside, 0.0, section)
+    alone = certified_loss(network, inside, outside, 0.0, replace(section, certified="ood"))
     network.eval()
     score_id, score_aux = energy(network(inside)), energy(network(outside))
     torch.testing.assert_close(both, energy_loss(score_id, score_aux, -1.9, -1.5), rtol=1e-7, atol=0)
@@ -122,12 +126,15 @@ def test_at_radius_zero_it_is_the_energy_loss_of_the_eval_mode_network(method):
     )
 
 
+MIXED = ObjectiveSection(m_in=-2.5, m_out=-1.0, certified="both", certified_mix=0.3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_its_derivative_agrees_with_finite_differences(method):
     network, inside, outside = build("conv-small"), images_of(3), images_of(4, 1)
+    section = replace(MIXED, certified_method=method, certified_mix=1.0)
     parameters = list(network.parameters())
-    loss = certified_loss(network, inside, outside, 0.02, -2.5, -1.0, method)
-    gradients = torch.autograd.grad(loss, parameters)
+    gradients = torch.autograd.grad(certified_loss(network, inside, outside, 0.02, section), parameters)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         directions = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
@@ -136,12 +143,117 @@ def test_its_derivative_agrees_with_finite_differences(method):
             with torch.no_grad():
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter += sign * 1e-7 * direction
-                values.append(float(certified_loss(network, inside, outside, 0.02, -2.5, -1.0, method)))
+                values.append(float(certified_loss(network, inside, outside, 0.02, section)))
         with torch.no_grad():
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter += 1e-7 * direction
         got = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
         assert got == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-4)
+
+
+def slow_interval(network: nn.Sequential, image: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """S_lb and S_ub of one image of an mlp, by the signs of the weights, neuron by neuron."""
+    low, high = (image - eps).clamp(0, 1), (image + eps).clamp(0, 1)
+    low, high = ((end - network[0].mean) / network[0].std for end in (low, high))
+    low, high = low.flatten(), high.flatten()
+    layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        ends = []
+        for near, far in ((low, high), (high, low)):
+            rows = zip(layer.weight, layer.bias, strict=True)
+            ends.append(torch.stack([torch.where(row > 0, row * near, row * far).sum() + bias for row, bias in rows]))
+        low, high = ends if layer is layers[-1] else (end.clamp(min=0) for end in ends)
+    return -high.exp().sum().log(), -low.exp().sum().log()
+
+
+def slow_attack(network: nn.Module, image: torch.Tensor, start: torch.Tensor, eps: float, sign: int) -> torch.Tensor:
+    """Three steps of 2 eps / 3 along the sign of the gradient of sign * S, pixel by pixel into the ball and the box."""
+    point = start
+    for _ in range(3):
+        point = point.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(sign * -network(point[None]).exp().sum().log(), point)
+        moved = (point + 2 * eps / 3 * torch.sign(slope)).detach()
+        ends = zip(moved.flatten().tolist(), image.flatten().tolist(), strict=True)
+        pixels = [min(max(to, center - eps, 0.0), center + eps, 1.0) for to, center in ends]
+        point = torch.tensor(pixels, dtype=torch.float64).reshape(image.shape)
+    return point
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+def test_values_and_gradients_against_a_slow_reference(mix):
+    """Sample by sample; the outliers have the first places in the draw of the attack's first points."""
+    network, inside, outside, eps = build("mlp"), images_of(3), images_of(4, 1), 0.05
+    section = replace(MIXED, m_in=-2.2, m_out=-1.5, certified_mix=mix)
+    loss = certified_loss(network, inside, outside, eps, section, torch.Generator().manual_seed(5))
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    noise = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = torch.zeros((), dtype=torch.float64)
+    for number, image in enumerate([*outside, *inside]):
+        aux, low, high = number < 4, (image - eps).clamp(0, 1), (image + eps).clamp(0, 1)
+        end = slow_attack(network, image, low + noise[number].double() * (high - low), eps, -1 if aux else 1)
+        attacked = -network(end[None]).exp().sum().log()
+        bounds = slow_interval(network, image, eps)
+        assert bool(bounds[0] <= attacked) and bool(attacked <= bounds[1])
+        for share, score in ((1 - mix, attacked), (mix, bounds[0] if aux else bounds[1])):
+            missing = section.m_out - score if aux else score - section.m_in
+            expected = expected + share * missing.clamp(min=0) ** 2 / (4 if aux else 3)
+    assert bool(loss > 0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for got, right in zip(gradients, torch.autograd.grad(expected, list(network.parameters())), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["conv-small", "pooled"])
+def test_attacks_stay_inside_and_climb(name):
+    network = build(name).eval()
+    graph, ball = capture(network, (1, 8, 8)), ball_of(images_of(16), 0.1)
+    sign = torch.tensor([1.0, -1.0]).repeat(8).double()
+    start = adversarial_points(graph, ball, sign, 1, torch.Generator().manual_seed(1))
+    points = adversarial_points(graph, ball, sign, 5, torch.Generator().manual_seed(1))
+    for found in (start, points):
+        assert not found.requires_grad
+        assert bool(((found >= ball.lower) & (found <= ball.upper)).all())
+        assert float(ball.lower.min()) >= 0 and float(ball.upper.max()) <= 1
+    gain = sign * (energy(network(points)) - energy(network(ball.center)))
+    assert bool((gain > 0).all())
+    again = adversarial_points(graph, ball, sign, 5, torch.Generator().manual_seed(1))
+    assert torch.equal(points, again)
+
+
+def test_attack_and_bound_meet_where_the_score_is_linear():
+    """The worst of all corners of the ball, enumerated: both parts of the mix are it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 1)).double()
+    inside, outside = (torch.rand(3, 1, 2, 3, dtype=torch.float64) for _ in range(2))
+    corners = torch.cartesian_prod(*[torch.tensor([-0.2, 0.2], dtype=torch.float64)] * 6).reshape(-1, 1, 2, 3)
+    scores = [energy(network((images[:, None] + corners).clamp(0, 1).flatten(0, 1))) for images in (inside, outside)]
+    worst = energy_loss(scores[0].reshape(3, -1).amax(1), scores[1].reshape(3, -1).amin(1), -0.5, 0.5)
+    for mix in (0.0, 0.4, 1.0):
+        section = replace(MIXED, m_in=-0.5, m_out=0.5, certified_mix=mix)
+        torch.testing.assert_close(certified_loss(network, inside, outside, 0.2, section), worst, rtol=1e-9, atol=0)
+
+
+def test_what_has_no_share_is_not_computed(monkeypatch):
+    network, inside, outside = build("mlp"), images_of(3), images_of(4, 1)
+
+    def refuse(*given):
+        raise AssertionError("not asked for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_interval", refuse)
+        assert bool(certified_loss(network, inside, outside, 0.1, replace(MIXED, certified_mix=0.0)) > 0)
+    monkeypatch.setattr(module, "adversarial_points", refuse)
+    assert bool(certified_loss(network, inside, outside, 0.1, replace(MIXED, certified_mix=1.0)) > 0)
+
+
+def test_balls_are_around_the_pixels_that_training_noise_leaves_in_the_box():
+    network, noise = build("mlp"), torch.randn(9, 1, 8, 8, dtype=torch.float64)
+    inside, outside = images_of(4) + 0.3 * noise[:4], images_of(5, 1) + 0.3 * noise[4:]
+    losses = [
+        certified_loss(network, first, second, 0.05, MIXED, torch.Generator().manual_seed(0))
+        for first, second in ((inside, outside), (inside.clamp(0, 1), outside.clamp(0, 1)))
+    ]
+    assert torch.equal(losses[0], losses[1]) and bool(losses[0] > 0)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.4, 1.0])
@@ -150,15 +262,17 @@ def test_radius_and_weight_grow_over_the_ramp(progress, certified):
     network, inside, outside = build("resnet-small"), images_of(6), images_of(9, 1)
     labels, chosen = torch.arange(6) % 5, torch.arange(9) < 5
     plain = ObjectiveSection(lambda_grad=0.0, m_in=-2.5, m_out=-1.0)
-    weights = replace(plain, certified=certified, certified_eps=0.04, certified_ramp=0.4, lambda_certified=0.3)
+    weights = replace(
+        plain, certified=certified, certified_eps=0.04, certified_ramp=0.4, lambda_certified=0.3, certified_mix=0.7
+    )
     roles = Roles(chosen, torch.ones(9, dtype=torch.bool))
     twin = copy.deepcopy(network)
-    terms = objective(network, inside, labels, outside, weights, roles=roles, progress=progress)
+    draws, drawn = (torch.Generator().manual_seed(3) for _ in range(2))
+    terms = objective(network, inside, labels, outside, weights, roles=roles, progress=progress, generator=draws)
     expected = objective(twin, inside, labels, outside, plain, roles=roles).total
     grown = min(1.0, progress / 0.4)
     if grown > 0:
-        id_images = inside if certified == "both" else None
-        loss = certified_loss(twin, id_images, outside[chosen], grown * 0.04, -2.5, -1.0, "ibp")
+        loss = certified_loss(twin, inside, outside[chosen], grown * 0.04, weights, drawn)
         torch.testing.assert_close(terms.certified, loss.detach(), rtol=1e-12, atol=0)
         expected = expected + grown * 0.3 * loss
     torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=0)

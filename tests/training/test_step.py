@@ -102,6 +102,36 @@ def test_each_step_uses_its_rate():
     torch.testing.assert_close(before - bias, torch.full_like(bias, 2 * sum(rates)))
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01, 1000.0])
+def test_a_gradient_that_is_too_long_is_shortened(clip_norm):
+    """Parts of a batch are clipped together: plain SGD with rate 1 moves the weights by no more than clip_norm."""
+    data, moves = experiment(), []
+    sections = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 20, "accumulate": 2}
+    for clip in (0.0, clip_norm):
+        recipe = small(optimizer={**sections, "clip_norm": clip, "schedule": "constant"})
+        network = network_of(recipe, data)
+        before = nn.utils.parameters_to_vector(network.parameters()).detach()
+        Steps(network, data, recipe, torch.device("cpu")).take(0, torch.arange(20), torch.arange(10).repeat(2))
+        moves.append(nn.utils.parameters_to_vector(network.parameters()).detach() - before)
+    length = float(moves[0].norm())
+    assert 0.01 < length < 1000
+    factor = 0.01 / length if clip_norm == 0.01 else 1.0
+    torch.testing.assert_close(moves[1], factor * moves[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"certified": "both", "certified_eps": 0.1, "certified_mix": 0.5},
+        {"certified": "ood", "certified_eps": 0.1, "certified_method": "crown-ibp"},
+        {"slope": "interval", "slope_eps": 0.01},
+    ],
+)
+def test_training_noise_goes_with_terms_over_balls(objective):
+    recipe = small(objective=objective, augmentation={"noise_sigma": 0.3}, optimizer={"epochs": 2})
+    assert len(list(fit(network_of(recipe, experiment()), experiment(), recipe))) == 2
+
+
 @pytest.mark.parametrize(
     "objective",
     [
