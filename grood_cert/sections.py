@@ -53,6 +53,15 @@ _KINDS: dict[Any, tuple[Rule, ...]] = {
             lambda value: isinstance(value, list | tuple) and all(type(item) is str for item in value),
         ),
     ),
+    tuple[float, ...]: (
+        Rule(
+            "a list of finite numbers such as [0.485, 0.456, 0.406]",
+            lambda value: (
+                isinstance(value, list | tuple)
+                and all(type(item) in (int, float) and math.isfinite(item) for item in value)
+            ),
+        ),
+    ),
     tuple[int, ...]: (
         Rule(
             "a list of whole numbers such as [50, 75]",
@@ -123,15 +132,23 @@ class NetworkSection(Section):
     """Which network.
 
     `name` is one of `grood_cert.networks.architectures.NETWORKS`, `width = 0` its own default, `hidden_layers` is for
-    the mlp. `pretrained` is a file of weights to start from, and `pretrained_allow` names the tensors that may be
-    absent from it or of another shape.
+    the mlp. `mean` and `std` normalise pixels in [0, 1], one value a channel; empty: those of the ID training images.
+    `pretrained` is a file of weights to start from, and `pretrained_allow` names the tensors that may be absent from it
+    or of another shape.
     """
 
     name: str = "conv-small"
     width: int = setting(0, Rule("0 to 65536", lambda value: 0 <= value <= 65536))
     hidden_layers: int = setting(2, POSITIVE)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = setting((), Rule("values above 0", lambda value: all(item > 0 for item in value)))
     pretrained: str = ""
     pretrained_allow: tuple[str, ...] = ()
+
+    def contradictions(self) -> Iterator[str]:
+        """A normalisation of which one half is given."""
+        if len(self.mean) != len(self.std):
+            yield f"mean and std need one value a channel each, got {len(self.mean)} and {len(self.std)}"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,21 @@ def test_what_does_not_go_together_is_refused(settings, message):
         from_dict({"objective": settings})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": [0.5]}, "mean and std need one value a channel each, got 1 and 0"),
+        ({"mean": [0.5], "std": [0.0]}, r"std: expected values above 0, got \[0\.0\]"),
+        ({"mean": ["a"], "std": [1.0]}, "mean: expected a list of finite numbers"),
+        ({"mean": [float("nan")], "std": [1.0]}, "mean: expected a list of finite numbers"),
+        ({"mean": [True], "std": [1.0]}, "mean: expected a list of finite numbers"),
+    ],
+)
+def test_half_a_normalisation_is_refused(settings, message):
+    with pytest.raises(InputError, match=f"recipe: network.*{message}"):
+        from_dict({"network": settings})
+
+
 def test_all_bad_values_are_said_at_once():
     with pytest.raises(InputError) as caught:
         OptimizerSection(lr=0.0, momentum=1.0, epochs=2.5)  # type: ignore[arg-type]

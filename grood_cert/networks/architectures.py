@@ -12,12 +12,13 @@ features, as in OpenOOD.
 | ``good-l``, ``good-xl`` | CNN L and XL of GOOD (Bitterwolf et al., NeurIPS 2020) | 13.3 M MNIST, 35.4 M CIFAR-10 |
 | ``good-s`` | CNN S of ProoD, GOOD's successor (Meinke et al., NeurIPS 2022) | 3.0 M, CIFAR-10 |
 | ``resnet18`` | ResNet-18 with a 3x3 stem, for 32x32 images | 11.17 M, 10 classes |
+| ``resnet20``, ``resnet32``, ``resnet44``, ``resnet56`` | He et al.'s own for 32x32, short cuts without weights | 0.27 to 0.85 M, 10 classes |
 | ``wrn-40-2`` | WideResNet-40-2 (Zagoruyko & Komodakis, BMVC 2016) | 2.24 M, 10 classes |
 | ``densenet-bc-100`` | DenseNet-BC, depth 100, growth 12 (Huang et al., CVPR 2017) | 0.77 M, 10 classes |
 | ``resnet18-imagenet``, ``densenet121`` | torchvision's, for 224x224 RGB images | 11.69 M, 7.98 M, 1000 classes |
 
-The last four carry the parameter names of the published files, so that those load as they are
-(`grood_cert.networks.weights`). All activations are ReLU.
+All but the small ones, those of certified training and ``resnet18`` carry the parameter names of the published files,
+so that those load as they are (`grood_cert.networks.weights`). All activations are ReLU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,6 +219,50 @@ def resnet_small(normalize: Normalize, shape: _Shape, classes: int, width: int =
     return _resnet(normalize, shape[0], classes, width, [(2 * width, 2), (2 * width, 1)])
 
 
+class _PlainResidual(nn.Module):
+    """relu(x + BN(conv(relu(BN(conv(x)))))); where the shape changes, x is every second pixel, between channels of 0."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.before = stride, (outputs - inputs) // 2
+        self.after = outputs - inputs - self.before
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(images)))))
+        if self.stride > 1:
+            images = functional.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        return functional.relu(hidden + images)
+
+
+def cifar_resnet(normalize: Normalize, shape: _Shape, classes: int, width: int = 16, depth: int = 20) -> Classifier:
+    """ResNet of He et al. (CVPR 2016, section 4.2) for 32x32 images: depth 6 n + 2, three stages of n blocks.
+
+    Stages are 1, 2 and 4 times `width` = 16 wide. Short cuts have no weights ("option A"): where the shape changes they
+    keep every second pixel and add channels of 0, as many before as after.
+    """
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(shape[0], width, 3, 1, 1, bias=False),
+        "bn1": nn.BatchNorm2d(width),
+        "relu": nn.ReLU(),
+    }
+    inputs = width
+    for stage, stride in enumerate((1, 2, 2)):
+        blocks = [_PlainResidual(inputs, width * 2**stage, stride)]
+        inputs = width * 2**stage
+        blocks += [_PlainResidual(inputs, inputs, 1) for _ in range((depth - 2) // 6 - 1)]
+        layers[f"layer{stage + 1}"] = nn.Sequential(*blocks)
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "linear": nn.Linear(inputs, classes)}
+    network = Classifier(OrderedDict({"normalize": normalize, **layers}))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return network
+
+
 class _WideResidual(nn.Module):
     """Pre-activation block: a + conv(relu(BN(conv(r)))) with r = relu(BN(x)).
 
@@ -366,12 +412,14 @@ def _check_size(name: str, shape: _Shape, least: int) -> None:
         raise InputError(f"network {name!r} needs images of {least}x{least} or more; these are {shape[1]}x{shape[2]}")
 
 
+_CIFAR_DEPTHS = (20, 32, 44, 56)
 NETWORKS: dict[str, Callable[..., Classifier]] = {
     "conv-small": conv_small,
     "mlp": mlp,
     "resnet18": resnet18,
     "resnet18-imagenet": resnet18_imagenet,
     "resnet-small": resnet_small,
+    **{f"resnet{depth}": partial(cifar_resnet, depth=depth) for depth in _CIFAR_DEPTHS},
     "wrn-40-2": wrn_40_2,
     "densenet-bc-100": densenet_bc_100,
     "densenet121": densenet121,
@@ -382,7 +430,9 @@ NETWORKS: dict[str, Callable[..., Classifier]] = {
 }
 
 # Bounds of these networks are true and say nothing, however they are trained: intervals grow at every layer.
-DEEP = frozenset({"resnet18", "resnet18-imagenet", "wrn-40-2", "densenet-bc-100", "densenet121"})
+DEEP = frozenset({"resnet18", "resnet18-imagenet", "wrn-40-2", "densenet-bc-100", "densenet121"}) | {
+    f"resnet{depth}" for depth in _CIFAR_DEPTHS
+}
 
 
 def build(

@@ -304,7 +304,7 @@ def published_state(network: nn.Module) -> dict[str, Tensor]:
     if blocks := _residual_blocks(state):
         rules = [(rf"^{block}\.", f"layer{index // 2 + 1}.{index % 2}.") for index, block in enumerate(blocks)]
         rules += [(r"^1\.", "conv1."), (r"^2\.", "bn1."), (r"\.norm([12])\.", r".bn\1."), (r"^\d+\.", "fc.")]
-    elif "linear" in dict(network.named_children()):
+    elif {"block1", "linear"} <= dict(network.named_children()).keys():  # the DenseNet
         rules = [(r"^linear\.", "fc.")]
     return {_translated(name, rules): tensor for name, tensor in state.items()}
 

@@ -45,8 +45,19 @@ FILES = (  # that a run writes to its folder
 
 
 def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
-    """The architecture a recipe asks for, normalised by the ID training images."""
-    mean, spread = (values.tolist() for values in experiment.train.channel_statistics())
+    """The architecture a recipe asks for, normalised as it says, or by the ID training images.
+
+    Raises:
+        InputError: If the recipe's normalisation has not one value a channel.
+    """
+    mean, std = recipe.network.mean, recipe.network.std
+    if not mean:
+        mean, std = (tuple(values.tolist()) for values in experiment.train.channel_statistics())
+        std = tuple(value if value > 1e-6 else 1.0 for value in std)  # a constant channel is only centred
+    elif len(mean) != experiment.train.shape[0]:
+        raise InputError(
+            f"network.mean and network.std have {len(mean)} values, the images {experiment.train.shape[0]} channels"
+        )
     options: dict[str, int] = {"width": recipe.network.width} if recipe.network.width else {}
     if recipe.network.name == "mlp":
         options["hidden_layers"] = recipe.network.hidden_layers
@@ -55,7 +66,7 @@ def architecture_of(recipe: Recipe, experiment: Experiment) -> Architecture:
         shape=experiment.train.shape,
         classes=len(experiment.train.class_names),
         mean=tuple(mean),
-        std=tuple(value if value > 1e-6 else 1.0 for value in spread),  # a constant channel is only centred
+        std=tuple(std),
         options=options,
     )
 

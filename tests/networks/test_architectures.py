@@ -27,12 +27,14 @@ SMALL = {  # of each network the thinnest that is worth testing, and images it t
     "good-xl": ((1, 8, 8), {"width": 4}),
     "resnet18": ((1, 8, 8), {"width": 4}),
     "wrn-40-2": ((1, 8, 8), {"width": 2}),
+    "resnet20": ((1, 8, 8), {"width": 4}),
+    "resnet56": ((1, 8, 8), {"width": 2}),
     "densenet-bc-100": ((1, 8, 8), {"width": 2}),
     "resnet18-imagenet": ((3, 32, 32), {}),
     "densenet121": ((3, 32, 32), {}),
 }
-ALL = list(NETWORKS)
-THIN = [name for name, (_, options) in SMALL.items() if options]
+ALL = [name for name in NETWORKS if name not in ("resnet32", "resnet44", "resnet56")]  # resnet20 with more blocks
+THIN = [name for name in ALL if SMALL[name][1]]
 
 
 def small(name: str, classes: int = 4, mean: float = 0.5, std: float = 0.3) -> Classifier:
@@ -74,6 +76,10 @@ def test_shapes(name, shape, classes):
         ("densenet121", (3, 224, 224), 1000, 7_978_856, 1024),  # torchvision's table of models
         ("wrn-40-2", (3, 32, 32), 10, 2_243_546, 128),  # 2.2 M in Zagoruyko & Komodakis, table 3
         ("densenet-bc-100", (3, 32, 32), 10, 769_162, 342),  # 0.8 M in Huang et al., table 2
+        ("resnet20", (3, 32, 32), 10, 269_722, 64),  # 0.27, 0.46, 0.66 and 0.85 M in He et al., table 6
+        ("resnet32", (3, 32, 32), 10, 464_154, 64),
+        ("resnet44", (3, 32, 32), 10, 658_586, 64),
+        ("resnet56", (3, 32, 32), 10, 853_018, 64),
         ("good-l", (1, 28, 28), 10, 13_257_290, 512),
         ("good-xl", (3, 32, 32), 10, 35_449_226, 512),
         ("good-s", (3, 32, 32), 10, 2_987_402, 128),
@@ -224,6 +230,23 @@ def test_residual_block_adds_its_input():
     assert len(architectures._Residual(3, 3, 1).shortcut) == 0
 
 
+def test_short_cuts_without_weights_keep_every_second_pixel_between_channels_of_zero():
+    """With the last convolution zero the block passes relu(x) on; an odd number of new channels has one more behind."""
+    for inputs, outputs in ((3, 6), (2, 4)):
+        block = architectures._PlainResidual(inputs, outputs, 2).double().eval()
+        with torch.no_grad():
+            block.conv2.weight.zero_()
+        images = torch.randn(2, inputs, 5, 4, dtype=torch.float64)
+        before, expected = (outputs - inputs) // 2, torch.zeros(2, outputs, 3, 2, dtype=torch.float64)
+        expected[:, before : before + inputs] = images[:, :, ::2, ::2].relu()
+        assert torch.equal(block(images), expected)
+    same = architectures._PlainResidual(3, 3, 1).double().eval()
+    with torch.no_grad():
+        same.conv2.weight.zero_()
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(same(images), images.relu())
+
+
 def test_pre_activation_block_adds_its_input():
     """With the last convolution zero the block passes x on, untouched; or a convolution of relu(BN(x))."""
     images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -246,7 +269,9 @@ def test_dense_layer_keeps_its_input():
     assert output.shape == (2, 8, 4, 4) and torch.equal(output[:, :5], images)
 
 
-@pytest.mark.parametrize(("name", "convolutions"), [("wrn-40-2", 40), ("densenet-bc-100", 99)])
+@pytest.mark.parametrize(
+    ("name", "convolutions"), [("wrn-40-2", 40), ("densenet-bc-100", 99), ("resnet20", 19), ("resnet56", 55)]
+)
 def test_depth_is_what_the_name_says(name, convolutions):
     """Convolutions and, for DenseNet, the head; WideResNet's 6 n + 4 layers are convolutions, short cuts included."""
     assert sum(isinstance(module, nn.Conv2d) for module in small(name).modules()) == convolutions

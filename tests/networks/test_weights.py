@@ -12,7 +12,7 @@ from torch import nn
 
 from grood_cert.errors import InputError
 from grood_cert.networks.architectures import Classifier, Normalize, build
-from grood_cert.networks.weights import WRAPPERS, load_into, read_state
+from grood_cert.networks.weights import WRAPPERS, load_into, published_state, read_state
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 
@@ -406,6 +406,13 @@ def test_a_published_resnet_20(cifar):
     loaded = load_into(network[1], SHARED / "weights/cifar10_resnet20.th")
     assert str(loaded) == "97 tensors loaded; found under state_dict; module. taken off all names"
     assert accuracy(network, images, labels) > 0.85
+    ours = build("resnet20", (3, 32, 32), 10, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval()
+    assert str(load_into(ours, SHARED / "weights/cifar10_resnet20.th")) == str(loaded)
+    file = read_state(SHARED / "weights/cifar10_resnet20.th").tensors
+    counters = {name for name in published_state(ours) if name.endswith("num_batches_tracked")}
+    assert {f"module.{name}" for name in published_state(ours).keys() - counters} == file.keys()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images[:20]), network(images[:20]), rtol=1e-5, atol=1e-4)
 
 
 def test_a_published_densenet_bc_100(cifar):

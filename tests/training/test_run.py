@@ -341,6 +341,16 @@ def test_the_best_epoch_is_calibrated_on_images_that_did_not_choose_it(tmp_path)
     assert detector.origin.calibration["samples"] == len(data.calibration) // 2
 
 
+def test_normalisation_is_the_recipe_s_or_that_of_the_training_images():
+    data = experiment()
+    usual = architecture_of(small(), data)
+    assert usual.mean == pytest.approx([float(data.train.images.double().mean())])
+    chosen = architecture_of(small(network={"mean": [0.25], "std": [2]}), data)
+    assert (chosen.mean, chosen.std) == ((0.25,), (2,)) and float(chosen.build()[0].std) == 2
+    with pytest.raises(InputError, match=r"network\.mean and network\.std have 3 values, the images 1 channels"):
+        architecture_of(small(network={"mean": [0.5] * 3, "std": [0.2] * 3}), data)
+
+
 def test_channels_last_is_refused_on_a_cpu(tmp_path):
     """Before anything is written; torch would corrupt memory."""
     recipe, data = small(compute={"channels_last": True}), experiment()
