@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from grood_cert.recipe import Recipe
 from grood_cert.results import curves, figures, report
 from grood_cert.results.card import Result
 from grood_cert.results.summary import RADII, radius_summary
+from grood_cert.results.sweeps import objective_records
 from grood_cert.results.table import Table
 from grood_cert.runs import certify
 from grood_cert.system.files import write_csv
@@ -25,16 +27,18 @@ from grood_cert.training import run as training
 EPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 SHOWN_EPS = (0.01, 0.03, 0.05)
 _RADII = {key: words for key, words in RADII.items() if "lipschitz" not in key}
+_CAUSES = {  # of a radius
+    "margin": "margin |S - gamma|, median",
+    "gradient_norm_estimate": "slope at x, median: gradient norm, estimate",
+}
 QUANTITIES: dict[str, str] = {
     "accuracy": "ID accuracy",
     "auroc": "AUROC",
     "fpr95_id": "fpr95_id",
-    "gradient_norm_id": "mean ||grad S||_2 on ID, per pixel unit",
-    "gradient_norm_ood": "mean ||grad S||_2 on OOD",
     **{
-        f"{key}_{kind}": f"{kind.upper()} radius, median: {what}"
+        f"{key}_{kind}": f"{kind.upper()} {what}"
         for kind in ("id", "ood")
-        for key, what in _RADII.items()
+        for key, what in {**_CAUSES, **{key: f"radius, median: {words}" for key, words in _RADII.items()}}.items()
     },
     **{f"fpr95_id_certified@{eps}": f"certified fpr95_id at eps {eps}" for eps in SHOWN_EPS},
     **{f"fpr95_id_attacked@{eps}": f"attacked fpr95_id at eps {eps}" for eps in SHOWN_EPS},
@@ -65,12 +69,12 @@ def summarise(name: str, detector: Detector, rows: Table) -> dict[str, Any]:
     """One record on a certified model: `model` and the keys of `QUANTITIES`."""
     real = [record for record in detector.origin.metrics["ood"].values() if record["kind"] == "ood"]
     record: dict[str, Any] = {"model": name}
-    record |= {key: detector.origin.metrics[key] for key in ("accuracy", "gradient_norm_id", "gradient_norm_ood")}
+    record["accuracy"] = detector.origin.metrics["accuracy"]
     record |= {key: mean_over_sets([values[key] for values in real]) for key in ("auroc", "fpr95_id")}
-    radii = radius_summary(rows)
-    for kind in ("id", "ood"):
-        for key in _RADII:
-            values = [item[key] for item in radii if item["kind"] == kind and item[key] is not None]
+    found = [(_RADII, radius_summary(rows)), (_CAUSES, objective_records(rows, None))]
+    for (keys, records), kind in itertools.product(found, ("id", "ood")):
+        for key in keys:
+            values = [item[key] for item in records if item["kind"] == kind and item[key] is not None]
             record[f"{key}_{kind}"] = mean_over_sets(values) if values else None
     fpr = curves.fpr_curve(rows)
     for eps in SHOWN_EPS:

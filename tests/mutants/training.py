@@ -1,10 +1,55 @@
-"""Bugs of `grood_cert.training`: what the objective bounds and attacks."""
+"""Bugs of `grood_cert.training`: what the objective penalises, bounds and attacks, and in which arithmetic."""
 
 from __future__ import annotations
 
 from tests.mutants.runner import planted
 
 MUTANTS = (
+    *planted(
+        "training/objective.py",
+        ("training/test_objective.py",),
+        {
+            "the worst move of outliers is the best": (
+                "short = torch.cat([self.score_id - self.section.m_in, self.section.m_out - self.score_aux])",
+                "short = torch.cat([self.score_id - self.section.m_in, self.score_aux - self.section.m_out])",
+            ),
+            "the first-order move is a gain": (
+                "functional.relu(short[used] + self.section.slope_eps *",
+                "functional.relu(short[used] - self.section.slope_eps *",
+            ),
+            "the first-order move is measured in l_2": (
+                'self.samples.norms(used, "linf")).square()',
+                'self.samples.norms(used, "l2")).square()',
+            ),
+            "the first-order worst case is not squared": (
+                'self.samples.norms(used, "linf")).square()',
+                'self.samples.norms(used, "linf"))',
+            ),
+            "samples short of their margins have no worst case": (
+                '(math.inf, -math.inf) if section.slope == "first-order" else (section.m_in, section.m_out)',
+                "(section.m_in, section.m_out)",
+            ),
+        },
+    ),
+    *planted(
+        "training/penalty.py",
+        ("training/test_objective.py", "training/test_penalty.py"),
+        {
+            "the steepest move in l_inf is along the gradient": (
+                "direction = gradient.sign()",
+                "direction = gradient",
+            ),
+            "the moved pass finds kinks of its own": (
+                "with self._apart(), self._piece.keep(rows):",
+                "with self._apart():",
+            ),
+            "TF32 moves S as little as float32": ("_TF32: 0.1,", "_TF32: 1e-2,"),
+            "float32 on a GPU is taken for TF32": (
+                "return _DIFFERENCE[_TF32 if rounded else torch.float32]",
+                "return _DIFFERENCE[_TF32]",
+            ),
+        },
+    ),
     *planted(
         "training/certified_loss.py",
         ("training/test_certified_loss.py",),
@@ -48,6 +93,10 @@ MUTANTS = (
         "training/step.py",
         ("training/test_step.py",),
         {
+            "convolutions stay in TF32": (
+                "torch.backends.cudnn.allow_tf32 = allowed",
+                "torch.backends.cudnn.allow_tf32 = True",
+            ),
             "gradients are clipped to 1": (
                 "nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip_norm)",
                 "nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)",
