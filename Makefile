@@ -8,7 +8,7 @@ JOBS ?= 2
 NUMERICS := tests/bounds tests/lipschitz tests/certification tests/training tests/networks \
 	tests/test_attacks.py tests/test_ball.py tests/test_scores.py
 
-.PHONY: demo test suite models faults fuzz audit oldest newest soundness mutants oracle processors lint env clean
+.PHONY: demo test suite figures models faults fuzz audit oldest newest soundness mutants oracle processors lint env clean
 
 demo: env
 	$(BIN)/grood-cert demo --out runs/demo --force
@@ -53,6 +53,10 @@ oldest newest:
 SEED ?= 0
 soundness: env
 	$(BIN)/python -m tests.soundness --nets 10000 --seed $(SEED) --out runs/soundness
+
+# the figures of docs/ that stand on numbers kept in results/
+figures: env
+	$(BIN)/python analysis/objective_to_radius.py results/lambda-grad.csv --out docs/sweep-objective.png
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md

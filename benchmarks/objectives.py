@@ -242,7 +242,8 @@ def print_tradeoff(name: str, rows: Mapping[str, Measured]) -> None:
     _print(f"{name}: trade-off", ["lambda_grad", *SUMMARY, "cut, ID", "cut, OOD", "accuracy loss, points"], cells)
     verdict = f"at lambda_grad = {', '.join(held)}" if held else "at no lambda_grad tried"
     typer.echo(
-        f"{name}: gradient norms on ID and OOD cut {CUT:g}-fold at {LOSS:g} point of accuracy or less {verdict}\n"
+        f"{name}: gradient norms (no radii: these are margins over slopes) on ID and OOD cut {CUT:g}-fold "
+        f"at {LOSS:g} point of accuracy or less {verdict}\n"
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from analysis import radius_scatter
+from analysis import objective_to_radius, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
 from grood_cert.results.table import Table
+
+KEPT = Path(__file__).parents[1] / "results"
 
 
 def test_radius_scatter(rows_file, tmp_path):
@@ -20,6 +23,11 @@ def test_radius_scatter(rows_file, tmp_path):
         (note,) = [text.get_text() for text in axes.texts if text.get_text().startswith("refuted of")]
         assert note.replace("\n", " ").endswith(" 0 certified radii")
         assert axes.get_xlim() == axes.get_ylim() and axes.get_aspect() == 1
+
+
+def test_objective_to_radius_draws_what_is_kept(tmp_path):
+    objective_to_radius.main(KEPT / "lambda-grad.csv", tmp_path / "objective.png")
+    assert (tmp_path / "objective.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_bounds_benchmark(model):

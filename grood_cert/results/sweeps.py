@@ -8,7 +8,9 @@ apart.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ OBJECTIVE: dict[str, str] = {  # what `objective_records` holds, in words
     "eps_constant": "eps of the proved constant",
     "constant_bound": "best bound (proved) of the local Lipschitz constant, median over samples",
     "margin": "|S - gamma|, median over samples right at x",
+    "margin_over_constant_estimate": "margin over constant, median over samples right at x: a radius if below eps_constant, "
+    "else an estimate of one",
     "radius_certified": "certified radius, median over samples right at x",
     "radius_attack": "attack radius, median over samples right at x",
     "eps": "eps of the FPR95",
@@ -101,8 +105,45 @@ def objective_records(
                 record |= _slope(lipschitz, kind, name, max(lipschitz.eps) if eps is None else eps)
             if certification is not None:
                 record |= _certified(certification, kind, name, middle_eps(certification) if eps is None else eps)
+            if lipschitz is not None and certification is not None:
+                record["margin_over_constant_estimate"] = _margin_over_constant(
+                    lipschitz, kind, name, record["eps_constant"], certification.gamma
+                )
             records.append(record)
     return records
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in a `sweep.csv`, without what its sweep added to them: None where a cell is empty.
+
+    Raises:
+        InputError: If the file cannot be read, or is none.
+    """
+    numbers = {key for key in OBJECTIVE if key not in ("kind", "set", "norm", "effort", "engine", "complete")}
+
+    def value(key: str, text: str) -> Any:
+        if key == "complete":
+            return text == "True"
+        return text if key not in numbers else int(text) if key in ("seed", "samples") else float(text)
+
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        if not rows or any(None in (*row, *row.values()) for row in rows):
+            raise ValueError("a row is not whole, or there is none")
+        return [{key: value(key, row[key]) if row[key] else None for key in OBJECTIVE} for row in rows]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{path} has no column {error}; it should be the sweep.csv of a `grood-cert sweep`") from None
+    except (ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{path} is no sweep.csv of a `grood-cert sweep`: {error}") from None
+
+
+def _margin_over_constant(rows: Table, kind: str, name: str, eps: float, gamma: float) -> float | None:
+    chosen = rows.of_kind(kind) & (rows["set"] == name) & (rows["eps"] == eps)
+    chosen = chosen & (rows["score"] <= gamma if kind == "id" else rows["score"] > gamma)
+    return _median(np.abs(rows["score"][chosen] - gamma) / rows["bound"][chosen])
 
 
 def _slope(rows: Table, kind: str, name: str, eps: float) -> dict[str, Any]:

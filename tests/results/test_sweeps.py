@@ -5,8 +5,9 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.results import curves, figures
-from grood_cert.results.sweeps import OBJECTIVE, objective_records, over_seeds, spread_text
+from grood_cert.results.sweeps import OBJECTIVE, objective_records, over_seeds, read_records, spread_text
 from grood_cert.results.table import Table
+from grood_cert.system.files import write_csv
 from tests.results.examples import random_certification, slopes
 from tests.results.test_figures import texts
 
@@ -16,6 +17,9 @@ def run(weight, seed):
     rows = random_certification(seed)
     analysis = slopes(
         [(kind, eps, 1.0 / (1 + weight), 2.0, 3.0 + eps) for kind in ("id", "ood") for eps in (0.1, 0.2) for _ in "ab"]
+    )
+    analysis["score"][:] = rows.gamma + np.linspace(-1, 1, len(analysis)) * np.where(
+        np.arange(len(analysis)) % 3, 1, -1
     )
     analysis["set"][analysis["kind"] == "id"] = "in"
     analysis["set"][analysis["kind"] == "ood"] = "a"
@@ -51,6 +55,13 @@ def test_records_by_brute_force():
             assert record["fpr95_id_clean"] is None
         assert record["accuracy"] == 0.93
     assert [record["constant_bound"] for record in records] == [3.2, 3.2, None]  # b was not analysed
+    for record, kind in zip(records[:2], ("id", "ood"), strict=True):
+        chosen = [row for row in range(len(analysis)) if (analysis["kind"][row], analysis["eps"][row]) == (kind, 0.2)]
+        right = [row for row in chosen if (analysis["score"][row] - rows.gamma) * (-1 if kind == "id" else 1) > 0]
+        ratios = [abs(analysis["score"][row] - rows.gamma) / analysis["bound"][row] for row in right]
+        assert record["margin_over_constant_estimate"] == (np.median(ratios) if right else None)
+    assert records[2]["margin_over_constant_estimate"] is None
+    assert any(record["margin_over_constant_estimate"] for record in records)
     older = Table({**rows.manifest, "metrics": None}, rows.columns, rows.grid)
     assert objective_records(older, None)[0]["accuracy"] is None
 
@@ -97,6 +108,22 @@ def test_the_page_shows_mean_and_spread_over_seeds(width):
         and "FPR95 at eps 0.1" in said
         and "n 40 in (ID), 40 a (OOD)" in said
     )
+
+
+def test_records_come_back_from_their_file(tmp_path):
+    write_csv(tmp_path / "sweep.csv", ["cell", *OBJECTIVE], [{"cell": "x", **record} for record in RECORDS])
+    assert read_records(tmp_path / "sweep.csv") == RECORDS
+    for name, content, message in (
+        ("missing.csv", None, "cannot be read"),
+        ("rows.csv", b"set,kind\na,id\n", "has no column .*grood-cert sweep"),
+        ("words.csv", (tmp_path / "sweep.csv").read_bytes().replace(b",in,", b",in,many"), "is no sweep.csv"),
+        ("short.csv", (tmp_path / "sweep.csv").read_bytes()[:-40], "a row is not whole"),
+        ("picture.csv", b"\x89PNG\xff", "cannot be read"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_records(tmp_path / name)
 
 
 def test_one_seed_one_weight_and_unfinished_runs_are_said(tmp_path):
