@@ -107,7 +107,10 @@ def test_recipe_takes_a_step(path):
     network = architecture_of(recipe, data).build().train()
     before = [weight.detach().clone() for weight in network.parameters()]
     steps = Steps(network, data, recipe, torch.device("cpu"))
-    terms = steps.take(steps.total // 2, torch.arange(2), torch.arange(4 if recipe.sampling.method == "energy" else 2))
+    terms = steps.take(
+        steps.total // 2,
+        steps.read(torch.arange(2), torch.arange(4 if recipe.sampling.method == "energy" else 2)),
+    )
     assert terms is not None and bool(terms.isfinite().all())
     assert any(not torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
     assert all(bool(weight.isfinite().all()) for weight in network.parameters())

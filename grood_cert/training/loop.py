@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from grood_cert.training.evaluation import watch
 from grood_cert.training.step import TERMS, Steps, learning_rate, steps_per_epoch
 
 _PROBE_STEPS = 50
+_Read = TypeVar("_Read")
 
 
 class TrainingError(RunError):
@@ -134,6 +138,18 @@ def _candidates(recipe: Recipe, experiment: Experiment) -> int:
     return steps_per_epoch(recipe, experiment) * recipe.sampling.pool
 
 
+def one_ahead(read: Callable[[Tensor, Tensor], _Read], batches: Batches) -> Iterator[_Read]:
+    """What is read of each batch, in order; a thread reads the next one while this one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        pending: deque[Future[_Read]] = deque()
+        for batch in batches:
+            pending.append(thread.submit(read, *batch))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        if pending:
+            yield pending.popleft().result()
+
+
 class _Loop:
     """What the epochs of a run have in common."""
 
@@ -177,8 +193,10 @@ class _Loop:
         """Take those steps of an epoch that are not in its history yet; whether all went well."""
         self.network.train()
         count = len(batches)
-        for step in range(len(history), count):
-            terms = self.steps.take((number - 1) * count + step, *batches[step])
+        first = len(history)
+        read = one_ahead(self.steps.read, batches[first:])
+        for step, parts in enumerate(read, first):
+            terms = self.steps.take((number - 1) * count + step, parts)
             if terms is None:
                 return False
             history.append(terms)

@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from grood_cert.data import Experiment, ImageSet
+from grood_cert.data import Experiment
 from grood_cert.errors import InputError
 from grood_cert.recipe import Recipe
 from grood_cert.sections import ObjectiveSection, OptimizerSection
@@ -153,6 +153,25 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a batch.
+
+    Attributes:
+        number: Which part of the batch.
+        share: Of the batch's ID images.
+        images: ID images, shape (n_id, C, H, W).
+        labels: Their classes.
+        outliers: Outliers, shape (n_aux, C, H, W); none where no term looks at them.
+    """
+
+    number: int
+    share: float
+    images: Tensor
+    labels: Tensor
+    outliers: Tensor
+
+
 class Steps:
     """The steps of a run: what happens to a network for one batch."""
 
@@ -173,17 +192,34 @@ class Steps:
         (number,) = np.random.SeedSequence([self.recipe.seed, step, part]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(number >> np.uint64(1)))
 
-    def _images(self, images: ImageSet, indices: Tensor, generator: torch.Generator) -> Tensor:
-        changed = augment(images.images[indices], self.recipe.augmentation, generator)
-        return changed.to(self.device, memory_format=self.format)
+    def read(self, inside: Tensor, outside: Tensor) -> list[Part]:
+        """What this process computes of a batch, given as indices of ID images and outliers: pixels and labels.
 
-    def _terms(self, step: int, part: int, inside: Tensor, outside: Tensor, section: ObjectiveSection) -> Terms:
+        It depends on nothing that a step changes, so that another thread can do it ahead.
+        """
+        mine = self.recipe.optimizer.accumulate
+        first = processes.rank() * mine
+        train, auxiliary = self.experiment.train, self.experiment.auxiliary
+        cut = zip(range(self.cuts), inside.tensor_split(self.cuts), outside.tensor_split(self.cuts), strict=True)
+        parts = []
+        for number, own_inside, own_outside in list(cut)[first : first + mine]:
+            images = train.images[own_inside]
+            outliers = auxiliary.images[own_outside] if self.recipe.objective.uses_outliers else images[:0]
+            parts.append(Part(number, len(own_inside) / len(inside), images, train.labels[own_inside], outliers))
+        return parts
+
+    def _images(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        changed = augment(pixels, self.recipe.augmentation, generator)
+        if self.device.type == "cuda":
+            changed = changed.pin_memory()
+        return changed.to(self.device, memory_format=self.format, non_blocking=True)
+
+    def _terms(self, step: int, part: Part, section: ObjectiveSection) -> Terms:
         """The objective of one part of a batch."""
-        train, auxiliary, picking = self.experiment.train, self.experiment.auxiliary, self.recipe.sampling
-        generator = self._generator(step, part)
-        images = self._images(train, inside, generator)
-        outliers = self._images(auxiliary, outside, generator) if self.recipe.objective.uses_outliers else images[:0]
-        labels, roles, progress = train.labels[inside].to(self.device), None, step / self.total
+        picking, generator = self.recipe.sampling, self._generator(step, part.number)
+        images = self._images(part.images, generator)
+        outliers = self._images(part.outliers, generator) if len(part.outliers) else images[:0]
+        labels, roles, progress = part.labels.to(self.device), None, step / self.total
         if self.recipe.objective.uses_outliers and picking.method == "energy":
             with self._arithmetic():
                 logits, features = sampling.candidates(self.network, outliers)
@@ -201,22 +237,15 @@ class Steps:
         with bf16, functorch.patch(donated_buffer=False):
             yield
 
-    def _backward(self, share: float, step: int, part: tuple[int, Tensor, Tensor], section: ObjectiveSection) -> Terms:
+    def _backward(self, share: float, step: int, part: Part, section: ObjectiveSection) -> Terms:
         """The objective of one part of a batch; its gradient, times a share, is added to that of the parameters."""
         with tf32(self.recipe.compute.precision == "tf32"):
-            found = self._terms(step, *part, section)
+            found = self._terms(step, part, section)
             (share * found.total).backward()
         return found
 
-    def _own_parts(self, inside: Tensor, outside: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """What of a batch this process computes: number, ID images and outliers of each part."""
-        mine = self.recipe.optimizer.accumulate
-        first = processes.rank() * mine
-        cut = zip(range(self.cuts), inside.tensor_split(self.cuts), outside.tensor_split(self.cuts), strict=True)
-        return list(cut)[first : first + mine]
-
-    def take(self, step: int, inside: Tensor, outside: Tensor) -> Tensor | None:
-        """Update the network for one batch, given as indices of ID images and outliers.
+    def take(self, step: int, parts: Sequence[Part]) -> Tensor | None:
+        """Update the network for one batch, as `read`.
 
         Returns:
             The terms of the objective over the batch, or None if they are not finite; then nothing is updated.
@@ -225,13 +254,12 @@ class Steps:
         terms = torch.zeros(len(TERMS), device=self.device)
         before = [buffer.clone() for buffer in self.buffers]
         after = [torch.zeros_like(buffer) for buffer in self.statistics]
-        for part in self._own_parts(inside, outside):
-            share = len(part[1]) / len(inside)
+        for part in parts:
             _set(self.buffers, before)
-            found = self._backward(share, step, part, self.recipe.objective)
-            terms += share * torch.stack([getattr(found, name).detach().float() for name in TERMS])
+            found = self._backward(part.share, step, part, self.recipe.objective)
+            terms += part.share * torch.stack([getattr(found, name).detach().float() for name in TERMS])
             for mean, buffer in zip(after, self.statistics, strict=True):
-                mean += share * buffer
+                mean += part.share * buffer
         gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
         processes.add_up([*gradients, *after, terms])
         if not bool(torch.isfinite(terms[0])):
@@ -247,9 +275,10 @@ class Steps:
 
     def gradient_share(self, step: int, inside: Tensor, outside: Tensor) -> float:
         """Share of the time of a step that the gradient term takes; leaves network and random numbers as they are."""
-        section, part = self.recipe.objective, self._own_parts(inside, outside)[0]
+        section = self.recipe.objective
         if section.lambda_grad == 0:
             return 0.0
+        part = self.read(inside, outside)[0]
         kept = [buffer.clone() for buffer in self.network.buffers()]
         seconds = {}
         # Without the term a compiled network is another one, so it runs once before the clock does.

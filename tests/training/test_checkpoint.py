@@ -229,8 +229,8 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path, whole, mon
     folder = tmp_path / "run"
     original = Steps.take
 
-    def poisoned(self, step, inside, outside):
-        return None if step == STEPS + 2 else original(self, step, inside, outside)
+    def poisoned(self, step, parts):
+        return None if step == STEPS + 2 else original(self, step, parts)
 
     again = f"--set network.pretrained={folder / 'best.pt'} with another --out"
     with monkeypatch.context() as patch, pytest.raises(RunError, match=f"training diverged in epoch 2.*{again}"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from grood_cert.data import ImageSet, StoredImages
 from grood_cert.errors import InputError, RunError
 from grood_cert.scores import energy
 from grood_cert.training import step as steps
-from grood_cert.training.loop import _order, fit
+from grood_cert.training.loop import _order, fit, one_ahead
 from tests.training.examples import bad_images, experiment, network_of, small
 
 
@@ -164,3 +165,26 @@ def test_images_that_are_read_as_they_are_used_train_the_same_network():
     for network, images in zip(networks, (data, lazy), strict=True):
         list(fit(network, images, recipe))
     assert all(torch.equal(*pair) for pair in zip(*(network.parameters() for network in networks), strict=True))
+
+
+def test_batches_are_read_in_order_one_ahead_by_one_other_thread():
+    read, used, threads = [], [], set()
+
+    def pixels(inside: torch.Tensor, outside: torch.Tensor) -> int:
+        threads.add(threading.get_ident())
+        read.append(int(inside))
+        return 10 * int(inside) + int(outside)
+
+    batches = [(torch.tensor(number), torch.tensor(1)) for number in range(5)]
+    for found in one_ahead(pixels, batches):
+        used.append(found)
+        assert len(read) <= len(used) + 1, "never further"
+    assert (read, used) == ([0, 1, 2, 3, 4], [1, 11, 21, 31, 41])
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert list(one_ahead(pixels, [])) == []
+
+    def missing(inside: torch.Tensor, outside: torch.Tensor) -> int:
+        raise InputError(f"picture {int(inside)} is gone")
+
+    with pytest.raises(InputError, match="picture 0 is gone"):
+        next(one_ahead(missing, batches))

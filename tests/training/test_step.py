@@ -111,7 +111,8 @@ def test_a_gradient_that_is_too_long_is_shortened(clip_norm):
         recipe = small(optimizer={**sections, "clip_norm": clip, "schedule": "constant"})
         network = network_of(recipe, data)
         before = nn.utils.parameters_to_vector(network.parameters()).detach()
-        Steps(network, data, recipe, torch.device("cpu")).take(0, torch.arange(20), torch.arange(10).repeat(2))
+        steps = Steps(network, data, recipe, torch.device("cpu"))
+        steps.take(0, steps.read(torch.arange(20), torch.arange(10).repeat(2)))
         moves.append(nn.utils.parameters_to_vector(network.parameters()).detach() - before)
     length = float(moves[0].norm())
     assert 0.01 < length < 1000
@@ -170,7 +171,8 @@ def test_parts_of_a_batch_move_the_running_statistics_once():
         twin(torch.cat([data.train.images[inside[part]], data.auxiliary.images[outside[part]]]))
         for name, mean in expected.items():
             mean += share * twin.get_buffer(name)
-    Steps(network.train(), data, recipe, torch.device("cpu")).take(0, inside, outside)
+    taking = Steps(network.train(), data, recipe, torch.device("cpu"))
+    taking.take(0, taking.read(inside, outside))
     assert len(expected) > 4
     for name, mean in expected.items():
         torch.testing.assert_close(network.get_buffer(name), mean)
@@ -182,7 +184,7 @@ def test_a_step_that_is_no_number_leaves_the_running_statistics():
     before = {name: value.clone() for name, value in network.named_buffers() if "running" in name}
     data.train.images[3] = float("nan")
     steps = Steps(network, data, recipe, torch.device("cpu"))
-    assert steps.take(0, torch.arange(5), torch.arange(5)) is None
+    assert steps.take(0, steps.read(torch.arange(5), torch.arange(5))) is None
     assert all(torch.equal(network.get_buffer(name), value) for name, value in before.items())
 
 
@@ -287,7 +289,7 @@ def test_tf32_is_off_in_training_unless_asked_for(allowed):
         step = Steps(network, data, small(optimizer={"epochs": 1}), torch.device("cpu"))
         step.recipe = recipe
         network.train()
-        assert step.take(0, torch.arange(20), torch.arange(10)) is not None
+        assert step.take(0, step.read(torch.arange(20), torch.arange(10))) is not None
     else:
         list(fit(network, data, recipe))
     assert set(seen) == {(allowed, allowed)} and flags() == before
