@@ -57,6 +57,7 @@ soundness: env
 # the figures of docs/ that stand on numbers kept in results/
 figures: env
 	$(BIN)/python analysis/objective_to_radius.py results/lambda-grad.csv --out docs/sweep-objective.png
+	$(BIN)/python analysis/pareto.py results/digits-pareto.csv --out docs/digits-pareto.png
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md

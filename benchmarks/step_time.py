@@ -1,4 +1,4 @@
-"""What a training step costs: energy fine-tuning, GReg with each penalty, the authors' reference, and GReg+ sampling.
+"""What a training step costs: energy fine-tuning, GReg with each penalty, the authors' reference, GReg+, certified terms.
 
     python benchmarks/step_time.py --batch 64
 
@@ -9,6 +9,9 @@ are medians of the ratios within one round.
 
 Rows "sampling" are the choice of a GReg+ step's outliers from a pool of six times the batch (384 at batch 64), as a
 part of the GReg+ step that takes them (`batch` ID images and twice as many outliers, "exact").
+
+Rows "ibp", "adversarial" and "mix" are an energy step with the certified term on outliers: bounds alone, an attack of
+`attack_steps` gradients alone, and the mix of them; "mix, both" has it on ID images too.
 """
 
 from __future__ import annotations
@@ -35,6 +38,12 @@ from grood_cert.training.objective import objective
 COLUMNS = ("network", "batch_norm", "step", "ms", "of_energy", "of_reference")
 NETWORKS = ("resnet18", "wrn-40-2", "densenet-bc-100")
 PENALTIES = ("exact", "fast", "stochastic")
+CERTIFIED = {  # on whom the certified term acts, and the share of the bound
+    "ibp": ("ood", 1.0),
+    "adversarial": ("ood", 0.0),
+    "mix": ("ood", 0.5),
+    "mix, both": ("both", 0.5),
+}
 POOL = 6  # candidates for each ID image: 300,000 for 50,000
 
 
@@ -51,7 +60,7 @@ def _seconds(step: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, repeats: int, active: float) -> list[dict[str, Any]]:
+def measure(name: str, batch: int, repeats: int, active: float, attack_steps: int = 3) -> list[dict[str, Any]]:
     """One record a step, with the keys of `COLUMNS`."""
     torch.manual_seed(0)
     network = architectures.build(name, (3, 32, 32), 10, [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]).train()
@@ -81,6 +90,9 @@ def measure(name: str, batch: int, repeats: int, active: float) -> list[dict[str
             steps[mode, penalty] = train(replace(greg, penalty=penalty, batch_norm=mode), outside)
         steps[mode, "greg+"] = train(replace(greg, batch_norm=mode), pool[: 2 * batch])
     steps["-", "sampling"] = sample
+    worst = replace(plain, certified_eps=0.01, certified_ramp=0.0, certified_attack_steps=attack_steps)
+    for step, (certified, mix) in CERTIFIED.items():
+        steps["-", step] = train(replace(worst, certified=certified, certified_mix=mix), outside)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for turn in range(1 + repeats):  # the first turn warms up
         for key, step in steps.items():
@@ -108,6 +120,7 @@ def main(
     batch: Annotated[int, typer.Option(min=2, help="ID images a step; as many outliers.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     active: Annotated[float, typer.Option(min=0, max=1, help="Share of samples past their margin.")] = 0.5,
+    attack_steps: Annotated[int, typer.Option(min=1, help="Gradients of the attack.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Also write the table as CSV.")] = None,
 ) -> None:
@@ -116,7 +129,7 @@ def main(
     typer.echo("  ".join(f"{column:>15}" for column in COLUMNS))
     records = []
     for name in network:
-        for record in measure(name, batch, repeats, active):
+        for record in measure(name, batch, repeats, active, attack_steps):
             records.append(record)
             cells = (f"{value:.2f}" if isinstance(value, float) else value for value in record.values())
             typer.echo("  ".join(f"{cell:>15}" for cell in cells))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from analysis import objective_to_radius, radius_scatter
+from analysis import objective_to_radius, pareto, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
+from grood_cert.errors import InputError
 from grood_cert.results.table import Table
+from grood_cert.system.files import write_csv
 
 KEPT = Path(__file__).parents[1] / "results"
 
@@ -28,6 +32,32 @@ def test_radius_scatter(rows_file, tmp_path):
 def test_objective_to_radius_draws_what_is_kept(tmp_path):
     objective_to_radius.main(KEPT / "lambda-grad.csv", tmp_path / "objective.png")
     assert (tmp_path / "objective.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_pareto(rows_file, tmp_path):
+    kept, out = tmp_path / "kept.csv", tmp_path / "pareto.png"
+    with pytest.raises(InputError, match=r"cannot read .*kept\.csv.*--sweep FOLDER makes the rows"):
+        pareto.main(kept, out)
+    shutil.copytree(rows_file.parent, tmp_path / "sweep/cell")
+    with pytest.raises(InputError, match=r"no rows of photo-patches in .*kept\.csv"):
+        pareto.main(kept, out, [tmp_path / "sweep"])
+    rows, found = Table.read(rows_file), pareto.read(kept)
+    assert len(found) == len(rows.eps) * len(rows.sets("id", "ood"))
+    for record in found:
+        assert 0 <= record["rate_clean"] <= record["rate_attacked"] <= record["rate_certified"] <= 1
+        if record["kind"] == "id":
+            proved = rows.grid["s_ub"][rows.of_kind("id")][:, list(rows.eps).index(record["eps"])] < rows.gamma
+            assert record["rate_certified"] == pytest.approx(1 - proved.mean())
+    found += [record | {"set": "photo-patches"} for record in found if record["kind"] == "ood"]
+    mixed = [record | {"certified": "both", "certified_mix": mix} for record in found for mix in (0.1, 0.2)]
+    others = [record | {"seed": 1, "accuracy": record["accuracy"] / 2} for record in mixed]
+    write_csv(kept, pareto.COLUMNS, found + mixed + others)
+    pareto.main(kept, out)
+    head, _, accuracy, *_ = pareto.table(pareto.read(kept)).splitlines()
+    assert head.count("both, eps 0") == 2 and head.count(", a 0.1 ") == 1 and head.count("no certified term") == 1
+    means = [record["accuracy"] for record in found[:1]] + 2 * [0.75 * found[0]["accuracy"]]
+    assert [float(cell.split()[0]) for cell in accuracy.split("|")[2:-1]] == pytest.approx(means, abs=6e-4)
+    assert out.read_bytes()[:4] == b"\x89PNG" and len(pareto.figure(pareto.read(kept)).axes) == 3
 
 
 def test_bounds_benchmark(model):
@@ -52,7 +82,7 @@ def test_lipschitz_benchmark(small_recipe, tmp_path, monkeypatch):
 
 def test_step_time_benchmark():
     records = step_time.measure("resnet-small", 2, 1, 0.5)
-    assert len(records) == 11 and all(tuple(record) == step_time.COLUMNS for record in records)
+    assert len(records) == 15 and all(tuple(record) == step_time.COLUMNS for record in records)
 
 
 def test_clustering_benchmark():

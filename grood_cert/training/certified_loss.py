@@ -155,7 +155,7 @@ def certified_loss(
     count = len(images_aux)
     images = torch.cat([images_aux, images_id]) if section.certified == "both" else images_aux
     ball = Ball(images.clamp(0, 1), eps, "linf")
-    graph = folded(live_graph(network, tuple(images.shape[1:])))
+    graph = live_graph(network, tuple(images.shape[1:]))
 
     def loss(score_aux: Tensor, score_id: Tensor) -> Tensor:
         outside = functional.relu(section.m_out - score_aux).square().sum() / max(1, count)
@@ -169,6 +169,6 @@ def certified_loss(
         score = energy(graph(adversarial_points(graph, ball, sign, section.certified_attack_steps, generator)))
         total = total + (1 - share) * loss(score[:count], score[count:])
     if share > 0:
-        lower, upper = _interval(graph, ball, section.certified_method)
+        lower, upper = _interval(folded(graph), ball, section.certified_method)
         total = total + share * loss(lower[:count], upper[count:])
     return total
