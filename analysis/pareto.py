@@ -150,7 +150,7 @@ def figure(rows: Sequence[Record]) -> Figure:
                         axes.annotate(f"a {mix:g}", line[-1], **offset)
             axes.plot(*zip(*line, strict=True), color=look.colour, linewidth=0.8)
         style.percent(axes, f"not certified at eps {eps:g}: {proved or 'ID'}")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel(label)
 

@@ -91,8 +91,8 @@ def measure(name: str, batch: int, repeats: int, active: float, attack_steps: in
         steps[mode, "greg+"] = train(replace(greg, batch_norm=mode), pool[: 2 * batch])
     steps["-", "sampling"] = sample
     worst = replace(plain, certified_eps=0.01, certified_ramp=0.0, certified_attack_steps=attack_steps)
-    for step, (certified, mix) in CERTIFIED.items():
-        steps["-", step] = train(replace(worst, certified=certified, certified_mix=mix), outside)
+    for row, (certified, mix) in CERTIFIED.items():
+        steps["-", row] = train(replace(worst, certified=certified, certified_mix=mix), outside)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for turn in range(1 + repeats):  # the first turn warms up
         for key, step in steps.items():
