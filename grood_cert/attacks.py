@@ -63,7 +63,10 @@ _SQUEEZE = 0.99  # radius of the last ball over the best distance
 _TOUCH = 1 + 1e-7  # just beyond the hyperplane
 _TOWARDS_X = 0.5  # largest weight of the projection of x
 
+Side = Literal["maximum", "minimum"]
 Preset = Literal["fast", "default", "max"]
+SIDES: tuple[Side, ...] = get_args(Side)
+_SIGN: dict[Side, int] = {"maximum": 1, "minimum": -1}
 PRESETS: tuple[str, ...] = get_args(Preset)
 
 
@@ -309,10 +312,23 @@ def _rescaled(ball: Ball, points: Tensor, eps: Tensor) -> Tensor:
     return ball.project(ball.center + (points - ball.center) * ball.per_pixel(factor))
 
 
-class _Search:
-    """Searches of nested balls for high and for low scores, both at once: batches of 2 B, S climbed in the first half.
+_Found = tuple[Tensor, Tensor]
 
-    What was found is kept as (sign * S, points), in the floating-point type of the images; NaN gives way to any number.
+
+def _best(first: _Found, second: _Found) -> _Found:
+    """The better one of two findings (value, points); NaN gives way to any number."""
+    better = _better(second[0], first[0])
+    return torch.where(better, second[0], first[0]), _where(better, second[1], first[1])
+
+
+def _joined(parts: Sequence[_Found]) -> _Found:
+    return torch.cat([value for value, _ in parts]), torch.cat([points for _, points in parts])
+
+
+class _Search:
+    """Searches of nested balls for high and for low scores, all sides at once: batches of B images a side.
+
+    What was found is kept as (sign * S, points), in the floating-point type of the images.
     """
 
     def __init__(
@@ -323,34 +339,25 @@ class _Search:
         generator: torch.Generator,
         effort: AttackEffort,
         rule: Score,
+        sides: Sequence[Side],
     ) -> None:
         self._network, self._coarse, self._rule, self._effort = network, _single(network), rule, effort
         self._norm, self._generator = norm, generator
-        self.images = _repeat(images, 2)
-        self._sign = torch.tensor([1, -1]).to(images).repeat_interleave(len(images))
+        self.count, self.images = len(images), _repeat(images, len(sides))
+        self.sign = torch.tensor([_SIGN[side] for side in sides]).to(images).repeat_interleave(len(images))
         with torch.no_grad():
             logits = network(images)
-        self._classes = logits.argsort(1, descending=True)[:, : effort.logits].T.flatten()
-        self._climbed: tuple[Tensor, Tensor] | None = None  # radii and where the climbs of single logits are
-        self.centre = self._sign * rule.value(logits).repeat(2), self.images
+        climbs = effort.logits if sides[-1] == "minimum" else 0  # of single logits, which lead to low scores alone
+        self._classes = logits.argsort(1, descending=True)[:, :climbs].T.flatten()
+        self._climbed: tuple[Tensor, Tensor] | None = None  # radii and where they are
 
-    def value(self, points: Tensor) -> Tensor:
-        """The score, times the sign of the direction."""
-        return self._sign * _score(self._network, points, self._rule)
-
-    @staticmethod
-    def best(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The better one of two findings."""
-        better = _better(second[0], first[0])
-        return torch.where(better, second[0], first[0]), _where(better, second[1], first[1])
-
-    def climb(self, ball: Ball, points: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def climb(self, ball: Ball, points: Tensor, steps: int) -> _Found:
         """Where a climb ends, or where its gradient leads from there."""
         coarse = Ball(self.images.float(), ball.eps.float(), self._norm)
-        ended, gradient = _ascend(self._coarse, coarse, self._sign.float(), points.float(), steps, self._rule)
+        ended, gradient = _ascend(self._coarse, coarse, self.sign.float(), points.float(), steps, self._rule)
         ends = ball.project(ended.to(ball.center)), towards(gradient.to(ball.center), ball)
-        first, second = ((self.value(end), end) for end in ends)
-        return self.best(first, second)
+        first, second = ((self.sign * _score(self._network, end, self._rule), end) for end in ends)
+        return _best(first, second)
 
     def start(self, ball: Ball, points: Tensor) -> Tensor:
         """Where to start: from these points, near a random one, or where the climb of one logit is."""
@@ -358,24 +365,41 @@ class _Search:
         starts = [points.float()]
         for _ in range(self._effort.restarts):
             random = _random_points(coarse, self._generator)
-            starts.append(_ascend(self._coarse, coarse, self._sign.float(), random, _EXPLORE, self._rule)[0])
+            starts.append(_ascend(self._coarse, coarse, self.sign.float(), random, _EXPLORE, self._rule)[0])
         with torch.no_grad():
-            values = [self._sign * self._rule.order(self._coarse(start)) for start in starts]
+            values = [self.sign * self._rule.order(self._coarse(start)) for start in starts]
         if len(self._classes):
-            half = len(points) // 2
-            climbs = len(self._classes) // half
-            around = Ball(_repeat(coarse.center[:half], climbs), coarse.eps[:half].repeat(climbs), self._norm)
+            climbs = len(self._classes) // self.count
+            own = slice(self.count)  # any side: all search the same balls
+            around = Ball(_repeat(coarse.center[own], climbs), coarse.eps[own].repeat(climbs), self._norm)
             begin = _rescaled(around, self._climbed[1], self._climbed[0]) if self._climbed else around.center
             steps = range(1, 1 + _EXPLORE) if self._climbed else range(_EXPLORE)
             climbed = _climb(self._coarse, around, self._classes, self._rule, begin, steps)
             self._climbed = around.eps, climbed
             with torch.no_grad():
                 low = -self._rule.order(self._coarse(climbed))
-            high = torch.full_like(low[:half], -torch.inf)  # they lead to low scores alone
-            starts += [torch.cat([starts[0][:half], climb]) for climb in climbed.chunk(climbs)]
-            values += [torch.cat([high, value]) for value in low.chunk(climbs)]
+            others = starts[0][: -self.count]
+            none = torch.full_like(values[0][: -self.count], -torch.inf)
+            starts += [torch.cat([others, climb]) for climb in climbed.chunk(climbs)]
+            values += [torch.cat([none, value]) for value in low.chunk(climbs)]
         best = torch.stack(values).nan_to_num(nan=-torch.inf).argmax(0)
         return torch.stack(starts)[best, torch.arange(len(best), device=best.device)]
+
+    def nested(self, balls: Sequence[Ball], known: Sequence[_Found], points: Tensor, distance: Tensor) -> list[_Found]:
+        """The best of each ball, up through the balls from points at a distance and down again, and what is known."""
+        sides = len(self.images) // self.count
+        balls = [Ball(self.images, ball.eps.repeat(sides), self._norm) for ball in balls]
+        best, where, eps, ascent = known[0], _repeat(points, sides), distance.repeat(sides), self._effort.ascent
+        found = []
+        for number, (ball, seen) in enumerate(zip(balls, known, strict=True), 1):
+            start = self.start(ball, _rescaled(ball, where, eps))
+            best = _best(_best(best, seen), self.climb(ball, start, math.ceil(ascent * number / len(balls))))
+            where, eps = best[1], ball.eps
+            found.append(best)
+        for index in reversed(range(len(balls) - 1)):
+            start = _rescaled(balls[index], found[index + 1][1], balls[index + 1].eps)
+            found[index] = _best(found[index], self.climb(balls[index], start, math.ceil(_DOWN * ascent)))
+        return list(itertools.accumulate(found, _best))
 
 
 def extremes(
@@ -385,6 +409,7 @@ def extremes(
     effort: AttackEffort = DEFAULT,
     score: Score = ENERGY,
     points: Tensor | None = None,
+    sides: Sequence[Side] = SIDES,
 ) -> list[Extremes]:
     """Search nested balls for high and for low scores, up through them and down again.
 
@@ -396,10 +421,12 @@ def extremes(
         score: S.
         points: Where to start both searches, moved into the first ball in proportion; they also count as seen in all
             balls that hold them. None: the centre.
+        sides: Which extremes to search for, in the order of `SIDES`; the other one is that of centre and given points.
 
     Returns:
-        For each ball the extremes over the centre, the best points of the searches of this and of all smaller balls,
-        and the points towards which their gradients there lead, all evaluated in the balls' floating-point type.
+        For each ball the extremes over the centre, the given points in it, the best points of the searches of this and
+        of all smaller balls, and the points towards which their gradients there lead, all evaluated in the balls'
+        floating-point type.
 
     Example:
         >>> layer = nn.Linear(2, 1, dtype=torch.float64)
@@ -412,29 +439,25 @@ def extremes(
         [-2.8, -2.1]
     """
     check_eval(network)
-    search = _Search(network, balls[0].center, balls[0].norm, generator, effort, score)
-    both = [Ball(search.images, ball.eps.repeat(2), ball.norm) for ball in balls]
-    value, given = search.centre
-    if points is not None:
-        given = _repeat(points, 2)
-        value = search.value(given)
-    distance = both[0].distance(given)
-    best, where, eps = search.centre, given, distance
-    found = []
-    for number, ball in enumerate(both, 1):
-        best = search.best(best, (torch.where(distance <= ball.eps, value, torch.nan), given))
-        start = search.start(ball, _rescaled(ball, where, eps))
-        best = search.best(best, search.climb(ball, start, math.ceil(effort.ascent * number / len(balls))))
-        where, eps = best[1], ball.eps
-        found.append(best)
-    for index in reversed(range(len(balls) - 1)):
-        start = _rescaled(both[index], found[index + 1][1], both[index + 1].eps)
-        found[index] = search.best(found[index], search.climb(both[index], start, math.ceil(_DOWN * effort.ascent)))
-    seen = []
-    for value, where in itertools.accumulate(found, search.best):
-        (maximum, negated), (argmax, argmin) = value.chunk(2), where.chunk(2)
-        seen.append(Extremes(-negated, maximum, argmin, argmax))
-    return seen
+    images, points = balls[0].center, balls[0].center if points is None else points
+    distance = balls[0].distance(points)
+    search = _Search(network, images, balls[0].norm, generator, effort, score, sides)
+    centre, given = (_score(network, where, score) for where in (images, points))
+    found = {
+        side: [
+            _best((sign * centre, images), (torch.where(distance <= ball.eps, sign * given, torch.nan), points))
+            for ball in balls
+        ]
+        for side, sign in _SIGN.items()
+    }
+    known = [_joined([found[side][index] for side in sides]) for index in range(len(balls))]
+    searched = search.nested(balls, known, points, distance)
+    for place, side in enumerate(sides):
+        found[side] = [(value.chunk(len(sides))[place], where.chunk(len(sides))[place]) for value, where in searched]
+    return [
+        Extremes(-negated, maximum, argmin, argmax)
+        for (maximum, argmax), (negated, argmin) in zip(found["maximum"], found["minimum"], strict=True)
+    ]
 
 
 def _flipped(score: Tensor, accepted: Tensor, gamma: float) -> Tensor:

@@ -44,7 +44,7 @@ class Adversary:
         self.images, self.points, self.radius = images, images.clone(), images.new_zeros(len(images))
         self.seen: list[attacks.Extremes] = []
         self._detector, self._gamma, self._settings = detector, detector.gamma, settings
-        self._effort = EFFORTS[settings.effort].attack
+        self._effort = EFFORTS[settings.effort]
         self._inside, self._right = kind == "id", right
         if bool(right.any()):
             found = attacks.minimum_norm(
@@ -53,7 +53,7 @@ class Adversary:
                 self._gamma,
                 settings.norm,
                 generator,
-                self._effort,
+                self._effort.attack,
                 detector.score,
             )
             self.radius[right], self.points[right] = found.radius, found.points
@@ -62,7 +62,8 @@ class Adversary:
         """Attack the balls of the grid."""
         network, score, norm = self._detector.network, self._detector.score, self._settings.norm
         balls = [Ball(self.images, value, norm) for value in self._settings.eps]
-        self.seen = attacks.extremes(network, balls, generator, self._effort, score, self.points)
+        sides = attacks.SIDES if self._effort.outwards else (("maximum",) if self._inside else ("minimum",))
+        self.seen = attacks.extremes(network, balls, generator, self._effort.attack, score, self.points, sides)
         for found in self.seen:
             flipped = found.maximum > self._gamma if self._inside else found.minimum <= self._gamma
             self.add(self._right & flipped, found.argmax if self._inside else found.argmin)

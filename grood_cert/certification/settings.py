@@ -26,6 +26,8 @@ class Effort:
         nodes: Most cases that branch-and-bound may open for one ball.
         rounds: Balls that branch-and-bound may try for one sample.
         attack: How hard the attacks search.
+        outwards: Whether the attacks on the grid search extremes of S away from the other decision too, which no rate
+            depends on, but which a wrong bound would contradict.
     """
 
     stages: tuple[str, ...]
@@ -34,6 +36,7 @@ class Effort:
     nodes: int
     rounds: int
     attack: attacks.AttackEffort
+    outwards: bool = True
 
 
 _DEFAULT = Effort(
@@ -41,7 +44,13 @@ _DEFAULT = Effort(
 )
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
-        ("ibp", "crown"), False, _DEFAULT.steps, _DEFAULT.nodes, _DEFAULT.rounds, attacks.AttackEffort.preset("fast")
+        ("ibp", "crown"),
+        False,
+        _DEFAULT.steps,
+        _DEFAULT.nodes,
+        _DEFAULT.rounds,
+        attacks.AttackEffort.preset("fast"),
+        outwards=False,
     ),
     "default": _DEFAULT,
     "max": Effort(STAGES, True, 50, 2000, 6, attacks.AttackEffort.preset("max")),
