@@ -167,6 +167,29 @@ class Ball:
         high = (self.upper - self.center).flatten(1).unsqueeze(1)
         return support(rows, low, high, self.eps, self.norm)
 
+    def maximiser(self, rows: Tensor) -> Tensor:
+        r"""Where a . x' is largest, up to rounding: x plus the derivative of `support`.
+
+        Args:
+            rows: Coefficients a, shape (B, S, d).
+
+        Returns:
+            Shape (B, S, d); pixels with a = 0 stay, but for l_1.
+
+        Example:
+            >>> ball = Ball(torch.tensor([[0.0, 0.5]]), torch.tensor([0.1]), "linf")
+            >>> ball.maximiser(torch.tensor([[[-3.0, 4.0]]]))
+            tensor([[[0.0000, 0.6000]]])
+        """
+        center = self.center.flatten(1).unsqueeze(1)
+        if self.norm == "linf":
+            lower, upper = self.lower.flatten(1).unsqueeze(1), self.upper.flatten(1).unsqueeze(1)
+            return torch.where(rows > 0, upper, torch.where(rows < 0, lower, center))
+        rows = rows.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (step,) = torch.autograd.grad(self.support(rows).sum(), rows)
+        return center + step
+
 
 def support(rows: Tensor, low: Tensor, high: Tensor, eps: Tensor, norm: Norm) -> Tensor:
     r"""Upper bound of max a . d over ||d||_p <= eps, low <= d <= high.

@@ -26,26 +26,16 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.domains import (
-    SLOPE_RATE,
-    Condition,
-    Domains,
-    FreePullback,
-    Passage,
-    cases,
-    descend,
-    emptied,
-    neurons,
-    root,
-    tightened,
-)
+from grood_cert.bounds.domains import Condition, Domains, cases, emptied, neurons, root, tightened
 from grood_cert.bounds.engine import Side, sign_of
+from grood_cert.bounds.free_pullback import SLOPE_RATE, FreePullback, Passage, descend
 from grood_cert.bounds.hidden import Preactivations
 from grood_cert.bounds.reduction import Reduction, reduction, worst
 from grood_cert.bounds.rounding import largest_of, of_score
@@ -99,6 +89,14 @@ class ScoreProof:
         self.start, self.smallest, self.largest = (
             torch.cat([head, tail], 1) for head, tail in zip(heads, tails, strict=True)
         )
+
+    def single(self) -> ScoreProof:
+        """The same in float32 and without margins, to search with."""
+        found = copy.copy(self)
+        found.pullback, found.low, found.high = self.pullback.single(), self.low.float(), self.high.float()
+        if not self._gibbs:
+            found.chords = self.chords.float()
+        return found
 
     def theta(self, outputs: Tensor) -> Tensor:
         """What gives the softmax weights p to start from at some outputs; without entropy, near the largest of them."""
@@ -198,8 +196,7 @@ def optimise(proof: ScoreProof, steps: int, start: Tensor | None = None) -> tupl
     first = torch.maximum(torch.minimum(first, proof.largest), proof.smallest)
     values = first
     if steps:
-        rate = proof.rate(first)
-        _, values = descend(proof, first, proof.smallest, proof.largest, rate, steps)
+        values = descend(proof.single(), first, proof.smallest, proof.largest, proof.rate(first), steps)
     passage = Passage()
     with torch.no_grad():
         bound = proof(values, passage)

@@ -14,6 +14,9 @@ Only points whose case is at least t, just below where it means sign * S = sign 
 inputs of its hidden layers are bounded anew on that part alone, and those of the last hidden layer (and the outputs)
 again after every few splits. From then on the claim is that the cases are at most max(t, bounds of the domains), still for the ball.
 
+*Budget.* The gap of the worst domain closes in proportion to the logarithm of the number of domains, as a rule; a ball
+that would need four times its budget at the pace so far is given up.
+
 *Where to split.* At the minimiser x* of a domain's proof the slack, bound minus true value, is a sum over neurons and
 outputs: |a_j| times the distance of the neuron's line from the neuron at x* (a_j the row's coefficient), and the
 distance of chord and exponential. The largest is split, with a fifth of the largest distance on the interval added.
@@ -25,6 +28,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import dataclass, fields, replace
@@ -34,8 +38,9 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise, plain
-from grood_cert.bounds.domains import Domains, Passage, cases, emptied, root, tightened
+from grood_cert.bounds.domains import Domains, cases, emptied, root, tightened
 from grood_cert.bounds.engine import Side, sign_of
+from grood_cert.bounds.free_pullback import Passage
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction, worst
 from grood_cert.bounds.rounding import largest_of, of_score
@@ -45,14 +50,18 @@ from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.graph import Graph
 from grood_cert.scores import ENERGY, Score
 
-_ROOT_STEPS = 40  # of Adam, for the undivided ball
-_LOGIT_STEPS = 10
-_ROOT_TIGHTENING_STEPS = 5
-_TIGHTEN_EVERY = 3  # splits
+_ROOT_STEPS = 20  # of Adam, for the undivided ball
+_LOGIT_STEPS = 5
+_ROOT_TIGHTENING_STEPS = 2
+_TIGHTEN_EVERY = 2  # splits
 _LARGEST_GAP_SHARE = 0.2
 _STRICTNESS = 1e-9
 _POLISH = 10  # times the steps for a domain that cannot be split any more
-_WHOLE, _NOWHERE = -1, -2  # instead of a place to split: optimise for longer; nothing to be done
+_RETRY = 2  # times the steps for a domain whose bound is no better than its parent's
+_TRIED = 31  # domains of a ball, and at least an eighth of its budget, before its pace is looked at
+_PATIENCE = 4  # budgets that a ball may be expected to need
+# Instead of a place to split: optimise a little longer; optimise for long; nothing to be done.
+_AGAIN, _WHOLE, _NOWHERE = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class _Leaves:
     values: Tensor
     bound: Tensor
     depth: Tensor
-    branch: Tensor  # a neuron, N + an output, or _WHOLE or _NOWHERE
+    branch: Tensor  # a neuron, N + an output, or _AGAIN, _WHOLE or _NOWHERE
     cut: Tensor  # where an output is cut
 
     def at(self, index: Tensor) -> _Leaves:
@@ -114,6 +123,11 @@ class _Pool:
     @property
     def all(self) -> _Leaves:
         return self._leaves
+
+    def worst(self, count: int) -> Tensor:
+        """The largest bound of each ball's open leaves, -inf where there is none, shape (count,)."""
+        bound, sample = self._leaves.bound[self.open], self._leaves.sample[self.open]
+        return bound.new_full((count,), -torch.inf).scatter_reduce(0, sample, bound, "amax")
 
     def put(self, leaves: _Leaves) -> None:
         free = (~self.open).nonzero().squeeze(1)
@@ -169,7 +183,9 @@ class _Search:
         """Bound domains, look at the minimisers of their proofs, and choose where to split them."""
         proof = ScoreProof(domains, self.reduction)
         bound, values, passage = optimise(proof, steps, start)
-        points = _maximiser(domains.ball, passage)
+        assert passage.image is not None
+        points = domains.ball.maximiser(passage.image)[:, 0].unflatten(1, domains.ball.center.shape[1:])
+        points = domains.ball.project(points)
         with torch.no_grad():
             nodes = self.graph.values(points)
             hit = self.wrong(self.score.value(nodes[-1])).nonzero().squeeze(1)
@@ -242,17 +258,19 @@ class _Search:
 
     def children(self, parents: _Leaves) -> _Leaves:
         """Both halves of every leaf, bounded; those proved empty are gone. Leaves not to be split are optimised for longer."""
-        whole = parents.branch < 0
-        found = [self.polished(parents.at(whole))] if bool(whole.any()) else []
-        if not bool(whole.all()):
-            found.append(self.halves(parents.at(~whole)))
-        return found[0] if len(found) == 1 else found[0].joined(found[1])
+        found = []
+        for kind, factor in ((_AGAIN, _RETRY), (_WHOLE, _POLISH)):
+            if bool((parents.branch == kind).any()):
+                found.append(self.polished(parents.at(parents.branch == kind), factor * self.steps))
+        if bool((parents.branch >= 0).any()):
+            found.append(self.halves(parents.at(parents.branch >= 0)))
+        return functools.reduce(_Leaves.joined, found)
 
-    def polished(self, leaves: _Leaves) -> _Leaves:
+    def polished(self, leaves: _Leaves, steps: int) -> _Leaves:
         """Leaves optimised for longer; given up where that does not help and there is nothing to split."""
-        found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, _POLISH * self.steps)
+        found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, steps)
         found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
-        stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
+        stuck = (leaves.branch == _WHOLE) & (leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs()))
         return replace(found, branch=torch.where(stuck & (found.branch < 0), _NOWHERE, found.branch))
 
     def halves(self, parents: _Leaves) -> _Leaves:
@@ -260,7 +278,7 @@ class _Search:
         children = _halved(parents)
         leaves = self.solve(children.sample, self.domains(children), children.depth, children.values, self.steps)
         stagnant = leaves.bound >= children.bound  # the steps did not carry the proof over to the half
-        branch = torch.where(stagnant, _WHOLE, leaves.branch)
+        branch = torch.where(stagnant & (leaves.branch >= 0), _AGAIN, leaves.branch)
         leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound), branch=branch)
         again = ((leaves.depth % _TIGHTEN_EVERY == 0) & (leaves.bound >= self.goal)).nonzero().squeeze(1)
         places = [*range(1, self.layers)][-1:] + self.outputs()
@@ -282,10 +300,11 @@ class _Search:
         closed = first.bound < self.goal
         worst = worst.scatter_reduce(0, first.sample[closed], first.bound[closed], "amax")
         pool = _Pool(first.at(~closed))
-        late = torch.zeros_like(self.refuted)
+        late, hopeless = torch.zeros_like(self.refuted), torch.zeros_like(self.refuted)
+        gap = pool.worst(count) - self.goal
         while True:
             leaves = pool.all
-            wanted = pool.open & ~self.refuted[leaves.sample] & (leaves.branch > _NOWHERE)
+            wanted = pool.open & ~(self.refuted | hopeless)[leaves.sample] & (leaves.branch > _NOWHERE)
             chosen = _worst_first(leaves, wanted, (nodes - used) // 2)[: self.batch]
             if not len(chosen):
                 break
@@ -299,22 +318,22 @@ class _Search:
             closed = found.bound < self.goal
             worst = worst.scatter_reduce(0, found.sample[closed], found.bound[closed], "amax")
             pool.put(found.at(~closed))
-        open_ = pool.all.at(pool.open)
-        return worst.scatter_reduce(0, open_.sample, open_.bound, "amax"), used, late
+            hopeless = (used >= max(_TRIED, nodes // 8)) & ~(
+                _expected(used, gap, pool.worst(count) - self.goal) < math.log2(_PATIENCE * nodes)
+            )
+        return torch.maximum(worst, pool.worst(count)), used, late
+
+
+def _expected(used: Tensor, first: Tensor, left: Tensor) -> Tensor:
+    """log2 of the domains that close a gap, of which so much is left, at the pace so far; infinite without progress."""
+    doublings = used.to(left).log2()
+    pace = (first - left) / doublings
+    return torch.where(pace > 0, doublings + left / pace, torch.inf)
 
 
 def _slack(graph: Graph, score: Score, gamma: float) -> float:
     """What an evaluation of S near gamma may be off, so that a goal this far below proves S < gamma."""
     return float(of_score(score, graph, torch.tensor(gamma, dtype=torch.float64), torch.tensor(0.0)))
-
-
-def _maximiser(ball: Ball, passage: Passage) -> Tensor:
-    """Where the linear function that a row became is largest on the ball: the derivative of the support function."""
-    assert passage.image is not None
-    image = passage.image.detach().requires_grad_(True)
-    with torch.enable_grad():
-        (step,) = torch.autograd.grad(ball.support(image).sum(), image)
-    return ball.project(ball.center + step.reshape(ball.center.shape))
 
 
 def _halved(parents: _Leaves) -> _Leaves:
@@ -354,7 +373,7 @@ def branch_and_bound(
     side: Side,
     nodes: int,
     seconds: float | None = None,
-    batch: int = 64,
+    batch: int = 512,
     steps: int = 10,
     score: Score = ENERGY,
 ) -> Branched:

@@ -26,27 +26,24 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.ball import Ball
+from grood_cert.bounds.free_pullback import SLOPE_RATE, FreePullback, Passage, descend
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
-from grood_cert.bounds.linear_rows import over_rows, through_pool
 from grood_cert.bounds.reduction import Head, Reduction
-from grood_cert.bounds.rounding import follow
 from grood_cert.errors import InputError
 from grood_cert.interval import ROUNDING, Interval, crossed, ordered
-from grood_cert.networks.activations import Activation, LeakyReLU
+from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.graph import Graph
-from grood_cert.networks.operations import Addition, LinearMap, MaxPool
 
 Condition = tuple[Tensor, Tensor]
-SLOPE_RATE = 0.3  # first step of Adam, per parameter
-_LAST_STEP = 0.5  # relative to the first one
 _FIRST_PRICE = 0.5  # lambda to start from, in units of width / depth of the condition at x
 
 
@@ -91,190 +88,6 @@ def neurons(graph: Graph) -> int:
     return sum(
         graph.nodes[number].size for number in graph.nonlinear if isinstance(graph.nodes[number].operation, LeakyReLU)
     )
-
-
-@dataclass
-class Passage:
-    """What a row met on its way back to the image, filled in by the backward pass: for branching and rounding.
-
-    Attributes:
-        image: Its coefficients at the image, shape (B, R, d).
-        coefficients: Its coefficients behind every nonlinear layer it crossed, shape (B, R, *layer) each.
-        margin: What rounding can do beyond the charges of lines, shape (B, R).
-    """
-
-    image: Tensor | None = None
-    coefficients: dict[int, Tensor] = field(default_factory=dict)
-    margin: Tensor | float = 0.0
-
-
-class FreePullback:
-    r"""The backward pass over domains, differentiable in the parameters of its lines.
-
-    Args:
-        graph: The network.
-        ball: Balls.
-        inputs: Bounds of the inputs of the first nonlinear layers, all that rows will cross.
-        signs: Fixed signs, see `Domains`.
-
-    Attributes:
-        rounding: How far every node may be off on the domains.
-        start: CROWN's parameters, shape (B, N): a slope for an unstable neuron, 0 for any other.
-        largest: Largest admissible parameters: 1, infinity for multipliers, 0 where there is nothing to choose.
-        smallest: Smallest admissible parameters.
-    """
-
-    def __init__(self, graph: Graph, ball: Ball, inputs: Sequence[Interval], signs: Tensor) -> None:
-        self.graph, self.ball, self.signs = graph, ball, signs
-        self.inputs = dict(zip(graph.nonlinear, inputs, strict=False))
-        self.rounding = follow(graph, ball, inputs)
-        self.lines: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        self.places: dict[int, slice] = {}
-        self.unstable: dict[int, Tensor] = {}
-        self.start = torch.zeros_like(signs)
-        self.smallest = torch.zeros_like(signs)
-        self.largest = torch.zeros_like(signs).masked_fill(signs != 0, torch.inf)
-        place = 0
-        for number, (lower, upper) in self.inputs.items():
-            operation = graph.nodes[number].operation
-            if not isinstance(operation, Activation):
-                continue
-            below, constant_low, above, constant_high = operation.lines(lower, upper)
-            charge = self.rounding.charges[number]
-            self.lines[number] = below, constant_low - charge, above, constant_high + charge
-            if not isinstance(operation, LeakyReLU):
-                continue
-            part = slice(place, place + graph.nodes[number].size)
-            self.places[number], place = part, part.stop
-            self.unstable[number] = (lower < 0) & (upper > 0)
-            open_ = self.unstable[number].flatten(1)
-            self.start[:, part] = torch.where(open_, self.lines[number][0].flatten(1), 0.0)
-            self.smallest[:, part] = open_.to(signs) * operation.slope
-            self.largest[:, part].masked_fill_(open_, 1.0)
-
-    def slopes(self, number: int, values: Tensor) -> Tensor:
-        """Slope of the line below each neuron of a leaky ReLU, shape (B, R, *layer); values of shape (B, R, N)."""
-        own = values[..., self.places[number]].unflatten(-1, self.graph.nodes[number].shape)
-        return torch.where(self.unstable[number].unsqueeze(1), own, self.lines[number][0].unsqueeze(1))
-
-    def upper(self, rows: Mapping[int, Tensor], values: Tensor, passage: Passage | None = None) -> Tensor:
-        r"""UB of the sum of a . value(node) over some nodes, on each domain.
-
-        Args:
-            rows: a for each node, shape (B, R, *layer).
-            values: Admissible parameters, shape (B, R, N) or (B, 1, N).
-            passage: Filled with what the rows met.
-
-        Returns:
-            Shape (B, R).
-        """
-        graph = self.graph
-        pending = dict(rows)
-        constants: Tensor | float = 0.0
-        if passage is not None:
-            for number, row in rows.items():
-                self._note(passage, number, row)
-        for number in range(max(pending), 0, -1):
-            if number not in pending:
-                continue
-            row = pending.pop(number)
-            current = graph.nodes[number]
-            operation, dimensions = current.operation, len(current.shape)
-            if isinstance(operation, LinearMap):
-                if operation.bias is not None:
-                    constants = constants + (row * operation.bias).sum(tuple(range(-dimensions, 0)))
-                row = over_rows(operation.transpose, row, dimensions)
-            elif not isinstance(operation, Addition):
-                if passage is not None:
-                    passage.coefficients[number] = row
-                if isinstance(operation, MaxPool):
-                    passed, (lower, upper) = row, self.inputs[number]
-                    alone = (operation.routing(lower, upper)[0] > 0).any(2)
-                    row, term = through_pool(
-                        operation, row.flatten(3), upper, operation.leaders(lower, upper)[0], alone
-                    )
-                    charge = self.rounding.charges[number].flatten(1).unsqueeze(-1)
-                    term = term + (passed.abs().flatten(2) @ charge).squeeze(-1)
-                else:
-                    row, term = self._through_activation(number, row, values, passage)
-                constants = constants + term
-            for target in current.inputs:
-                pending[target] = pending[target] + row if target in pending else row
-        image = pending[0].flatten(2)
-        if passage is not None:
-            passage.image = image
-        return (image @ self.ball.center.flatten(1).unsqueeze(-1)).squeeze(-1) + self.ball.support(image) + constants
-
-    def _through_activation(
-        self, number: int, row: Tensor, values: Tensor, passage: Passage | None
-    ) -> tuple[Tensor, Tensor]:
-        slope_low, constant_low, slope_high, constant_high = (line.unsqueeze(1) for line in self.lines[number])
-        positive, negative = row.clamp(min=0), row.clamp(max=0)
-        constant = (positive.flatten(2) @ constant_high.flatten(2).mT).squeeze(-1)
-        constant = constant + (negative.flatten(2) @ constant_low.flatten(2).mT).squeeze(-1)
-        if number not in self.places:
-            return positive * slope_high + negative * slope_low, constant
-        node = self.graph.nodes[number]
-        push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)
-        push = push.unflatten(-1, node.shape)
-        if passage is not None:
-            self._note(passage, node.inputs[0], push)
-        return positive * slope_high + negative * self.slopes(number, values) + push, constant
-
-    def _note(self, passage: Passage, number: int, rows: Tensor) -> None:
-        """Rows that start at a node: it may be off."""
-        margin = self.rounding.margin(number).flatten(1).unsqueeze(-1)
-        passage.margin = passage.margin + (rows.abs().flatten(2) @ margin).squeeze(-1)
-
-
-def descend(
-    function: Callable[[Tensor], Tensor],
-    start: Tensor,
-    smallest: Tensor,
-    largest: Tensor,
-    rate: Tensor,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    r"""Projected Adam steps on a sum of independent functions; the best iterate of each.
-
-    Args:
-        function: Values of shape (..., P) to one number each, shape (...).
-        start: First iterate, admissible.
-        smallest: Lower ends of the admissible box.
-        largest: Upper ends.
-        rate: First step of each parameter; the last one is half of it.
-        steps: Steps.
-
-    Returns:
-        Smallest numbers, shape (...), and where they were found, shape (..., P).
-
-    Example:
-        >>> zero = torch.zeros(1, 1)
-        >>> best, where = descend(lambda v: (v - 3).square().sum(-1), zero, zero, zero + 2, torch.ones(1), 9)
-        >>> where
-        tensor([[2.]])
-    """
-    values = start
-    best, where = torch.full_like(start[..., 0], torch.inf), start
-    first, second = torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(steps + 1):
-        with torch.set_grad_enabled(step < steps):
-            values = values.detach().requires_grad_(step < steps)
-            found = function(values)
-        better = found.detach() < best
-        best = torch.where(better, found.detach(), best)
-        where = torch.where(better.unsqueeze(-1), values.detach(), where)
-        if not found.requires_grad:  # the last step, or nothing to choose
-            break
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(found.sum(), values)
-        slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
-        first, second = first.lerp(slope, 0.1), second.lerp(slope.square(), 0.01)
-        move = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
-        values = torch.maximum(
-            torch.minimum(values.detach() - rate * _LAST_STEP ** (step / steps) * move, largest), smallest
-        )
-    return best, where
 
 
 def _unit_rows(index: Tensor, size: int) -> Tensor:
@@ -346,13 +159,13 @@ def _row_bounds(
             reach = pullback.upper({node: rows}, pullback.start.unsqueeze(1))
         unit = (reach[:, :units] + reach[:, units:]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
 
-    def bound(parameters: Tensor, passage: Passage | None = None) -> Tensor:
-        sources, extra = {node: rows}, torch.zeros_like(unit)
+    def bound(pullback: FreePullback, parameters: Tensor, passage: Passage | None = None) -> Tensor:
+        sources, extra = {node: rows.to(parameters)}, torch.zeros_like(unit).to(parameters)
         if condition is not None:
-            price = parameters[..., lines] * unit
-            pushed = price.unsqueeze(-1) * coefficients.unsqueeze(1)
+            price = parameters[..., lines] * unit.to(parameters)
+            pushed = price.unsqueeze(-1) * coefficients.to(parameters).unsqueeze(1)
             sources[output] = sources[output] + pushed if node == output else pushed
-            extra = price * constant.unsqueeze(1)
+            extra = price * constant.to(parameters).unsqueeze(1)
         value = pullback.upper(sources, parameters[..., :lines], passage) + extra
         return value if passage is None else value + passage.margin + ROUNDING * extra.abs()
 
@@ -362,10 +175,9 @@ def _row_bounds(
     smallest, largest = extended(pullback.smallest, 0.0), extended(pullback.largest, torch.inf)
     first = extended(pullback.start if start is None else start, _FIRST_PRICE)
     first = torch.maximum(torch.minimum(first, largest), smallest)
-    rate = torch.full_like(first[0, 0], SLOPE_RATE)
-    _, parameters = descend(bound, first, smallest, largest, rate, steps)
+    parameters = descend(functools.partial(bound, pullback.single()), first, smallest, largest, SLOPE_RATE, steps)
     with torch.no_grad():
-        value = bound(parameters, Passage())
+        value = bound(pullback, parameters, Passage())
     return -value[:, units:], value[:, :units]
 
 

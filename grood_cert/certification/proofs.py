@@ -22,9 +22,10 @@ from torch import Tensor
 
 from grood_cert.ball import Ball, Norm
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
-from grood_cert.bounds.domains import SLOPE_RATE, Domains, FreePullback, descend, root
+from grood_cert.bounds.domains import Domains, root
 from grood_cert.bounds.engine import Side
 from grood_cert.bounds.folding import folded
+from grood_cert.bounds.free_pullback import SLOPE_RATE, FreePullback, Passage, descend
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import reduction
 from grood_cert.certification import checker
@@ -246,13 +247,15 @@ def _with_ends(domains: Domains) -> tuple[Domains, Tensor]:
     def each(part: Tensor) -> Tensor:
         return part.unsqueeze(1).expand(-1, rows.shape[1], -1)
 
-    best, where = descend(
-        lambda values: pullback.upper({last: rows}, values),
+    search = pullback.single()
+    where = descend(
+        lambda values: search.upper({last: rows.float()}, values),
         each(pullback.start),
         each(pullback.smallest),
         each(pullback.largest),
-        torch.full_like(pullback.start[0], SLOPE_RATE),
+        SLOPE_RATE,
         _STEPS,
     )
+    best = pullback.upper({last: rows}, where, Passage())
     lower, upper = intersect(domains.outputs, (-best[:, : graph.classes], best[:, graph.classes :]))
     return replace(domains, outputs=(lower, upper)), where[0]

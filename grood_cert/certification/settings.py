@@ -40,7 +40,7 @@ class Effort:
 
 
 _DEFAULT = Effort(
-    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 64, 4, attacks.AttackEffort.preset("default")
+    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 128, 4, attacks.AttackEffort.preset("default")
 )
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(

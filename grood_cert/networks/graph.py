@@ -7,6 +7,7 @@ addition of two nodes (`operations`, `activations`); `capture` makes graphs of m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,15 @@ class Graph:
     def device(self) -> torch.device:
         """Where its tensors are."""
         return next((tensor.device for node in self.nodes for tensor in _tensors(node.operation)), torch.device("cpu"))
+
+    @functools.cached_property
+    def single(self) -> Graph:
+        """The same operations in float32, to search with."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        return replace(self, nodes=tuple(replace(node, operation=mapped(node.operation, cast)) for node in self.nodes))
 
     @property
     def nonlinear(self) -> tuple[int, ...]:

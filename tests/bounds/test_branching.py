@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from grood_cert import attacks
 from grood_cert.ball import Ball
+from grood_cert.bounds import branching
 from grood_cert.bounds.alpha_crown import optimised_bounds
 from grood_cert.bounds.branching import _halved, _Leaves, branch_and_bound
 from grood_cert.bounds.hidden import preactivations
@@ -115,6 +117,25 @@ def exact_maximum(network):
         point = found.x.clip(0, 1)
         best = max(best, float(score_of(network, point)[0]), float(score[here].max()))
     return best
+
+
+def test_a_gap_that_closes_with_the_logarithm_of_the_domains_is_foreseen():
+    """From 4 to 3 with 16 domains, four doublings: twelve more close it. Without progress it never closes."""
+    used, first, left = torch.tensor([16, 16, 4]), torch.tensor([4.0, 4.0, 2.0]), torch.tensor([3.0, 4.0, 2.5])
+    assert branching._expected(used, first, left).tolist() == [16.0, math.inf, math.inf]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_ball_that_is_given_up_is_not_proved(monkeypatch, side):
+    """A gamma that enough nodes prove, as the next test sees."""
+    monkeypatch.setattr(branching, "_PATIENCE", 1e-9)
+    monkeypatch.setattr(branching, "_TRIED", 3)
+    network = shallow(1)
+    exact, sign = (exact_maximum(network), 1) if side == "upper" else (exact_minimum(network), -1)
+    gamma = exact + sign * TOLERANCE[side]
+    found = branch_and_bound(capture(network, PLANE), whole_box(), gamma, side, nodes=24, batch=1)
+    assert not bool(found.decided) and int(found.nodes) == 3
+    assert sign * (float(found.bound) - gamma) >= 0
 
 
 @pytest.mark.parametrize("side", SIDES)

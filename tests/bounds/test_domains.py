@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
-from grood_cert.bounds.domains import Domains, FreePullback, emptied, tightened
+from grood_cert.bounds.domains import Domains, emptied, tightened
+from grood_cert.bounds.free_pullback import FreePullback
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction
 from grood_cert.networks.capture import capture

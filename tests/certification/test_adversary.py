@@ -31,9 +31,7 @@ def adversary():
     """At (0.5, 0.5), accepted, and at (0.1, 0.1), not; attacks reach S = -1 -+ 2 eps and -0.2 -+ 2 eps."""
     images = torch.tensor([0.5, 0.1], dtype=torch.float64).reshape(2, 1, 1, 1).expand(2, 1, 1, 2)
     generator = torch.Generator().manual_seed(0)
-    found = Adversary(
-        detector_of(-0.5), Settings(EPS, effort="fast"), images, "id", torch.tensor([True, False]), generator
-    )
+    found = Adversary(detector_of(-0.5), Settings(EPS), images, "id", torch.tensor([True, False]), generator)
     found.search_grid(generator)
     return found
 
@@ -54,6 +52,18 @@ def test_attacks_reach_the_exact_extremes_and_the_exact_radius(adversary):
         assert seen.maximum.tolist() == pytest.approx(highest, abs=1e-9)
     assert adversary.radius.tolist() == [pytest.approx(0.25, abs=1e-6), 0.0]  # a wrong decision is broken at x
     assert torch.equal(adversary.points[1], adversary.images[1])
+
+
+@pytest.mark.parametrize("kind", ["id", "ood"])
+def test_fast_searches_only_the_extremes_that_rates_depend_on(kind):
+    images = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    gamma = 5.0 if kind == "id" else -5.0  # no ball holds the other decision
+    found = Adversary(detector_of(gamma), Settings(EPS, effort="fast"), images, kind, torch.tensor([True]), generator)
+    found.search_grid(generator)
+    lowest, highest = ([-1.0, -1.0], [-0.8, -0.6]) if kind == "id" else ([-1.2, -1.4], [-1.0, -1.0])
+    assert [float(seen.minimum) for seen in found.seen] == pytest.approx(lowest, abs=1e-9)
+    assert [float(seen.maximum) for seen in found.seen] == pytest.approx(highest, abs=1e-9)
 
 
 @pytest.mark.parametrize(("kind", "gamma"), [("id", -0.5), ("ood", -1.5)])

@@ -105,7 +105,7 @@ def test_a_wrong_decision_is_no_certificate_of_any_stage(kind):
 def test_bounds_attacks_and_outcomes_of_a_linear_score_are_exact(kind):
     """gamma lies 0.5 away: the radius is 0.25, what lies below is proved, what lies above is attacked."""
     gamma = around(linear(), kind, 0.5)
-    settings = {"eps": (0.1, 0.24, 0.26, 0.3), "stages": ("ibp", "crown"), "precision": 1e-9}
+    settings = {"eps": (0.1, 0.24, 0.26, 0.3), "stages": ("ibp", "crown"), "precision": 1e-9, "effort": "default"}
     found = run(cascade_of(linear(), gamma, **settings), kind=kind)
     moved = 2 * torch.tensor(settings["eps"], dtype=torch.float64)
     for name, expected in (("s_lb", -1 - moved), ("s_ub", -1 + moved)):
@@ -194,7 +194,7 @@ def test_bounds_that_attacked_scores_leave_are_caught(monkeypatch, side):
 
     monkeypatch.setattr(stages, "score_bounds", still)
     with pytest.raises(SoundnessError, match="score outside their proved bounds"):
-        run(cascade_of(linear(), 5.0, eps=(0.1, 0.2), stages=("crown",)))
+        run(cascade_of(linear(), 5.0, eps=(0.1, 0.2), stages=("crown",), effort="default"))
 
 
 @pytest.mark.parametrize("kind", ["id", "ood"])

@@ -85,12 +85,12 @@ MUTANTS = (
         },
     ),
     *planted(
-        "bounds/domains.py",
+        "bounds/free_pullback.py",
         _ROUNDING,
         {
             "rows of domains start without rounding": (
-                "passage.margin = passage.margin + (rows.abs()",
-                "passage.margin = passage.margin + 0 * (rows.abs()",
+                "passage.margin = passage.margin + _dot(",
+                "passage.margin = passage.margin + 0 * _dot(",
             ),
         },
     ),
@@ -217,8 +217,8 @@ MUTANTS = (
         },
     ),
     *planted(
-        "bounds/domains.py",
-        ("bounds/test_domains.py",),
+        "bounds/free_pullback.py",
+        ("bounds/test_free_pullback.py", "bounds/test_domains.py"),
         {
             "multipliers may be negative": (
                 "self.smallest[:, part] = open_.to(signs) * operation.slope",
@@ -232,17 +232,35 @@ MUTANTS = (
                 "push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
                 "push = -values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
             ),
-            "the last iterate counts, projected or not": (
-                "torch.minimum(values.detach() - rate * _LAST_STEP ** (step / steps) * move, largest), smallest",
-                "values.detach() - rate * _LAST_STEP ** (step / steps) * move, smallest",
+            "what float32 rounds out of the box stays there": (
+                "return torch.maximum(torch.minimum(where.to(start), largest), smallest)",
+                "return where.to(start)",
             ),
+            "an iterate that is NaN counts as better": (
+                "better = found.detach() < best",
+                "better = ~(found.detach() >= best)",
+            ),
+            "a slope above a neuron follows the line below": (
+                "torch.where(row > 0, torch.addcmul(",
+                "torch.where(row < 0, torch.addcmul(",
+            ),
+            "a multiplier's derivative forgets its sign": (
+                "torch.where(open_, row.clamp(max=0), signs)",
+                "torch.where(open_, row.clamp(max=0), signs.abs())",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/domains.py",
+        ("bounds/test_domains.py",),
+        {
             "a tightened interval replaces a tighter one": (
                 "upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))",
                 "upper = upper.scatter(1, index, high)",
             ),
             "the condition's constant is free of charge": (
-                "extra = price * constant.unsqueeze(1)",
-                "extra = 0 * price * constant.unsqueeze(1)",
+                "extra = price * constant.to(parameters).unsqueeze(1)",
+                "extra = 0 * price * constant.to(parameters).unsqueeze(1)",
             ),
             "one crossed interval does not empty a domain": (
                 "empty = empty | crossed(lower, upper).flatten(1).any(1)",
@@ -259,12 +277,16 @@ MUTANTS = (
         ("bounds/test_branching.py",),
         {
             "time that is up drops the open leaves": (
-                "open_ = pool.all.at(pool.open)",
-                "open_ = pool.all.at(pool.open & ~late[pool.all.sample])",
+                "return torch.maximum(worst, pool.worst(count)), used, late",
+                "return torch.where(late, worst, torch.maximum(worst, pool.worst(count))), used, late",
             ),
             "a budget that is spent drops the open leaves": (
-                'return worst.scatter_reduce(0, open_.sample, open_.bound, "amax"), used, late',
+                "return torch.maximum(worst, pool.worst(count)), used, late",
                 "return worst, used, late",
+            ),
+            "a ball that is given up counts as closed": (
+                "return torch.maximum(worst, pool.worst(count)), used, late",
+                "return torch.where(hopeless, worst, torch.maximum(worst, pool.worst(count))), used, late",
             ),
             "the lower half of a leaf is lost": (
                 "(neuron & ~above, -1, children.upper)):",
