@@ -284,7 +284,7 @@ class _Search:
         places = [*range(1, self.layers)][-1:] + self.outputs()
         if places and len(again):
             some = leaves.at(again)
-            domains, empty = self.tighten(self.domains(some), some.values, places, 1)
+            domains, empty = self.tighten(self.domains(some), some.values, places, 0)
             found = self.solve(some.sample, domains, some.depth, some.values, self.steps)
             found = replace(found, bound=torch.minimum(found.bound, some.bound))
             rest = torch.ones_like(leaves.sample, dtype=torch.bool)
