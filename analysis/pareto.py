@@ -96,7 +96,7 @@ def _objectives(rows: Sequence[Record]) -> dict[tuple[str, float], list[Record]]
     for row in sorted(rows, key=lambda row: row["certified_mix"]):
         term = "no certified term"
         if row["certified"] != "none":
-            term = f"{row['certified']}, eps {row['certified_eps']:g}, lambda_certified {row['lambda_certified']:g}"
+            term = f"{row['certified']}, eps {row['certified_eps']:g}, weight {row['lambda_certified']:g}"
         found.setdefault((f"{term}, lambda_grad {row['lambda_grad']:g}", row["certified_mix"]), []).append(row)
     return found
 
@@ -139,34 +139,38 @@ def figure(rows: Sequence[Record]) -> Figure:
     def draw(axes: Axes, panel: tuple[str, str, str, str]) -> None:
         proved, at, column, label = panel
         for look, family in zip(style.looks(len(families)), families, strict=True):
-            line = []
+            line: dict[float, tuple[float, float]] = {}
             for (name, mix), runs in groups.items():
                 if name == family:
                     up = [row for row in runs if (row["set"] == proved if proved else row["kind"] == "id")]
                     along = [row for row in runs if row["set"] == at]
-                    line.append(_point(axes, along, column, up, marker=look.marker, color=look.colour))
-                    if not name.startswith("no"):
-                        offset: Any = {"xytext": (3, 3), "textcoords": "offset points", "size": style.small_type()}
-                        axes.annotate(f"a {mix:g}", line[-1], **offset)
-            axes.plot(*zip(*line, strict=True), color=look.colour, linewidth=0.8)
+                    line[mix] = _point(axes, along, column, up, marker=look.marker, color=look.colour)
+            axes.plot(*zip(*line.values(), strict=True), color=look.colour, linewidth=0.8)
+            for mix in {min(line), max(line)} if len(line) > 1 else ():
+                offset: Any = {"xytext": (3, 4), "textcoords": "offset points", "size": style.small_type()}
+                axes.annotate(f"a {mix:g}", line[mix], color=look.colour, **offset)
         style.percent(axes, f"not certified at eps {eps:g}: {proved or 'ID'}")
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel(label)
 
+    shares = dict.fromkeys(families, "")
+    for name, mix in groups:
+        if not name.startswith("no"):
+            shares[name] += f"{',' if shares[name] else ', a'} {mix:g}"
     with style.styled("double"):
         drawing = style.canvas("double")
         style.grid(drawing, [panels], draw)
         handles = [
-            Line2D([], [], color=look.colour, marker=look.marker, markersize=4, label=family)
+            Line2D([], [], color=look.colour, marker=look.marker, markersize=4, label=family + shares[family])
             for look, family in zip(style.looks(len(families)), families, strict=True)
         ]
         drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         drawing.suptitle(
-            "what is trained: worst S of whom, in which ball; a: share of the bound; means over seeds, bars from the "
-            "smallest to the largest"
+            "what is trained: worst S of whom, in which ball, with which weight; a: share of the bound, rising along a line\n"
+            "means over seeds, bars from the smallest to the largest"
         )
-        style.fit(drawing, 1, 5.2)
+        style.fit(drawing, 1, 6.2)
     return drawing
 
 
