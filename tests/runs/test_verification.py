@@ -157,7 +157,7 @@ CHANGES = {
         Change("label", "plus 1", shifted("label", 1), "contradicted", "label, computed again"),
         Change("prediction", "another class", lambda t, r: {"prediction": (t["prediction"][r] + 1) % 6}, "contradicted", "prediction, computed again"),
         Change("score", "by a millionth", scaled("score", 1 + 1e-6), "invariants"),
-        Change("score", "by a millionth, and what follows", with_estimate("score", 1 + 1e-6), "contradicted", "score, computed again"),
+        Change("score", "by a millionth, and what follows", with_estimate("score", 1 - 1e-6), "contradicted", "score, computed again"),
         Change("accepted", "the other decision", lambda t, r: {"accepted": 1 - t["accepted"][r]}, "invariants"),
         Change("status", "another", other("status", "undecided"), "invariants"),
         Change("stage", "a stage of the run that proves less", other("stage", "ibp"), "nothing"),
