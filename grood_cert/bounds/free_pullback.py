@@ -79,7 +79,7 @@ class FreePullback:
     """
 
     def __init__(self, graph: Graph, ball: Ball, inputs: Sequence[Interval], signs: Tensor, exact: bool = True) -> None:
-        self.graph, self.ball, self.signs, self._exact = graph, ball, signs, exact
+        self.graph, self.ball, self.signs = graph, ball, signs
         self.inputs = dict(zip(graph.nonlinear, inputs, strict=False))
         self.rounding = follow(graph, ball, inputs) if exact else None
         self.lines: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
