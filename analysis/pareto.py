@@ -15,7 +15,7 @@ clean; `attacked`, somewhere in the ball, as an attack showed; `certified`, not 
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ from grood_cert.results import figures
 from grood_cert.results.curves import fpr_curve
 from grood_cert.results.figures import style
 from grood_cert.results.table import Table
-from grood_cert.system.files import check_apart, write_csv
+from grood_cert.system.files import check_apart, read_csv, write_csv
 
 SETTINGS = ("certified", "certified_mix", "certified_eps", "lambda_certified", "lambda_grad")  # of `[objective]`
 RATES = ("rate_clean", "rate_attacked", "rate_certified")
@@ -65,17 +65,22 @@ def read(path: Path) -> list[Record]:
     """Rows that were written before.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are none, or a number is none or not finite.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            found = list(csv.DictReader(file))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; --sweep FOLDER makes the rows") from error
-    if not found or tuple(found[0]) != COLUMNS:
+    if not path.exists():
+        raise InputError(f"cannot read {path}: there is none; --sweep FOLDER makes the rows")
+    found, words = read_csv(path), ("certified", "kind", "set")
+    if tuple(found[0]) != COLUMNS:
         raise InputError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-    words = ("certified", "kind", "set")
-    return [{key: value if key in words else float(value) for key, value in row.items()} for row in found]
+    try:
+        rows: list[Record] = [
+            {key: value if key in words else float(value) for key, value in row.items()} for row in found
+        ]
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not all(math.isfinite(row[key]) for row in rows for key in COLUMNS if key not in words):
+        raise InputError(f"{path}: a number is not finite")
+    return rows
 
 
 def _over_seeds(rows: Iterable[Record], column: str) -> tuple[float, float, float]:

@@ -65,7 +65,7 @@ _TOWARDS_X = 0.5  # largest weight of the projection of x
 
 Side = Literal["maximum", "minimum"]
 Preset = Literal["fast", "default", "max"]
-SIDES: tuple[Side, ...] = get_args(Side)
+SIDES: tuple[Side, ...] = get_args(Side)  # low scores last, where climbs of single logits join
 _SIGN: dict[Side, int] = {"maximum": 1, "minimum": -1}
 PRESETS: tuple[str, ...] = get_args(Preset)
 
@@ -409,7 +409,7 @@ def extremes(
     effort: AttackEffort = DEFAULT,
     score: Score = ENERGY,
     points: Tensor | None = None,
-    sides: Sequence[Side] = SIDES,
+    side: Side | None = None,
 ) -> list[Extremes]:
     """Search nested balls for high and for low scores, up through them and down again.
 
@@ -421,7 +421,7 @@ def extremes(
         score: S.
         points: Where to start both searches, moved into the first ball in proportion; they also count as seen in all
             balls that hold them. None: the centre.
-        sides: Which extremes to search for, in the order of `SIDES`; the other one is that of centre and given points.
+        side: Which extremes to search for; the other one is that of centre and given points. None: both.
 
     Returns:
         For each ball the extremes over the centre, the given points in it, the best points of the searches of this and
@@ -439,10 +439,11 @@ def extremes(
         [-2.8, -2.1]
     """
     check_eval(network)
-    images, points = balls[0].center, balls[0].center if points is None else points
+    images, sides = balls[0].center, SIDES if side is None else (side,)
+    centre = _score(network, images, score)
+    points, given = (images, centre) if points is None else (points, _score(network, points, score))
     distance = balls[0].distance(points)
     search = _Search(network, images, balls[0].norm, generator, effort, score, sides)
-    centre, given = (_score(network, where, score) for where in (images, points))
     found = {
         side: [
             _best((sign * centre, images), (torch.where(distance <= ball.eps, sign * given, torch.nan), points))
@@ -452,8 +453,8 @@ def extremes(
     }
     known = [_joined([found[side][index] for side in sides]) for index in range(len(balls))]
     searched = search.nested(balls, known, points, distance)
-    for place, side in enumerate(sides):
-        found[side] = [(value.chunk(len(sides))[place], where.chunk(len(sides))[place]) for value, where in searched]
+    for place, own in enumerate(sides):
+        found[own] = [(value.chunk(len(sides))[place], where.chunk(len(sides))[place]) for value, where in searched]
     return [
         Extremes(-negated, maximum, argmin, argmax)
         for (maximum, argmax), (negated, argmin) in zip(found["maximum"], found["minimum"], strict=True)

@@ -39,6 +39,17 @@ def test_pareto(rows_file, tmp_path):
     pareto.main(KEPT / "digits-pareto.csv", out)
     with pytest.raises(InputError, match=r"cannot read .*kept\.csv.*--sweep FOLDER makes the rows"):
         pareto.main(kept, out)
+    whole = (KEPT / "digits-pareto.csv").read_bytes()
+    for content, message in (
+        (whole[:9000], "not whole"),
+        (whole.replace(b",ood,", b",ood,x,", 1), "not whole"),
+        (b"\x89PNG\xff", "cannot be read"),
+        (whole.replace(b"\n", b"x\n").replace(b"x\n", b"\n", 1), "could not convert"),
+        (whole[: whole.rindex(b",") + 1] + b"nan\n", "not finite"),
+    ):
+        kept.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            pareto.main(kept, out)
     shutil.copytree(rows_file.parent, tmp_path / "sweep/cell")
     with pytest.raises(InputError, match=r"no rows of photo-patches in .*kept\.csv"):
         pareto.main(kept, out, [tmp_path / "sweep"])

@@ -159,13 +159,21 @@ def _row_bounds(
             reach = pullback.upper({node: rows}, pullback.start.unsqueeze(1))
         unit = (reach[:, :units] + reach[:, units:]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
 
-    def bound(pullback: FreePullback, parameters: Tensor, passage: Passage | None = None) -> Tensor:
-        sources, extra = {node: rows.to(parameters)}, torch.zeros_like(unit).to(parameters)
+    def bound(
+        pullback: FreePullback,
+        rows: Tensor,
+        unit: Tensor,
+        condition: Condition | None,
+        parameters: Tensor,
+        passage: Passage | None = None,
+    ) -> Tensor:
+        sources, extra = {node: rows}, torch.zeros_like(unit)
         if condition is not None:
-            price = parameters[..., lines] * unit.to(parameters)
-            pushed = price.unsqueeze(-1) * coefficients.to(parameters).unsqueeze(1)
+            coefficients, constant = condition
+            price = parameters[..., lines] * unit
+            pushed = price.unsqueeze(-1) * coefficients.unsqueeze(1)
             sources[output] = sources[output] + pushed if node == output else pushed
-            extra = price * constant.to(parameters).unsqueeze(1)
+            extra = price * constant.unsqueeze(1)
         value = pullback.upper(sources, parameters[..., :lines], passage) + extra
         return value if passage is None else value + passage.margin + ROUNDING * extra.abs()
 
@@ -174,10 +182,13 @@ def _row_bounds(
 
     smallest, largest = extended(pullback.smallest, 0.0), extended(pullback.largest, torch.inf)
     first = extended(pullback.start if start is None else start, _FIRST_PRICE)
-    first = torch.maximum(torch.minimum(first, largest), smallest)
-    parameters = descend(functools.partial(bound, pullback.single()), first, smallest, largest, SLOPE_RATE, steps)
+    parameters = torch.maximum(torch.minimum(first, largest), smallest)
+    if steps:
+        pushed = None if condition is None else (condition[0].float(), condition[1].float())
+        search = functools.partial(bound, pullback.single(), rows.float(), unit.float(), pushed)
+        parameters = descend(search, parameters, smallest, largest, SLOPE_RATE, steps)
     with torch.no_grad():
-        value = bound(pullback, parameters, Passage())
+        value = bound(pullback, rows, unit, condition, parameters, Passage())
     return -value[:, units:], value[:, :units]
 
 

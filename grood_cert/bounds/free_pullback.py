@@ -88,12 +88,17 @@ class FreePullback:
         self.start = torch.zeros_like(signs)
         self.smallest = torch.zeros_like(signs)
         self.largest = torch.zeros_like(signs).masked_fill(signs != 0, torch.inf)
+        # upper bounds of what maximum pools read, the entry of each window that leads, and whether it is the maximum
+        self._pools: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._fixed: dict[int, Tensor] = {}  # slopes below that are not free, 0 where they are
         place = 0
         for number, (lower, upper) in self.inputs.items():
             operation = graph.nodes[number].operation
-            if not isinstance(operation, Activation):
+            if isinstance(operation, MaxPool):
+                alone = (operation.routing(lower, upper)[0] > 0).any(2)
+                self._pools[number] = upper, operation.leaders(lower, upper)[0], alone
                 continue
+            assert isinstance(operation, Activation)
             below, constant_low, above, constant_high = operation.lines(lower, upper)
             if self.rounding is not None:
                 charge = self.rounding.charges[number]
@@ -186,13 +191,8 @@ class FreePullback:
         self._note(passage, node.inputs[0], push)
         return torch.addcmul(passed + push, negative, self.slopes(number, values)), constant
 
-    def _pool(self, number: int, operation: MaxPool) -> tuple[Tensor, Tensor, Tensor]:
-        """Upper bounds of what a maximum pool reads, the entry of each window that leads, and whether it is the maximum."""
-        lower, upper = self.inputs[number]
-        return upper, operation.leaders(lower, upper)[0], (operation.routing(lower, upper)[0] > 0).any(2)
-
     def _through_pool(self, number: int, operation: MaxPool, row: Tensor) -> tuple[Tensor, Tensor]:
-        passed, constant = through_pool(operation, row.flatten(3), *self._pool(number, operation))
+        passed, constant = through_pool(operation, row.flatten(3), *self._pools[number])
         if self.rounding is not None:
             constant = constant + _dot(row.abs(), self.rounding.charges[number])
         return passed, constant
@@ -237,7 +237,7 @@ class FreePullback:
 
     def _pooled(self, number: int, operation: MaxPool, inputs: Tensor, row: Tensor) -> Tensor:
         """What the path makes of a maximum pool's input: the leader, or the constant above all."""
-        upper, best, alone = self._pool(number, operation)
+        upper, best, alone = self._pools[number]
         entries = operation.windows(inputs.flatten(0, 1), 0.0).unflatten(0, inputs.shape[:2])
         leader = (entries * best.unsqueeze(1)).sum(3).reshape(row.shape)
         constant = ((row > 0).flatten(3) & ~alone.unsqueeze(1)).reshape(row.shape)

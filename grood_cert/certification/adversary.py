@@ -62,8 +62,9 @@ class Adversary:
         """Attack the balls of the grid."""
         network, score, norm = self._detector.network, self._detector.score, self._settings.norm
         balls = [Ball(self.images, value, norm) for value in self._settings.eps]
-        sides = attacks.SIDES if self._effort.outwards else (("maximum",) if self._inside else ("minimum",))
-        self.seen = attacks.extremes(network, balls, generator, self._effort.attack, score, self.points, sides)
+        side: attacks.Side = "maximum" if self._inside else "minimum"
+        wanted = None if self._effort.both_extremes else side
+        self.seen = attacks.extremes(network, balls, generator, self._effort.attack, score, self.points, wanted)
         for found in self.seen:
             flipped = found.maximum > self._gamma if self._inside else found.minimum <= self._gamma
             self.add(self._right & flipped, found.argmax if self._inside else found.argmin)

@@ -26,7 +26,7 @@ class Effort:
         nodes: Most cases that branch-and-bound may open for one ball.
         rounds: Balls that branch-and-bound may try for one sample.
         attack: How hard the attacks search.
-        outwards: Whether the attacks on the grid search extremes of S away from the other decision too, which no rate
+        both_extremes: Whether the attacks on the grid search extremes of S away from the other decision too, which no rate
             depends on, but which a wrong bound would contradict.
     """
 
@@ -36,7 +36,7 @@ class Effort:
     nodes: int
     rounds: int
     attack: attacks.AttackEffort
-    outwards: bool = True
+    both_extremes: bool = True
 
 
 _DEFAULT = Effort(
@@ -50,7 +50,7 @@ EFFORTS: dict[str, Effort] = {
         _DEFAULT.nodes,
         _DEFAULT.rounds,
         attacks.AttackEffort.preset("fast"),
-        outwards=False,
+        both_extremes=False,
     ),
     "default": _DEFAULT,
     "max": Effort(STAGES, True, 50, 2000, 6, attacks.AttackEffort.preset("max")),

@@ -8,7 +8,6 @@ apart.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from grood_cert.errors import InputError
 from grood_cert.results.columns import NORMS
 from grood_cert.results.curves import fpr_curve, middle_eps
 from grood_cert.results.table import Table
+from grood_cert.system.files import read_csv
 
 OBJECTIVE: dict[str, str] = {  # what `objective_records` holds, in words
     "lambda_grad": "weight of the gradient penalty",
@@ -127,16 +127,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return text if key not in numbers else int(text) if key in ("seed", "samples") else float(text)
 
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        if not rows or any(None in (*row, *row.values()) for row in rows):
-            raise ValueError("a row is not whole, or there is none")
-        return [{key: value(key, row[key]) if row[key] else None for key in OBJECTIVE} for row in rows]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        return [{key: value(key, row[key]) if row[key] else None for key in OBJECTIVE} for row in read_csv(path)]
     except KeyError as error:
         raise InputError(f"{path} has no column {error}; it should be the sweep.csv of a `grood-cert sweep`") from None
-    except (ValueError, TypeError, csv.Error) as error:
+    except ValueError as error:
         raise InputError(f"{path} is no sweep.csv of a `grood-cert sweep`: {error}") from None
 
 

@@ -209,6 +209,24 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         temporary.write_text(csv_text(columns, rows, header=True), encoding="utf-8", newline="")
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows as `write_csv` writes them, every cell as text.
+
+    Raises:
+        InputError: If the file cannot be read, holds no rows, or one that is not whole.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is no table: {error}") from None
+    if not rows or any(None in (*row, *row.values()) for row in rows):
+        raise InputError(f"{path} is no table: a row is not whole, or there is none")
+    return rows
+
+
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:
     r"""Rows under the given columns as CSV, with or without the line of column names.
 

@@ -259,8 +259,8 @@ MUTANTS = (
                 "upper = upper.scatter(1, index, high)",
             ),
             "the condition's constant is free of charge": (
-                "extra = price * constant.to(parameters).unsqueeze(1)",
-                "extra = 0 * price * constant.to(parameters).unsqueeze(1)",
+                "extra = price * constant.unsqueeze(1)",
+                "extra = 0 * price * constant.unsqueeze(1)",
             ),
             "one crossed interval does not empty a domain": (
                 "empty = empty | crossed(lower, upper).flatten(1).any(1)",
