@@ -102,6 +102,7 @@ class _Leaves:
     depth: Tensor
     branch: Tensor  # a neuron, N + an output, or _AGAIN, _WHOLE or _NOWHERE
     cut: Tensor  # where an output is cut
+    neuron: Tensor  # the best neuron to split, or _WHOLE
 
     def at(self, index: Tensor) -> _Leaves:
         return _Leaves(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -191,7 +192,7 @@ class _Search:
             hit = self.wrong(self.score.value(nodes[-1])).nonzero().squeeze(1)
             self.refuted[sample[hit]] = True
             self.points[sample[hit]] = points[hit]
-            branch, cut = self._split_at(proof, domains, values, passage, nodes)
+            branch, cut, neuron = self._split_at(proof, domains, values, passage, nodes)
         return _Leaves(
             sample,
             domains.head.case,
@@ -204,11 +205,12 @@ class _Search:
             depth,
             branch,
             cut,
+            neuron,
         )
 
     def _split_at(
         self, proof: ScoreProof, domains: Domains, values: Tensor, passage: Passage, nodes: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         pullback = proof.pullback
         scores = []
         for number, (lower, upper) in pullback.inputs.items():
@@ -225,13 +227,15 @@ class _Search:
             largest = torch.where(row > 0, row * constant_high, -row * below)
             score = slack + _LARGEST_GAP_SHARE * largest + torch.finfo(row.dtype).tiny
             scores.append(torch.where(pullback.unstable[number], score, -1.0).flatten(1))
+        score, neuron = torch.cat(scores, 1).max(1)
+        neuron = torch.where(score > 0, neuron, _WHOLE)
         cut = torch.zeros_like(proof.low)
         if self.reduction.proof == "chord":
             score, cut = proof.chord_slack(values, domains.head.image(nodes[-1]), _LARGEST_GAP_SHARE)
             scores.append(score)
         best, branch = torch.cat(scores, 1).max(1)
         output = (branch - domains.signs.shape[1]).clamp(min=0)
-        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, output.unsqueeze(1)).squeeze(1)
+        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, output.unsqueeze(1)).squeeze(1), neuron
 
     def tighten(self, domains: Domains, values: Tensor, places: list[int], steps: int) -> tuple[Domains, Tensor]:
         """Intervals that hold where a domain's case is at least the level, and which domains that empties."""
@@ -267,11 +271,13 @@ class _Search:
         return functools.reduce(_Leaves.joined, found)
 
     def polished(self, leaves: _Leaves, steps: int) -> _Leaves:
-        """Leaves optimised for longer; given up where that does not help and there is nothing to split."""
+        """Leaves optimised for longer; where that does not help, a neuron is split, and without one they are given up."""
         found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, steps)
         found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
-        stuck = (leaves.branch == _WHOLE) & (leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs()))
-        return replace(found, branch=torch.where(stuck & (found.branch < 0), _NOWHERE, found.branch))
+        stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
+        branch = torch.where(stuck & (found.neuron >= 0), found.neuron, found.branch)  # a cut did not help before
+        given_up = stuck & (found.branch < 0) & (leaves.branch == _WHOLE)
+        return replace(found, branch=torch.where(given_up, _NOWHERE, branch))
 
     def halves(self, parents: _Leaves) -> _Leaves:
         """Both halves of every leaf, bounded; their intervals are tightened after every few splits."""

@@ -166,7 +166,19 @@ def test_two_halves_are_the_whole():
     wide, narrow = ones.unsqueeze(1).repeat(1, total), ones.unsqueeze(1).repeat(1, classes)
     signs = torch.zeros(count, total, dtype=torch.int8)
     parents = _Leaves(
-        torch.arange(count), branch * 0, signs, -wide, wide, -narrow, narrow, wide, ones, branch * 0, branch, cut
+        torch.arange(count),
+        branch * 0,
+        signs,
+        -wide,
+        wide,
+        -narrow,
+        narrow,
+        wide,
+        ones,
+        branch * 0,
+        branch,
+        cut,
+        branch,
     )
     children = _halved(parents)
     upper, lower = children.at(torch.arange(count)), children.at(torch.arange(count) + count)

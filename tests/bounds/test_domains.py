@@ -83,6 +83,29 @@ def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
     assert narrower > 3  # the level does cut something off
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_intervals_are_proved_in_float64(steps):
+    """Where no neuron is unstable rows are exact, and their ends are attained at corners: float32 would cut some off."""
+    network = make(mlp, seed=2)
+    with torch.no_grad():
+        network[1].bias.fill_(50.0)
+        network[3].bias.fill_(500.0)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
+    hidden = preactivations(graph, ball)
+    assert all(bool((lower > 0).all()) for lower, _ in hidden.inputs)
+    wide = hidden.logits[0] - 100, hidden.logits[1] + 100
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), wide, HEAD)
+    lower, upper = tightened(domains, [2], steps).outputs
+    rows = (network[5].weight @ network[3].weight @ network[1].weight).reshape(1, 3, *SHAPE)
+    least, most = (ends.unsqueeze(1) for ends in (ball.lower, ball.upper))
+    for row in range(3):
+        for sign, end in ((1, upper), (-1, lower)):
+            corner = torch.where(sign * rows[:, row : row + 1] > 0, most, least)[:, 0]
+            value = network(corner)[:, row]
+            assert bool((sign * (end[:, row] - value) >= 0).all())
+            torch.testing.assert_close(end[:, row], value, rtol=1e-9, atol=0)
+
+
 def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     network = make(mlp)
     graph, ball = capture(network, SHAPE), balls("linf", 3)

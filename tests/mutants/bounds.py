@@ -254,6 +254,13 @@ MUTANTS = (
         "bounds/domains.py",
         ("bounds/test_domains.py",),
         {
+            "tightened intervals are those of the search": (
+                "value = bound(pullback, rows, unit, condition, parameters, Passage())",
+                (
+                    "value = bound(pullback.single(), rows.float(), unit.float(), condition and (condition[0].float(), "
+                    "condition[1].float()), parameters.float(), Passage()).double()"
+                ),
+            ),
             "a tightened interval replaces a tighter one": (
                 "upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))",
                 "upper = upper.scatter(1, index, high)",
