@@ -40,7 +40,7 @@ _FORMAT = Format(
     expected="a model.pt written by grood-cert train or import",
     absent="no such checkpoint; make one with grood-cert train RECIPE --out FOLDER, or grood-cert import",
 )
-_BATCH = 256
+_BATCH = 128
 _PROBES = 4
 _AGREEMENT = 1e-9  # processors sum in other orders; that moves a float64 score by some 1e-13, any fault by far more
 

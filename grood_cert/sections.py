@@ -248,7 +248,9 @@ class OptimizerSection(Section):
     The learning rate rises linearly to `lr` over `warmup_steps` and then follows the schedule step by step: "cosine"
     from `lr` to `lr_min`, "multistep", times `factor` after each epoch listed in `milestones`, or "constant".
     Gradients longer than `clip_norm` are shortened to it; 0: none is. `batch_size` counts the ID images of one step,
-    over all processes; `accumulate` parts of it are computed one after another.
+    over all processes; `accumulate` parts of it are computed one after another. A step moves the running statistics of
+    BatchNorm by the share `batch_norm_momentum` towards those of its batch; 0 freezes them: layers then normalise by
+    them in training too, and train their weights alone.
     """
 
     name: str = setting("adam", one_of("sgd", "adam"))
@@ -264,6 +266,7 @@ class OptimizerSection(Section):
     epochs: int = setting(60, POSITIVE)
     batch_size: int = setting(64, POSITIVE)
     accumulate: int = setting(1, POSITIVE)
+    batch_norm_momentum: float = setting(0.1, NOT_NEGATIVE, AT_MOST_ONE)
 
 
 @dataclass(frozen=True)

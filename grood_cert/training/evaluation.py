@@ -14,7 +14,7 @@ from grood_cert.detector import logits
 from grood_cert.recipe import Recipe
 from grood_cert.scores import ENERGY, SCORES, Score, gradient_norm_estimate, named
 
-_GRADIENT_BATCH = 256
+_GRADIENT_BATCH = 64
 _WATCHED = 2000
 
 

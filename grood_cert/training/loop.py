@@ -191,7 +191,7 @@ class _Loop:
 
     def take(self, number: int, batches: Batches, history: list[Tensor], began: float) -> bool:
         """Take those steps of an epoch that are not in its history yet; whether all went well."""
-        self.network.train()
+        self.steps.begin()
         count = len(batches)
         first = len(history)
         read = one_ahead(self.steps.read, batches[first:])

@@ -184,9 +184,18 @@ class Steps:
         self.format = torch.channels_last if recipe.compute.channels_last else torch.contiguous_format
         network.to(memory_format=self.format)  # type: ignore[call-overload]
         self.model: Any = torch.compile(network) if recipe.compute.compile else network
-        layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-        self.buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self.layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+        for layer in self.layers:
+            layer.momentum = recipe.optimizer.batch_norm_momentum
+        self.buffers = [buffer for layer in self.layers for buffer in layer.buffers()]
         self.statistics = [buffer for buffer in self.buffers if buffer.is_floating_point()]
+
+    def begin(self) -> None:
+        """Put the network into train mode; BatchNorm that is frozen stays in eval mode."""
+        self.network.train()
+        if self.recipe.optimizer.batch_norm_momentum == 0:
+            for layer in self.layers:
+                layer.eval()
 
     def _generator(self, step: int, part: int) -> torch.Generator:
         (number,) = np.random.SeedSequence([self.recipe.seed, step, part]).generate_state(1, np.uint64)

@@ -178,6 +178,38 @@ def test_parts_of_a_batch_move_the_running_statistics_once():
         torch.testing.assert_close(network.get_buffer(name), mean)
 
 
+@pytest.mark.parametrize("objective", [{"lambda_grad": 0}, {"m_in": 5.0, "m_out": 6.0}, {"batch_norm": "shared"}])
+@pytest.mark.parametrize("momentum", [0.0, 0.25, 1.0])
+def test_running_statistics_move_by_the_share_of_the_recipe(momentum, objective):
+    """Towards mean and unbiased variance of the batch; 0 leaves them alone, and the loss is that of the eval-mode network."""
+    data = experiment(train=6, auxiliary=6)
+    recipe = small(
+        network={"name": "resnet-small", "width": 2},
+        objective=objective,
+        optimizer={"name": "sgd", "momentum": 0.0, "batch_size": 6, "batch_norm_momentum": momentum},
+    )
+    network = network_of(recipe, data)
+    first = next(layer for layer in network if isinstance(layer, nn.BatchNorm2d))
+    first.running_mean.uniform_(-1, 1)
+    first.running_var.uniform_(1, 2)
+    before, weight = copy.deepcopy(network).eval(), first.weight.detach().clone()
+    batch = torch.cat([data.train.images, data.auxiliary.images])
+    seen = network[1](network[0](batch)).detach().transpose(0, 1).flatten(1)  # what the first BatchNorm is given
+    taking = Steps(network, data, recipe, torch.device("cpu"))
+    taking.begin()
+    terms = taking.take(0, taking.read(torch.arange(6), torch.arange(6)))
+    for name, value in (("running_mean", seen.mean(1)), ("running_var", seen.var(1))):
+        expected = torch.lerp(before[2].get_buffer(name), value, momentum)
+        torch.testing.assert_close(first.get_buffer(name), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(first.weight, weight), "its weights are trained in any case"
+    assert all(layer.training for layer in network.modules() if layer not in taking.layers or momentum)
+    if momentum == 0:
+        for name, value in before.named_buffers():
+            assert torch.equal(network.get_buffer(name), value), name
+        loss = nn.functional.cross_entropy(before(data.train.images), data.train.labels).detach()
+        assert float(terms[steps.TERMS.index("cross_entropy")]) == pytest.approx(float(loss), rel=1e-5)
+
+
 def test_a_step_that_is_no_number_leaves_the_running_statistics():
     recipe, data = small(network={"name": "resnet-small", "width": 2}), experiment()
     network = network_of(recipe, data).train()
