@@ -19,6 +19,7 @@ from grood_cert.networks.capture import capture
 
 SMALL = {  # of each network the thinnest that is worth testing, and images it takes
     "conv-small": ((1, 8, 8), {"width": 4}),
+    "kw-small": ((1, 8, 8), {"width": 4}),
     "mlp": ((1, 8, 8), {"width": 4}),
     "resnet-small": ((1, 8, 8), {"width": 4}),
     "cnn-7": ((1, 8, 8), {"width": 4}),
@@ -80,6 +81,8 @@ def test_shapes(name, shape, classes):
         ("resnet32", (3, 32, 32), 10, 464_154, 64),
         ("resnet44", (3, 32, 32), 10, 658_586, 64),
         ("resnet56", (3, 32, 32), 10, 853_018, 64),
+        ("kw-small", (1, 28, 28), 10, 166_406, 100),  # .17 M and .21 M in the literature
+        ("kw-small", (3, 32, 32), 10, 214_918, 100),
         ("good-l", (1, 28, 28), 10, 13_257_290, 512),
         ("good-xl", (3, 32, 32), 10, 35_449_226, 512),
         ("good-s", (3, 32, 32), 10, 2_987_402, 128),
@@ -196,6 +199,7 @@ def test_graphs_can_be_traced(name):
     ("name", "method"),
     [
         ("conv-small", "crown"),
+        ("kw-small", "crown"),
         ("mlp", "crown"),
         ("resnet-small", "crown"),
         ("cnn-7", "crown"),
@@ -329,6 +333,7 @@ def test_old_checkpoints_keep_their_names():
         (("resnet18-imagenet", (1, 32, 32), 4, [0.5], [0.3]), "takes RGB images; these have 1 channel"),
         (("densenet121", (3, 28, 32), 4, [0.5] * 3, [0.3] * 3), "needs images of 29x29 or more; these are 28x32"),
         (("densenet-bc-100", (1, 3, 8), 4, [0.5], [0.3]), "needs images of 4x4 or more; these are 3x8"),
+        (("kw-small", (1, 8, 3), 4, [0.5], [0.3]), "needs images of 4x4 or more; these are 8x3"),
         (("good-s", (1, 2, 8), 4, [0.5], [0.3]), "needs images of 3x3 or more; these are 2x8"),
     ],
 )
@@ -339,7 +344,12 @@ def test_bad_architectures_are_refused(arguments, message):
 
 
 def test_the_smallest_images_pass():
-    for name, shape in [("densenet121", (3, 29, 29)), ("densenet-bc-100", (1, 4, 4)), ("good-s", (1, 3, 3))]:
+    for name, shape in [
+        ("densenet121", (3, 29, 29)),
+        ("densenet-bc-100", (1, 4, 4)),
+        ("good-s", (1, 3, 3)),
+        ("kw-small", (1, 4, 4)),
+    ]:
         options = {key: 2 for key in SMALL[name][1]}
         network = build(name, shape, 4, [0.5] * shape[0], [0.3] * shape[0], **options).eval()
         assert network(torch.rand(1, *shape)).isfinite().all()
