@@ -15,12 +15,10 @@ clean; `attacked`, somewhere in the ball, as an attack showed; `certified`, not 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,12 +30,14 @@ from grood_cert.errors import InputError
 from grood_cert.results import figures
 from grood_cert.results.curves import fpr_curve
 from grood_cert.results.figures import style
+from grood_cert.results.seeds import over_seeds
 from grood_cert.results.table import Table
-from grood_cert.system.files import check_apart, read_csv, write_csv
+from grood_cert.system.files import check_apart, read_numbers, write_csv
 
 SETTINGS = ("certified", "certified_mix", "certified_eps", "lambda_certified", "lambda_grad")  # of `[objective]`
 RATES = ("rate_clean", "rate_attacked", "rate_certified")
 COLUMNS = (*SETTINGS, "seed", "accuracy", "kind", "set", "samples", "eps", *RATES)
+WORDS = ("certified", "kind", "set")  # the other columns hold numbers
 FAR, NEAR = "photo-patches", "digits:8,9"
 Record = dict[str, Any]
 
@@ -69,29 +69,12 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         raise InputError(f"cannot read {path}: there is none; --sweep FOLDER makes the rows")
-    found, words = read_csv(path), ("certified", "kind", "set")
-    if tuple(found[0]) != COLUMNS:
-        raise InputError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-    try:
-        rows: list[Record] = [
-            {key: value if key in words else float(value) for key, value in row.items()} for row in found
-        ]
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    if not all(math.isfinite(row[key]) for row in rows for key in COLUMNS if key not in words):
-        raise InputError(f"{path}: a number is not finite")
-    return rows
-
-
-def _over_seeds(rows: Iterable[Record], column: str) -> tuple[float, float, float]:
-    """Mean, smallest and largest over the seeds."""
-    values = [row[column] for row in rows]
-    return float(np.mean(values)), min(values), max(values)
+    return read_numbers(path, COLUMNS, WORDS)
 
 
 def _cell(rows: Sequence[Record], *columns: str, digits: int = 2) -> str:
     """Means over the seeds, and half the range of each."""
-    spreads = [_over_seeds(rows, column) for column in columns]
+    spreads = [over_seeds(rows, column) for column in columns]
     return " / ".join(f"{mean:.{digits}f} ±{(most - least) / 2:.{digits}f}" for mean, least, most in spreads)
 
 
@@ -124,7 +107,7 @@ def table(rows: Sequence[Record]) -> str:
 
 def _point(axes: Axes, along: Sequence[Record], x: str, up: Sequence[Record], **look: Any) -> tuple[float, float]:
     """One objective: the means over its seeds, and bars from the smallest to the largest."""
-    (across, *sides), (height, *ends) = _over_seeds(along, x), _over_seeds(up, "rate_certified")
+    (across, *sides), (height, *ends) = over_seeds(along, x), over_seeds(up, "rate_certified")
     bars: Any = {"xerr": [[across - sides[0]], [sides[1] - across]], "yerr": [[height - ends[0]], [ends[1] - height]]}
     axes.errorbar(across, height, elinewidth=0.6, markersize=4, linestyle="", **bars, **look)
     return across, height

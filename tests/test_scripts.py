@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import objective_to_radius, pareto, radius_scatter
+from analysis import mnist_good, objective_to_radius, pareto, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
 from grood_cert.errors import InputError
+from grood_cert.recipe import find, load
 from grood_cert.results.table import Table
 from grood_cert.system.files import write_csv
 
+BOUNDS = ("objective.certified=ood", "objective.certified_eps=0.3")
 KEPT = Path(__file__).parents[1] / "results"
 
 
@@ -70,6 +72,52 @@ def test_pareto(rows_file, tmp_path):
     means = [share * found[0]["accuracy"] for share in (0.75, 0.75, 1)]  # smallest shares of the bound first
     assert [float(cell.split()[0]) for cell in accuracy.split("|")[2:-1]] == pytest.approx(means, abs=6e-4)
     assert out.read_bytes()[:4] == b"\x89PNG" and len(pareto.figure(pareto.read(kept)).axes) == 3
+
+
+def test_mnist_good(rows_file, tmp_path):
+    kept, out = tmp_path / "kept.csv", tmp_path / "good.png"
+    with pytest.raises(InputError, match=r"cannot read .*kept\.csv.*--runs FOLDER makes the rows"):
+        mnist_good.main(kept, out)
+    with pytest.raises(InputError, match=r"no rows\.csv below .*empty"):
+        mnist_good.main(kept, out, [tmp_path / "empty"])
+    shutil.copytree(rows_file.parent, tmp_path / "runs/one")
+    with pytest.raises(InputError, match=r"no rows at eps 0\.3 in .*kept\.csv; certify with --eps 0\.3"):
+        mnist_good.main(kept, out, [tmp_path / "runs"])
+    rows, found = Table.read(rows_file), mnist_good.read(kept)
+    assert len(found) == len(rows.eps) * len(rows.sets("ood"))
+    for record in found:  # an area is the share of pairs in the right order
+        inside, outside = rows["score"][rows.of_kind("id")], rows.sets("ood")[record["set"]]
+        lowest = rows.grid["s_lb"][outside][:, list(rows.eps).index(record["eps"])]
+        assert record["auroc_certified"] == pytest.approx((inside[:, None] < lowest).mean())
+        assert 0 <= record["auroc_certified"] <= record["auroc_attacked"] <= record["auroc"] <= 1
+    record = found[0] | {
+        "training": "bounds",
+        "set": "fashion-mnist",
+        "eps": 0.3,
+        "accuracy": 0.9,
+        "auroc_certified": 0.5,
+    }
+    write_csv(kept, mnist_good.COLUMNS, [record, record | {"seed": 1.0, "accuracy": 0.8, "auroc_certified": 0.25}])
+    mnist_good.main(kept, out)
+    head, _, line, *published = mnist_good.table(mnist_good.read(kept)).splitlines()
+    assert head == "| training | seeds | accuracy | eps | fashion-mnist |"
+    assert line.startswith("| bounds | 2 | 85.00 ±5.00 | 0.3 | ") and line.endswith(" / 37.5 ±12.5 |")
+    assert published[-1] == "| GOOD100, published | 1 | 98.7 | 0.3 | 100.0 / 96.5 / 78.0 |"
+    assert out.read_bytes()[:4] == b"\x89PNG" and len(mnist_good.figure(mnist_good.read(kept)).axes) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objective.lambda_grad=0"], "energy"),
+        (["objective.lambda_grad=0.3"], "GReg 0.3"),
+        (["sampling.method=energy"], "GReg+ 0.1"),
+        (["objective.lambda_grad=0", *BOUNDS], "energy, bounds"),
+        ([*BOUNDS, "objective.certified_mix=0.2"], "GReg 0.1, bounds 0.2, attack 0.8"),
+    ],
+)
+def test_trainings_of_mnist_have_names(settings, words):
+    assert mnist_good.training_of(load(find("digits-greg"), settings).to_dict()) == words
 
 
 def test_bounds_benchmark(model):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +48,12 @@ def each_of(groups: Groups) -> dict[str, Table]:
         for name, group in groups.items()
         for number, table in enumerate(group, 1)
     }
+
+
+def over_seeds(records: Iterable[Mapping[str, Any]], column: str) -> tuple[float, float, float]:
+    """Mean, smallest and largest of what records of several seeds hold in a column."""
+    values = [record[column] for record in records]
+    return float(np.mean(values)), min(values), max(values)
 
 
 def seed_of(table: Table) -> int | None:

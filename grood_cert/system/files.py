@@ -17,7 +17,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,24 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path} is no table: {error}") from None
     if not rows or any(None in (*row, *row.values()) for row in rows):
         raise InputError(f"{path} is no table: a row is not whole, or there is none")
+    return rows
+
+
+def read_numbers(path: Path, columns: Sequence[str], words: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of numbers, and of text in the columns of words.
+
+    Raises:
+        InputError: As for `read_csv`; or the columns are others, or a number is none or not finite.
+    """
+    found = read_csv(path)
+    if list(found[0]) != list(columns):
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}")
+    try:
+        rows = [{key: value if key in words else float(value) for key, value in row.items()} for row in found]
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float)):
+        raise InputError(f"{path}: a number is not finite")
     return rows
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from grood_cert.errors import InputError
 from grood_cert.results import curves
-from grood_cert.results.seeds import by_settings, grouped, spread
+from grood_cert.results.seeds import by_settings, grouped, over_seeds, spread
 from tests.results.examples import random_certification
 
 
@@ -50,6 +50,10 @@ def test_groups_have_names(names, found):
         names[0].removesuffix("-seed=0") if "=" in names[0] else "net" if names[0] == "net" else "2 seeds"
     ]
     assert list(grouped(tables[1:], paths[1:], ["x", "y"])) == ["x", "y"]  # nothing to group
+
+
+def test_a_column_of_several_seeds():
+    assert over_seeds([{"a": 0.25, "b": 9.0}, {"a": 1.0, "b": 9.0}, {"a": 0.25, "b": 9.0}], "a") == (0.5, 0.25, 1.0)
 
 
 def test_means_are_taken_wherever_a_curve_changes():

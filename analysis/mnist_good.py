@@ -1,0 +1,209 @@
+r"""MNIST by GOOD's protocol: AUC clean, attacked and guaranteed of detectors trained in different ways, beside the published.
+
+    python analysis/mnist_good.py results/mnist-good.csv --out docs/mnist-good.png
+
+prints and draws the rows that are kept. They come from folders of runs (`--runs`, repeatable), one detector a sub-folder, which
+then write them first:
+
+    grood-cert train mnist-good --set seed=1 --out runs/good/bounds-1
+    grood-cert certify runs/good/bounds-1/model.pt --eps 0.1,0.3 --effort fast --stages ibp --limit 200
+    python analysis/mnist_good.py results/mnist-good.csv --out docs/mnist-good.png --runs runs/good
+
+A row is one detector, OOD set and eps, with the area under the ROC curve of clean ID images against OOD images that move
+within eps (l_inf): clean, AUC; as an attack showed, AAUC; as was proved, GAUC.
+
+Published: Bitterwolf et al., "Certifiably Adversarially Robust Detection of Out-of-Distribution Data" (GOOD), NeurIPS 2020,
+table 1; its score is the confidence, its network has 13 million weights, its outliers are 80 Million Tiny Images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from grood_cert.cli import run_script
+from grood_cert.errors import InputError
+from grood_cert.results import figures
+from grood_cert.results.brackets import brackets_of
+from grood_cert.results.figures import style
+from grood_cert.results.seeds import over_seeds
+from grood_cert.results.table import Table
+from grood_cert.system.files import check_apart, read_numbers, write_csv
+
+AREAS = ("auroc", "auroc_attacked", "auroc_certified")
+COUNTS = ("samples_id", "samples_ood")
+COLUMNS = ("training", "seed", "accuracy", "set", "eps", *COUNTS, *AREAS)
+PUBLISHED_EPS = 0.3
+PUBLISHED = {  # in percent: accuracy, then AUC, AAUC and GAUC of each set
+    "GOOD80": (
+        99.1,
+        {"fashion-mnist": (99.8, 90.3, 55.5), "emnist-letters": (97.9, 63.1, 3.4), "cifar10": (100, 98.4, 94.7)},
+    ),
+    "GOOD100": (
+        98.7,
+        {"fashion-mnist": (100, 96.5, 78.0), "emnist-letters": (99.0, 53.8, 3.3), "cifar10": (100, 99.9, 99.4)},
+    ),
+}
+Record = dict[str, Any]
+
+
+def training_of(recipe: Mapping[str, Any]) -> str:
+    """What sets a detector apart from the others, in words."""
+    objective = recipe["objective"]
+    words = "energy"
+    if objective["lambda_grad"] > 0:
+        plus = "+" if recipe["sampling"]["method"] == "energy" else ""
+        words = f"GReg{plus} {objective['lambda_grad']:g}"
+    if objective["certified"] != "none":
+        share = objective["certified_mix"]
+        term = "bounds" if share == 1 else f"bounds {share:g}, attack {1 - share:g}"
+        words = f"{words}, {term}"
+    return words
+
+
+def records(rows: Table) -> Iterator[Record]:
+    """The rows of one certified detector, with the keys of `COLUMNS`."""
+    recipe = rows.manifest["recipe"]
+    common = {"training": training_of(recipe), "seed": recipe["seed"], "accuracy": rows.manifest["metrics"]["accuracy"]}
+    for found in brackets_of(rows, "ood", rows.eps):
+        chosen = {name: found[name] for name in ("eps", *COUNTS, *AREAS)}
+        yield common | {"set": found["set"].removesuffix(".npz")} | chosen
+
+
+def read(path: Path) -> list[Record]:
+    """Rows that were written before.
+
+    Raises:
+        InputError: If there are none, or a number is none or not finite.
+    """
+    if not path.exists():
+        raise InputError(f"cannot read {path}: there is none; --runs FOLDER makes the rows")
+    return read_numbers(path, COLUMNS, ("training", "set"))
+
+
+def _cell(rows: Sequence[Record]) -> str:
+    """AUC / AAUC / GAUC in percent, means over the seeds, and half the range of the last."""
+    if not rows:
+        return "-"
+    means, (_, least, most) = [over_seeds(rows, name)[0] for name in AREAS], over_seeds(rows, AREAS[-1])
+    return " / ".join(f"{100 * mean:.1f}" for mean in means) + f" ±{50 * (most - least):.1f}"
+
+
+def _trainings(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """The rows of each training, in the order of the file."""
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(row["training"], []).append(row)
+    return found
+
+
+def table(rows: Sequence[Record]) -> str:
+    """One line a training and eps, in Markdown; the published ones last."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    lines = [["training", "seeds", "accuracy", "eps", *sets], ["---"] * (4 + len(sets))]
+    for name, runs in _trainings(rows).items():
+        mean, least, most = over_seeds(runs, "accuracy")
+        seeds = str(len({row["seed"] for row in runs}))
+        for eps in sorted({row["eps"] for row in runs}):
+            cells = [_cell([row for row in runs if (row["set"], row["eps"]) == (one, eps)]) for one in sets]
+            lines.append([name, seeds, f"{100 * mean:.2f} ±{50 * (most - least):.2f}", f"{eps:g}", *cells])
+    for name, (accuracy, areas) in PUBLISHED.items():
+        cells = [" / ".join(f"{area:.1f}" for area in areas[one]) if one in areas else "-" for one in sets]
+        lines.append([f"{name}, published", "1", f"{accuracy:.1f}", f"{PUBLISHED_EPS:g}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(rows: Sequence[Record]) -> Figure:
+    """GAUC at the published eps against accuracy and against clean AUC, a column of panels for each set."""
+    chosen = [row for row in rows if row["eps"] == PUBLISHED_EPS]
+    groups = _trainings(chosen)
+    looks = dict(zip([*groups, *PUBLISHED], style.looks(len(groups) + len(PUBLISHED)), strict=True))
+    sets = list(dict.fromkeys(row["set"] for row in chosen))
+
+    def draw(axes: Axes, panel: tuple[str, str]) -> None:
+        column, one = panel
+        for name, runs in groups.items():
+            of_set, look = [row for row in runs if row["set"] == one], looks[name]
+            (across, *sides), (height, *ends) = over_seeds(of_set, column), over_seeds(of_set, AREAS[-1])
+            bars: Any = {
+                "xerr": [[across - sides[0]], [sides[1] - across]],
+                "yerr": [[height - ends[0]], [ends[1] - height]],
+            }
+            axes.errorbar(
+                across,
+                height,
+                **bars,
+                marker=look.marker,
+                color=look.colour,
+                elinewidth=0.6,
+                markersize=4,
+                linestyle="",
+            )
+        for name, (accuracy, areas) in PUBLISHED.items():
+            if one in areas:
+                clean, _, proved = areas[one]
+                across = (accuracy if column == "accuracy" else clean) / 100
+                axes.plot(
+                    across,
+                    proved / 100,
+                    marker=looks[name].marker,
+                    color=looks[name].colour,
+                    fillstyle="none",
+                    markersize=5,
+                )
+        style.percent(axes, f"GAUC, eps {PUBLISHED_EPS:g}: {one}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.set_xlabel("ID accuracy" if column == "accuracy" else "clean AUC")
+
+    with style.styled("double"):
+        drawing = style.canvas("double")
+        style.grid(drawing, [[(column, one) for one in sets] for column in ("accuracy", "auroc")], draw)
+        handles = [
+            Line2D(
+                [],
+                [],
+                color=look.colour,
+                marker=look.marker,
+                markersize=4,
+                linestyle="",
+                label=f"{name}, published" if name in PUBLISHED else name,
+            )
+            for name, look in looks.items()
+        ]
+        drawing.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+        drawing.suptitle("OOD moves, ID does not; means over seeds, bars from the smallest to the largest")
+        style.fit(drawing, 2, 4.6)
+    return drawing
+
+
+def main(
+    rows: Annotated[Path, typer.Argument(help="The rows that are kept (.csv).")],
+    out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg.")],
+    runs: Annotated[list[Path] | None, typer.Option(help="Folder of runs to write the rows from.")] = None,
+) -> None:
+    """Print and draw the rows that are kept, or first write them from certified runs."""
+    figures.check_format(out)
+    check_apart([out], [rows])
+    if runs:
+        tables = [Table.read(path, "certification") for folder in runs for path in sorted(folder.glob("*/rows.csv"))]
+        if not tables:
+            raise InputError(f"no rows.csv below {', '.join(map(str, runs))}")
+        write_csv(rows, COLUMNS, [record for table in tables for record in records(table)])
+    kept = read(rows)
+    if not any(record["eps"] == PUBLISHED_EPS for record in kept):
+        raise InputError(f"no rows at eps {PUBLISHED_EPS:g} in {rows}; certify with --eps {PUBLISHED_EPS:g}")
+    typer.echo(table(kept))
+    figures.save(figure(kept), out)
+    typer.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
