@@ -7,7 +7,8 @@ constant max u. At the image the ball's support function closes the argument: ma
 a . x + max a . (x' - x). Each step replaces a function by a pointwise larger one, so the result is an upper bound; a
 lower bound is minus the upper bound of -a.
 
-Work is done in blocks of samples and rows small enough for the processor's cache, which is worth a factor of three.
+Work is done in blocks of samples and rows small enough for the processor's cache, which is worth a factor of three. Rows
+may be float32 on request (`single_rows`).
 
 References:
     Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS 2018.
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from grood_cert.ball import Ball
 from grood_cert.bounds.linear_rows import FullRows, RowBatch, Transposes, UnitRows, through_pool, unit_blocks
+from grood_cert.bounds.single_rows import constants_error
 from grood_cert.bounds.windows import Window, WindowRows, windows
 from grood_cert.interval import Interval
-from grood_cert.networks.activations import Activation
+from grood_cert.networks.activations import Activation, LeakyReLU
 from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import Addition, Convolution, Dense, LinearMap, MaxPool, Transposed
 
-_SIZE = 8  # bytes of a float64
 _COPIES = 4  # a row, its parts, and what it becomes
 
 
@@ -39,12 +40,17 @@ class Pullback:
     Args:
         graph: The network.
         ball: Batch of balls, float64.
-        transposes: Matrices kept from earlier calls for the same graph.
+        transposes: Matrices kept from earlier calls for the same graph, and for rows of the same kind.
+        single: Whether rows are float32; then lines are moved outward for their constants (`single_rows`), the rest of
+            what rounding can do is told as charges.
     """
 
-    def __init__(self, graph: Graph, ball: Ball, transposes: Transposes | None = None) -> None:
+    def __init__(self, graph: Graph, ball: Ball, transposes: Transposes | None = None, single: bool = False) -> None:
         self._graph = graph
+        self._layers = graph.single.nodes if single else graph.nodes
         self._ball = ball
+        self._single = single
+        self._dtype = torch.float32 if single else ball.center.dtype
         self._transposes = transposes or Transposes()
         self._inputs: dict[int, Interval] = {}
         self._lines: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
@@ -59,6 +65,11 @@ class Pullback:
             if charge is not None:
                 constant_low, constant_high = constant_low - charge, constant_high + charge
             flat = bool((constant_low == 0).all())
+            if self._single and isinstance(operation, LeakyReLU):
+                size = self._graph.nodes[number].size
+                constant_low = (constant_low - constants_error(constant_low, size)).to(self._dtype)
+                constant_high = (constant_high + constants_error(constant_high, size)).to(self._dtype)
+            slope_low, slope_high = slope_low.to(self._dtype), slope_high.to(self._dtype)
             self._lines[number] = slope_low, None if flat else constant_low, slope_high, constant_high
         elif charge is not None:
             self._charges[number] = charge
@@ -66,7 +77,7 @@ class Pullback:
     def part(self, samples: Tensor | slice) -> Pullback:
         """The same for some samples of the batch."""
         ball = Ball(self._ball.center[samples], self._ball.eps[samples], self._ball.norm)
-        part = Pullback(self._graph, ball, self._transposes)
+        part = Pullback(self._graph, ball, self._transposes, self._single)
         part._inputs = {number: (lower[samples], upper[samples]) for number, (lower, upper) in self._inputs.items()}
         for number, (slope_low, constant_low, slope_high, constant_high) in self._lines.items():
             low = None if constant_low is None else constant_low[samples]
@@ -80,9 +91,8 @@ class Pullback:
         Returns:
             Shape (B, R), or (B, 2 U) with `units`.
         """
-        return self._upper(
-            node, FullRows(rows.flatten(2 if units is None else 1), self._graph.nodes[node].shape, units)
-        )
+        rows = rows.to(self._dtype).flatten(2 if units is None else 1)
+        return self._upper(node, FullRows(rows, self._graph.nodes[node].shape, units))
 
     def linear(self, node: int, rows: Tensor, memory: int, closed: Mapping[int, Interval] | None = None) -> Interval:
         """Bounds of a . value(node) for rows of shape (B, R, *shape).
@@ -96,7 +106,7 @@ class Pullback:
         Returns:
             lower, upper: Shape (B, R) each.
         """
-        shape, count = self._graph.nodes[node].shape, rows.shape[1]
+        rows, shape, count = rows.to(self._dtype), self._graph.nodes[node].shape, rows.shape[1]
         held = max(1, memory // self._bytes(node))  # rows at a time
         samples, size = max(1, held // (2 * count)), max(1, held // 2)
         found = []
@@ -138,7 +148,7 @@ class Pullback:
             for current in nodes
             if isinstance(current.operation, Transposed)
         ]
-        return _SIZE * (_COPIES * max(current.size for current in nodes) + max(columns, default=0))
+        return self._dtype.itemsize * (_COPIES * max(current.size for current in nodes) + max(columns, default=0))
 
     def _through_layers(self, node: int, needed: Tensor, memory: int) -> Interval:
         """Rows over whole layers, for the needed entries only; samples that need similar numbers go together."""
@@ -159,20 +169,21 @@ class Pullback:
         return -value[:, 1], value[:, 0]
 
     def _of_units(self, node: int, units: UnitRows) -> Tensor:
-        current = self._graph.nodes[node]
-        if not isinstance(current.operation, Dense):
-            rows = units.start(current.size, current.shape).to(self._ball.center.dtype)
-            return self.upper(node, rows, units)
-        weight, bias = current.operation.weight[units.units], current.operation.bias  # no product with unit vectors
+        current, exact = self._layers[node], self._graph.nodes[node].operation
+        if not (isinstance(current.operation, Dense) and isinstance(exact, Dense)):
+            return self.upper(node, units.start(current.size, current.shape), units)
+        weight, bias = current.operation.weight[units.units], exact.bias  # no product with unit vectors
         value = self.upper(current.inputs[0], weight, units)
         return value if bias is None else value + units.own(bias[units.units])
 
     def _through_windows(self, node: int, widest: int, memory: int) -> Interval:
         """Rows over windows, for all entries, in strips of places."""
         channels, height, width = self._graph.nodes[node].shape
-        identity = torch.eye(channels).to(self._ball.center)
+        identity = torch.eye(channels).to(self._ball.center.device, self._dtype)
         rows = torch.cat([identity, -identity])[None, None]
-        lines = max(1, memory // (_SIZE * _COPIES * widest * 2 * channels * width))  # of places, at a time
+        lines = max(
+            1, memory // (self._dtype.itemsize * _COPIES * widest * 2 * channels * width)
+        )  # of places, at a time
         samples, strip = max(1, lines // height), min(lines, height)
         found = []
         for start in range(0, len(self._ball.center), samples):
@@ -193,7 +204,7 @@ class Pullback:
         return -value[:, 1], value[:, 0]
 
     def _upper(self, node: int, rows: RowBatch, closed: Mapping[int, Interval] | None = None) -> Tensor:
-        nodes, closed = self._graph.nodes, closed or {}
+        nodes, layers, closed, exact = self._graph.nodes, self._layers, closed or {}, self._ball.center.dtype
         pending: dict[int, RowBatch] = {node: rows}
         total: Tensor | float = 0.0
 
@@ -209,9 +220,14 @@ class Pullback:
                 total = total + _over_box(row.own(), *closed[number])
             elif isinstance(operation, LinearMap):
                 if operation.bias is not None:
-                    total = total + row.dot(row.view(operation.bias.expand(current.shape).unsqueeze(0)))
-                origin = current.inputs[0]
-                send(origin, row.through(number, operation, nodes[origin].shape, self._transposes))
+                    total = total + row.to(exact).dot(row.view(operation.bias.expand(current.shape).unsqueeze(0)))
+                origin, layer = current.inputs[0], layers[number].operation
+                assert isinstance(layer, LinearMap)
+                if isinstance(operation, Transposed):  # `single_rows` says why
+                    row = row.to(exact).through(number, operation, nodes[origin].shape, self._transposes)
+                    send(origin, row.to(self._dtype))
+                else:
+                    send(origin, row.through(number, layer, nodes[origin].shape, self._transposes))
             elif isinstance(operation, Addition):
                 for target in current.inputs:
                     send(target, row)
@@ -219,16 +235,18 @@ class Pullback:
                 row = row.own()
                 slope_low, constant_low, slope_high, constant_high = self._lines[number]
                 positive, negative = row.values.clamp(min=0), row.values.clamp(max=0)
-                total = total + row.with_values(positive).dot(row.view(constant_high))
+                total = total + row.with_values(positive).to(constant_high.dtype).dot(row.view(constant_high)).to(exact)
                 if constant_low is not None:
-                    total = total + row.with_values(negative).dot(row.view(constant_low))
+                    total = total + row.with_values(negative).to(constant_low.dtype).dot(row.view(constant_low)).to(
+                        exact
+                    )
                 values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_high))
                 send(current.inputs[0], row.with_values(values, inside=True))
             else:
                 assert isinstance(operation, MaxPool)
                 row, (lower, upper) = row.own(), self._inputs[number]
                 if number in self._charges:
-                    total = total + row.with_values(row.values.abs()).dot(row.view(self._charges[number]))
+                    total = total + row.with_values(row.values.abs()).to(exact).dot(row.view(self._charges[number]))
                 entries = row.values.reshape(*row.values.shape[:2], row.shape[0], -1)
                 spread, constant = through_pool(operation, entries, upper, *operation.leaders(lower, upper))
                 total = total + constant
@@ -242,10 +260,14 @@ class Pullback:
         ball = self._ball
         if ball.norm == "linf":
             return _over_box(rows, ball.lower, ball.upper)
+        rows = rows.to(ball.center.dtype)
         return rows.dot(rows.view(ball.center)) + rows.support(ball)
 
 
 def _over_box(rows: RowBatch, lower: Tensor, upper: Tensor) -> Tensor:
     """Max of a . v over lower <= v <= upper."""
     middle, radius = (lower + upper) / 2, (upper - lower) / 2
-    return rows.dot(rows.view(middle)) + rows.with_values(rows.values.abs()).dot(rows.view(radius))
+    exact = rows.to(lower.dtype)
+    found = exact.dot(rows.view(middle))
+    sizes = rows.values.abs() if exact is rows else exact.values.abs_()  # a copy that nobody else reads
+    return found + rows.with_values(sizes).dot(rows.view(radius))

@@ -9,8 +9,8 @@ linear, convolution, BatchNorm, pooling and addition layers with ReLU or leaky R
 
 For l_2 and l_1 balls whatever depends on the image linearly is bounded over the ball itself, not over its box, by every
 method. Bounds are never looser than auto_LiRPA's by more than rounding, but for smooth activations, whose lines here lie
-within a few per cent of the best ones and are tighter as a rule. They are computed in float64 and moved outward by what
-rounding can do to them and to the network's evaluation (`rounding`).
+within a few per cent of the best ones and are tighter as a rule. They are computed in float64, or rows of them in
+float32, and moved outward by what rounding can do to them and to the network's evaluation (`rounding`, `single_rows`).
 
 Speed comes from four things: hidden units of convolutional layers are bounded on the window of each layer that they can
 see (`windows`), other layers only where a bound can matter, diagonal layers are folded away (`folding`), and rows are
@@ -29,6 +29,7 @@ from grood_cert.bounds.engine import Method, Source, way_of
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
 from grood_cert.bounds.linear_rows import Transposes
+from grood_cert.bounds.single_rows import sums_in_float32
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval
 from grood_cert.networks.capture import capture
@@ -46,6 +47,8 @@ class NativeNetwork:
         method: "ibp", "crown-ibp" or "crown".
         memory: Bytes that blocks of rows may take; by default 16 MiB on a CPU (its cache), 1 GiB on another device.
         graph: The network as a graph, if it has been captured already.
+        single: Whether linear bounds may be computed in float32, moved outward by what that can do (`single_rows`): twice as
+            fast where there are convolutions, and hardly looser. Where its sums are not known, it is float64 all the same.
 
     Attributes:
         network: The copy.
@@ -77,6 +80,7 @@ class NativeNetwork:
         method: Method,
         memory: int | None = None,
         graph: Graph | None = None,
+        single: bool = False,
     ) -> None:
         way_of(method)
         if memory is not None and memory <= 0:
@@ -88,7 +92,13 @@ class NativeNetwork:
         self.device = self.graph.device
         self.folded = folded(self.graph)
         self.memory = memory or (DEFAULT_MEMORY if self.device.type == "cpu" else _DEVICE_MEMORY)
-        self.transposes = Transposes()
+        self.transposes = {kind: Transposes() for kind in (False, True)}  # for rows in float64, in float32
+        self._single = single
+
+    @property
+    def single(self) -> bool:
+        """Whether linear bounds are computed in float32, as things stand."""
+        return self._single and sums_in_float32(self.device)
 
     def relax(self, ball: Ball) -> NativeRelaxation:
         """Prepare the bounds over a ball; hidden bounds are computed once, at the first rows asked for.
@@ -113,18 +123,19 @@ class NativeRelaxation:
         self._bounded = bounded
         center, eps = (value.detach().to(bounded.device, torch.float64) for value in (ball.center, ball.eps))
         self._ball = Ball(center, eps, ball.norm)
-        self._hidden: dict[Source, Hidden] = {}
+        self._hidden: dict[tuple[Source, bool], Hidden] = {}
 
     def hidden(self, method: Method | None = None) -> Hidden:
         """Bounds of the hidden layers that a method stands on; "ibp" and "crown-ibp" share theirs."""
-        source = way_of(method or self._bounded.method).hidden
-        if source not in self._hidden:
-            bounded = self._bounded
+        bounded = self._bounded
+        kind = source, single = way_of(method or bounded.method).hidden, bounded.single
+        if kind not in self._hidden:
+            transposes = bounded.transposes[single]
             with torch.no_grad():
-                self._hidden[source] = Hidden(
-                    bounded.folded, self._ball, source, None, bounded.memory, bounded.transposes
+                self._hidden[kind] = Hidden(
+                    bounded.folded, self._ball, source, None, bounded.memory, transposes, single
                 )
-        return self._hidden[source]
+        return self._hidden[kind]
 
     def rows(self, coefficients: Tensor, method: Method | None = None) -> Interval:
         r"""Bounds of c . f(x') over the ball, for every row c.
@@ -150,9 +161,7 @@ class NativeRelaxation:
             {number: hidden.intervals[number] for number in graph.nonlinear} if way_of(method).rows == "ibp" else None
         )
         with torch.no_grad():
-            lower, upper = hidden.relaxed.linear(len(graph.nodes) - 1, coefficients, self._bounded.memory, closed)
-            margin = (coefficients.abs() @ hidden.rounding.margin(len(graph.nodes) - 1).unsqueeze(-1)).squeeze(-1)
-            lower, upper = lower - margin, upper + margin
+            lower, upper = hidden.linear(coefficients, closed)
             proved = hidden.proved.unsqueeze(1) & torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)
             return torch.where(proved, lower, torch.nan), torch.where(proved, upper, torch.nan)
 

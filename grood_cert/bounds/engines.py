@@ -31,7 +31,12 @@ class Choice:
 
 
 def build(
-    engine: str, network: nn.Module, shape: tuple[int, ...], method: Method, graph: Graph | None = None
+    engine: str,
+    network: nn.Module,
+    shape: tuple[int, ...],
+    method: Method,
+    graph: Graph | None = None,
+    single: bool = False,
 ) -> Choice:
     """Put a network into an engine.
 
@@ -41,6 +46,7 @@ def build(
         shape: Shape (C, H, W) of one image.
         method: How to bound it.
         graph: The network as a graph, if it has been captured already.
+        single: Whether the native engine may compute linear bounds in float32, where the machine is fit for it.
 
     Raises:
         InputError: If engine or method are unknown, a module is in train mode, or the network cannot be captured; the
@@ -57,7 +63,7 @@ def build(
     way_of(method)
     graph = graph or capture(network, shape)
     if engine != "auto_lirpa":
-        return Choice("native", NativeNetwork(network, shape, method, graph=graph))
+        return Choice("native", NativeNetwork(network, shape, method, graph=graph, single=single))
     from grood_cert.bounds.auto_lirpa import LirpaNetwork
 
     return Choice("auto_lirpa", LirpaNetwork(network, shape, method, graph=graph))

@@ -17,7 +17,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from grood_cert.bounds.intervals import through
 from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.bounds.rounding import Rounding
 from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, gaps, weights_of_gaps
+from grood_cert.bounds.single_rows import RowErrors, start
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval, intersect, ordered
 from grood_cert.networks.activations import Activation
@@ -127,7 +128,8 @@ class Hidden:
         source: "ibp" for intervals alone, "crown" for linear bounds on top.
         given: Bounds of the inputs of the nonlinear layers from elsewhere, intersected with ours.
         memory: Bytes that blocks of rows may take.
-        transposes: Matrices kept from earlier calls for the same graph.
+        transposes: Matrices kept from earlier calls for the same graph, and for rows of the same kind.
+        single: Whether rows are pulled back in float32 (`single_rows`).
 
     Attributes:
         inputs: Bounds of the input of every nonlinear node, by its number, in execution order.
@@ -145,6 +147,7 @@ class Hidden:
         given: Sequence[Interval] | None = None,
         memory: int = DEFAULT_MEMORY,
         transposes: Transposes | None = None,
+        single: bool = False,
     ) -> None:
         self.graph = graph
         self.ball = ball
@@ -152,7 +155,8 @@ class Hidden:
         self.inputs: dict[int, Interval] = {}
         self.intervals: list[Interval] = [(ball.lower, ball.upper)]
         self.rounding = Rounding(graph, ball)
-        self.relaxed = Pullback(graph, ball, transposes)
+        self.relaxed = Pullback(graph, ball, transposes, single)
+        self._row_errors = RowErrors(graph, self.rounding.magnitudes[0]) if single else None
         self.proved = torch.ones(len(ball.center), dtype=torch.bool, device=ball.center.device)
         self._exact = ball.norm == "linf"
         self._memory = memory
@@ -163,7 +167,10 @@ class Hidden:
                 self._before_linear(number, node)
                 value = through(node.operation, [self.intervals[origin] for origin in node.inputs])
                 self.rounding.linear()
-                self.intervals.append(self._outward(number, *value))
+                if self._row_errors is not None:
+                    self._row_errors.linear(self.rounding.magnitudes)
+                margin = self.rounding.margin(number)
+                self.intervals.append((value[0] - margin, value[1] + margin))
             else:
                 self._before_nonlinear(number, node, known.get(number))
 
@@ -175,11 +182,34 @@ class Hidden:
         lower, upper = self.relaxed.bounds(origin, wanted.flatten(1), self._memory)
         lower = torch.where(wanted, lower.reshape(wanted.shape), -torch.inf)
         upper = torch.where(wanted, upper.reshape(wanted.shape), torch.inf)
-        self.intervals[origin] = intersect(self.intervals[origin], self._outward(origin, lower, upper))
+        margin = self.margin(origin)
+        self.intervals[origin] = intersect(self.intervals[origin], (lower - margin, upper + margin))
 
-    def _outward(self, number: int, lower: Tensor, upper: Tensor) -> Interval:
+    def margin(self, number: int) -> Tensor:
+        """How far linear bounds of the entries of a node are moved outward for rounding, shape (B, *node)."""
         margin = self.rounding.margin(number)
-        return lower - margin, upper + margin
+        return margin if self._row_errors is None else margin + self._row_errors.error(number)
+
+    def linear(self, rows: Tensor, closed: Mapping[int, Interval] | None = None) -> Interval:
+        """Bounds of rows of the logits, moved outward for rounding.
+
+        Args:
+            rows: Rows c, shape (B, R, K), float64.
+            closed: See `Pullback.linear`.
+
+        Returns:
+            lower, upper: Shape (B, R) each.
+        """
+        last = len(self.graph.nodes) - 1
+        if self._row_errors is None:
+            lower, upper = self.relaxed.linear(last, rows, self._memory, closed)
+            margin = (rows.abs() @ self.margin(last).unsqueeze(-1)).squeeze(-1)
+            return lower - margin, upper + margin
+        single, scales = start(rows)
+        lower, upper = self.relaxed.linear(last, single, self._memory, closed)
+        lost = (rows / scales - single).abs() @ self.rounding.magnitudes[last].unsqueeze(-1)
+        margin = (lost + single.to(rows).abs() @ self.margin(last).unsqueeze(-1)).squeeze(-1)
+        return (lower - margin) * scales.squeeze(-1), (upper + margin) * scales.squeeze(-1)
 
     def _before_linear(self, number: int, node: Node) -> None:
         if self._affine.issuperset(node.inputs):
@@ -199,7 +229,10 @@ class Hidden:
         self.proved = self.proved & ordered(lower, upper)
         self.inputs[number] = lower, upper
         self.intervals.append(self.rounding.nonlinear(lower, upper))
-        self.relaxed.add(number, lower, upper, self.rounding.charges[number])
+        charge = self.rounding.charges[number]
+        if self._row_errors is not None:
+            charge = charge + self._row_errors.nonlinear(lower, upper, self.rounding.magnitudes)
+        self.relaxed.add(number, lower, upper, charge)
 
 
 def logit_rows(classes: int) -> Tensor:
@@ -238,7 +271,7 @@ def preactivations(
     if source not in ("ibp", "crown"):
         raise InputError(f"unknown source of bounds {source!r}; use ibp or crown")
     known = Hidden(folded(graph), ball, source, given, memory)
-    logits, between = _logits(known, given_rows, memory)
+    logits, between = _logits(known, given_rows)
     weights = weights_of_gaps(*between)
     slopes = tuple(
         slopes_of(known.graph.nodes[number].operation, lower, upper) for number, (lower, upper) in known.inputs.items()
@@ -263,23 +296,21 @@ def engine_preactivations(bounded: BoundedNetwork, graph: Graph, ball: Ball) -> 
     return preactivations(graph, ball, "ibp", relaxation.preactivations(), relaxation.rows(rows))
 
 
-def _logits(known: Hidden, given: Interval | None, memory: int) -> tuple[Interval, Interval]:
+def _logits(known: Hidden, given: Interval | None) -> tuple[Interval, Interval]:
     """Bounds of the logits, and of their differences."""
-    logits, margin = known.intervals[-1], known.rounding.margin(len(known.graph.nodes) - 1)
-    batch, classes = margin.shape
-    rows = logit_rows(classes).to(margin)
+    logits = known.intervals[-1]
+    batch, classes = logits[0].shape
+    rows = logit_rows(classes).to(logits[0])
     if given is not None and (given[0].shape != (batch, len(rows)) or given[1].shape != (batch, len(rows))):
         raise InputError(
             f"expected bounds of {len(rows)} rows, shape {(batch, len(rows))}, got {tuple(given[0].shape)}"
         )
     if known.source == "crown":
         used = rows if classes <= _PAIRWISE_UP_TO else rows[:classes]
-        found = known.relaxed.linear(len(known.graph.nodes) - 1, used.expand(batch, -1, -1), memory)
+        found = known.linear(used.expand(batch, -1, -1))
         if len(used) < len(rows):
-            pad = torch.full((batch, len(rows) - classes), torch.inf).to(margin)
+            pad = torch.full((batch, len(rows) - classes), torch.inf).to(rows)
             found = torch.cat([found[0], -pad], 1), torch.cat([found[1], pad], 1)
-        moved = margin @ rows.abs().T
-        found = found[0] - moved, found[1] + moved
         given = found if given is None else intersect(given, found)
     if given is None:
         return logits, gaps(*logits)

@@ -49,8 +49,8 @@ def through_pool(pool: MaxPool, rows: Tensor, upper: Tensor, best: Tensor, decid
     """
     positive, negative = rows.clamp(min=0), rows.clamp(max=0)
     undecided = positive * (~decided).unsqueeze(1)
-    constant = (undecided * pool(upper).flatten(2).unsqueeze(1)).sum((2, 3))
-    entries = (negative + positive - undecided).unsqueeze(3) * best.unsqueeze(1)
+    constant = (undecided * pool(upper).flatten(2).unsqueeze(1)).sum((2, 3))  # float64 if one of both is
+    entries = (negative + positive - undecided).unsqueeze(3) * best.to(rows).unsqueeze(1)
     return over_rows(pool.spread, entries, 3), constant
 
 
@@ -172,6 +172,10 @@ class RowBatch(ABC):
     @abstractmethod
     def with_values(self, values: Tensor, inside: bool = False) -> Self:
         """Other rows on the same node; `inside` says that they were multiplied by a view, so hold nothing beyond it."""
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same rows as numbers of another kind."""
+        return self if self.values.dtype == dtype else self.with_values(self.values.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class WindowRows(RowBatch):
     def dot(self, view: Tensor) -> Tensor:
         """Shape (N, places, R)."""
         if self.values.shape[:2] == (1, 1):
-            return (view @ self.values[0, 0].mT).squeeze(2)
+            return functional.linear(view.squeeze(2), self.values[0, 0])
         return (self.values @ view.mT).squeeze(-1)
 
     def plus(self, other: WindowRows) -> WindowRows:

@@ -42,6 +42,7 @@ from grood_cert.certification.state import State
 from grood_cert.detector import Detector, check_network
 from grood_cert.errors import SoundnessError
 from grood_cert.networks.capture import capture
+from grood_cert.networks.operations import Convolution
 from grood_cert.scores import score_gradient
 
 
@@ -119,7 +120,9 @@ class Cascade:
         settings.check(detector.shape)
         check_network(detector.network)
         graph = capture(detector.network, detector.shape).deployed(settings.deployment)
-        self.choice = build(settings.engine, detector.network, detector.shape, settings.linear[-1], graph)
+        single = any(isinstance(node.operation, Convolution) for node in graph.nodes)  # others gain nothing
+        method = settings.linear[-1]
+        self.choice = build(settings.engine, detector.network, detector.shape, method, graph, single)
         self.detector, self.settings = detector, settings
         guard = Guard(together)
         self.failures = guard.failures

@@ -55,6 +55,12 @@ class LinearMap(ABC):
         return values if self.bias is None else values + self.bias
 
 
+def _overlap(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> int:
+    return math.prod(
+        -(-size // (step // math.gcd(step, apart))) for size, step, apart in zip(kernel, stride, dilation, strict=True)
+    )
+
+
 def _abs(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.abs()
 
@@ -100,6 +106,11 @@ class Convolution(LinearMap):
     def kernel(self) -> tuple[int, int]:
         """Size of the kernel."""
         return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def overlap(self) -> int:
+        """The largest number of windows that one entry can belong to."""
+        return _overlap(self.kernel, self.stride, self.dilation)
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -163,6 +174,11 @@ class AveragePool(LinearMap):
     def dilation(self) -> tuple[int, int]:
         """Windows have no holes."""
         return 1, 1
+
+    @property
+    def overlap(self) -> int:
+        """The largest number of windows that one entry can belong to."""
+        return _overlap(self.kernel, self.stride, self.dilation)
 
     def linear(self, values: Tensor) -> Tensor:
         """W x."""
@@ -425,10 +441,7 @@ class MaxPool:
     @property
     def overlap(self) -> int:
         """The largest number of windows that one entry can belong to."""
-        return math.prod(
-            -(-kernel // (step // math.gcd(step, dilation)))
-            for kernel, step, dilation in zip(self.kernel, self.stride, self.dilation, strict=True)
-        )
+        return _overlap(self.kernel, self.stride, self.dilation)
 
 
 def channelwise(part: Tensor, shape: tuple[int, ...]) -> Tensor | None:

@@ -35,6 +35,41 @@ MUTANTS = (
         },
     ),
     *planted(
+        "bounds/hidden.py",
+        ("bounds/test_single_rows.py",),
+        {
+            "rows start in float32 for nothing": (
+                "margin = (lost + single.to(rows).abs() @",
+                "margin = (0 * lost + single.to(rows).abs() @",
+            ),
+        },
+    ),
+    *planted(
+        "bounds/single_rows.py",
+        ("bounds/test_single_rows.py",),
+        {
+            "float32 rows round nothing": ("return 1.03 * count * UNIT if", "return 0.0 * count * UNIT if"),
+            "float32 sums of constants round nothing": (
+                "return constants.abs() * (share / (1 - 2 * share) if share < 0.25 else torch.inf)",
+                "return constants.abs() * (0.0 if share < 0.25 else torch.inf)",
+            ),
+            "an input is read by one window": (
+                "return operation.weight.shape[0] // operation.groups * operation.overlap",
+                "return operation.weight.shape[0] // operation.groups",
+            ),
+            "what float32 rows were off ends with their layer": (
+                "(absolute.linear(carried[0]) if carried else 0.0)",
+                "0.0",
+            ),
+            "small rows are not scaled": ("torch.where(largest > 0, scales, 1.0)", "torch.ones_like(scales)"),
+            "float32 rows never underflow": ("_UNDERFLOW = 2.0**-100", "_UNDERFLOW = 0.0"),
+            "products of bfloat16 count as float32": (
+                'return all(word in ("none", "ieee", "highest") for word in told)',
+                "return True",
+            ),
+        },
+    ),
+    *planted(
         "bounds/rounding.py",
         _ROUNDING,
         {
@@ -152,27 +187,31 @@ MUTANTS = (
     ),
     *planted(
         "bounds/backward.py",
-        ("bounds/test_crown.py",),
+        ("bounds/test_crown.py", "bounds/test_single_rows.py"),
         {
             "positive entries take the lower line": (
                 "values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_high))",
                 "values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_low))",
             ),
             "the constant of the upper line is lost": (
-                "total = total + row.with_values(positive).dot(row.view(constant_high))",
-                "total = total + row.with_values(positive * 0).dot(row.view(constant_high))",
+                "row.with_values(positive).to(constant_high.dtype)",
+                "row.with_values(positive * 0).to(constant_high.dtype)",
             ),
             "the constant of the lower line is added for positive entries": (
-                "total = total + row.with_values(negative).dot(row.view(constant_low))",
-                "total = total + row.with_values(positive).dot(row.view(constant_low))",
+                "row.with_values(negative).to(constant_low.dtype)",
+                "row.with_values(positive).to(constant_low.dtype)",
             ),
             "a path of the backward pass is lost": (
                 "pending[target] = pending[target].plus(batch) if target in pending else batch",
                 "pending[target] = batch",
             ),
             "over a box the radius keeps its sign": (
-                "return rows.dot(rows.view(middle)) + rows.with_values(rows.values.abs()).dot(rows.view(radius))",
-                "return rows.dot(rows.view(middle)) + rows.with_values(rows.values).dot(rows.view(radius))",
+                "sizes = rows.values.abs() if exact is rows else exact.values.abs_()",
+                "sizes = rows.values if exact is rows else exact.values",
+            ),
+            "float32 rows of units meet biases in float32": (
+                "current.operation.weight[units.units], exact.bias ",
+                "current.operation.weight[units.units], current.operation.bias ",
             ),
             "over l_2 and l_1 balls the centre is all": (
                 "return rows.dot(rows.view(ball.center)) + rows.support(ball)",

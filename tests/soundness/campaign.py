@@ -174,6 +174,7 @@ class _Trial:
         found: list[tuple[str, Options]] = [
             ("linear", {"engine": "native", "method": method, "rows": rows}) for method in METHODS
         ]
+        found += [("linear", {"engine": "native float32", "method": method, "rows": rows}) for method in METHODS]
         if self.chosen("auto_lirpa") and lirpa_version() is not None:
             found += [("linear", {"engine": "auto_lirpa", "method": method, "rows": rows}) for method in METHODS]
         if self.chosen("alpha"):

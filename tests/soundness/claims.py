@@ -90,9 +90,10 @@ class Subject:
     _engines: dict[str, BoundedNetwork] = field(default_factory=dict)
 
     def bounded(self, engine: str) -> BoundedNetwork:
-        """Inside an engine."""
+        """Inside an engine; "native float32" is the native one with rows in float32."""
         if engine not in self._engines:
-            self._engines[engine] = build(engine, self.network, self.graph.shape, "crown", self.graph).bounded
+            name, single = engine.removesuffix(" float32"), engine.endswith(" float32")
+            self._engines[engine] = build(name, self.network, self.graph.shape, "crown", self.graph, single).bounded
         return self._engines[engine]
 
 
@@ -108,7 +109,7 @@ def _linear(subject: Subject, ball: Ball, score: Score, options: Options) -> lis
     found = score_bounds(bounded, ball, method, score)
     claims = _pair(stage, found.lower, found.upper)
     claims += _pair(f"{stage}, per logit", found.lower_per_logit, found.upper_per_logit)
-    if engine != "native":
+    if engine == "auto_lirpa":
         return claims  # what the library itself gives is moved outward where bounds of S are made of it
     relaxation = bounded.relax(ball)
     rows = options["rows"]
