@@ -58,6 +58,7 @@ soundness: env
 figures: env
 	$(BIN)/python analysis/objective_to_radius.py results/lambda-grad.csv --out docs/sweep-objective.png
 	$(BIN)/python analysis/pareto.py results/digits-pareto.csv --out docs/digits-pareto.png
+	$(BIN)/python analysis/fine_tuning.py results/resnet20.csv --out docs/resnet20.png
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md

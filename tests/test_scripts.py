@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from analysis import mnist_good, objective_to_radius, pareto, radius_scatter
+from analysis import fine_tuning, mnist_good, objective_to_radius, pareto, radius_scatter
 from benchmarks import bounds, clustering, step_time
 from benchmarks import lipschitz as lipschitz_benchmark
+from grood_cert import detector
+from grood_cert.data.experiment import load_evaluation
 from grood_cert.errors import InputError
 from grood_cert.recipe import find, load
 from grood_cert.results.table import Table
@@ -118,6 +121,73 @@ def test_mnist_good(rows_file, tmp_path):
 )
 def test_trainings_of_mnist_have_names(settings, words):
     assert mnist_good.training_of(load(find("digits-greg"), settings).to_dict()) == words
+
+
+def test_fine_tuning_measures_a_detector(model):
+    """Margins and slopes again, from the network alone; and each l_inf radius lies below that in l_2."""
+    trained = detector.load(model)
+    sets = load_evaluation(trained.origin.recipe.data)
+    found = list(fine_tuning.measure(model, 6, ("linf", "l2")))
+    assert all(tuple(row) == fine_tuning.COLUMNS for row in found)
+    assert [row["norm"] for row in found] == ["linf", "l2"] * 3
+    for number, images in enumerate([sets.test, *sets.ood]):
+        rows = found[2 * number : 2 * number + 2]
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:6].sort().values
+        pixels = images.images[drawn].double().requires_grad_(True)
+        score = -trained.network(pixels).logsumexp(1)
+        (slope,) = torch.autograd.grad(score.sum(), pixels)
+        right = (score <= trained.gamma) == (number == 0)
+        margin = np.median((score.detach() - trained.gamma).abs()[right].numpy())
+        assert 0 < rows[0]["radius_attack"] < rows[1]["radius_attack"]
+        for row, order in zip(rows, (1, 2), strict=True):
+            assert (row["set"], row["kind"], row["samples"]) == (images.name, images.kind, len(images))
+            assert (row["samples_attacked"], row["right"]) == (6, int(right.sum()))
+            aurocs = [trained.origin.metrics["ood"][other.name]["auroc"] for other in sets.ood]
+            assert row["accuracy"] == trained.origin.metrics["accuracy"]
+            assert row["auroc"] == pytest.approx(aurocs[number - 1] if number else np.mean(aurocs))
+            steep = np.median(slope.flatten(1).norm(order, dim=1)[right].numpy())
+            assert (row["margin"], row["gradient_norm_estimate"]) == pytest.approx((margin, steep))
+
+
+def test_fine_tuning_draws_what_is_kept(tmp_path, model, capsys):
+    kept, out = tmp_path / "kept.csv", tmp_path / "drawn.png"
+    fine_tuning.main(KEPT / "resnet20.csv", out)
+    with pytest.raises(InputError, match=r"cannot read .*kept\.csv.*--model FILE makes them"):
+        fine_tuning.main(kept, out)
+    with pytest.raises(InputError, match=r"model\.pt"):
+        fine_tuning.main(model, out, [model])
+    with pytest.raises(InputError, match="unknown norm in l2, l7; use linf, l2, l1"):
+        fine_tuning.main(kept, out, [model], ["l2", "l7"])
+    common = {"samples": 300, "samples_attacked": 16, "right": 9, "norm": "linf", "kind": "ood", "set": "far"}
+    common |= {"accuracy": 0.75, "fpr95_id": 0.5, "auroc": 0.9}
+    rows = [
+        common
+        | {"method": method, "lambda_grad": weight, "seed": seed, "margin": 2 * scale}
+        | {"gradient_norm_estimate": 50 * scale, "radius_attack": 0.01 + weight}
+        for method, weight, scale in (("uniform", 0.0, 1.0), ("uniform", 0.1, 0.25), ("energy", 0.1, 0.5))
+        for seed in (0, 1)
+    ]
+    write_csv(kept, fine_tuning.COLUMNS, rows)
+    capsys.readouterr()
+    fine_tuning.main(kept, out)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| far ")]
+    assert [line.split(" | ")[2] for line in lines] == ["energy", "GReg 0.1", "GReg+ 0.1"]
+    assert lines[1].endswith("| 0.11 ±0 | 0.25 ±0.00 | 0.25 ±0.00 | 11.00 ±0.00 |")
+    assert out.read_bytes()[:4] == b"\x89PNG" and len(fine_tuning.figure(fine_tuning.read(kept)).axes) == 2
+    whole = kept.read_text()
+    for content, message in (
+        (whole[:-40], "not whole"),
+        (whole.replace("0.9", "nan"), "not finite"),
+        (whole.replace("uniform,0.0,1", "uniform,0.0,"), "could not convert"),
+        (whole.replace("uniform,0.0,1", "uniform,0.5,1"), "no row with lambda_grad 0 of seed 1, linf, far"),
+        (whole.replace("uniform,0.0,1", "uniform,0.0,0"), "two rows of uniform, 0.0, 0.0, linf, far"),
+        (whole.replace("linf", "l7"), "no method or norm of this study: uniform, l7"),
+        (whole.replace("linf", "l2"), "no rows in linf"),
+        (whole.replace("margin", "margins"), "expected the columns"),
+    ):
+        kept.write_text(content)
+        with pytest.raises(InputError, match=message):
+            fine_tuning.main(kept, out)
 
 
 def test_bounds_benchmark(model):
