@@ -26,7 +26,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from grood_cert.cli import run_script
 from grood_cert.errors import InputError
@@ -69,8 +69,14 @@ def training_of(recipe: Mapping[str, Any]) -> str:
 
 
 def records(rows: Table) -> Iterator[Record]:
-    """The rows of one certified detector, with the keys of `COLUMNS`."""
-    recipe = rows.manifest["recipe"]
+    """The rows of one certified detector, with the keys of `COLUMNS`.
+
+    Raises:
+        InputError: If its network was not trained from a recipe.
+    """
+    recipe = rows.manifest.get("recipe")
+    if not recipe:
+        raise InputError(f"{rows.manifest['model']['name']} was not trained from a recipe; leave it out of --runs")
     common = {"training": training_of(recipe), "seed": recipe["seed"], "accuracy": rows.manifest["metrics"]["accuracy"]}
     for found in brackets_of(rows, "ood", rows.eps):
         chosen = {name: found[name] for name in ("eps", *COUNTS, *AREAS)}
@@ -88,6 +94,15 @@ def read(path: Path) -> list[Record]:
     return read_numbers(path, COLUMNS, ("training", "set"))
 
 
+def _refuse_twice(rows: Sequence[Record]) -> None:
+    """Refuse two detectors that would count as one."""
+    seen = set[tuple[Any, ...]]()
+    for row in rows:
+        if (key := (row["training"], row["seed"], row["set"], row["eps"])) in seen:
+            raise InputError(f"two runs of {row['training']} with seed {row['seed']}; keep one of them below --runs")
+        seen.add(key)
+
+
 def _cell(rows: Sequence[Record]) -> str:
     """AUC / AAUC / GAUC in percent, means over the seeds, and half the range of the last."""
     if not rows:
@@ -97,11 +112,11 @@ def _cell(rows: Sequence[Record]) -> str:
 
 
 def _trainings(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    """The rows of each training, in the order of the file."""
+    """The rows of each training, the most accurate first."""
     found: dict[str, list[Record]] = {}
     for row in rows:
         found.setdefault(row["training"], []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: -over_seeds(item[1], "accuracy")[0]))
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -121,67 +136,54 @@ def table(rows: Sequence[Record]) -> str:
 
 
 def figure(rows: Sequence[Record]) -> Figure:
-    """GAUC at the published eps against accuracy and against clean AUC, a column of panels for each set."""
-    chosen = [row for row in rows if row["eps"] == PUBLISHED_EPS]
-    groups = _trainings(chosen)
+    """AUC, AAUC and GAUC against accuracy: a row of panels for each eps, a column for each set."""
+    groups = _trainings(rows)
     looks = dict(zip([*groups, *PUBLISHED], style.looks(len(groups) + len(PUBLISHED)), strict=True))
-    sets = list(dict.fromkeys(row["set"] for row in chosen))
+    sets, grid = list(dict.fromkeys(row["set"] for row in rows)), sorted({row["eps"] for row in rows})
 
-    def draw(axes: Axes, panel: tuple[str, str]) -> None:
-        column, one = panel
+    def draw(axes: Axes, panel: tuple[float, str]) -> None:
+        eps, one = panel
         for name, runs in groups.items():
-            of_set, look = [row for row in runs if row["set"] == one], looks[name]
-            (across, *sides), (height, *ends) = over_seeds(of_set, column), over_seeds(of_set, AREAS[-1])
-            bars: Any = {
-                "xerr": [[across - sides[0]], [sides[1] - across]],
-                "yerr": [[height - ends[0]], [ends[1] - height]],
-            }
-            axes.errorbar(
-                across,
-                height,
-                **bars,
-                marker=look.marker,
-                color=look.colour,
-                elinewidth=0.6,
-                markersize=4,
-                linestyle="",
-            )
-        for name, (accuracy, areas) in PUBLISHED.items():
+            found = [row for row in runs if (row["set"], row["eps"]) == (one, eps)]
+            if found:
+                _chain(axes, over_seeds(found, "accuracy")[0], [over_seeds(found, area) for area in AREAS], looks[name])
+        for name, (accuracy, areas) in PUBLISHED.items() if eps == PUBLISHED_EPS else ():
             if one in areas:
-                clean, _, proved = areas[one]
-                across = (accuracy if column == "accuracy" else clean) / 100
-                axes.plot(
-                    across,
-                    proved / 100,
-                    marker=looks[name].marker,
-                    color=looks[name].colour,
-                    fillstyle="none",
-                    markersize=5,
-                )
-        style.percent(axes, f"GAUC, eps {PUBLISHED_EPS:g}: {one}")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.set_xlabel("ID accuracy" if column == "accuracy" else "clean AUC")
+                spans = [(area / 100, area / 100, area / 100) for area in areas[one]]
+                _chain(axes, accuracy / 100, spans, looks[name])
+        style.percent(axes, f"area, eps {eps:g}")
+        axes.xaxis.set_major_locator(MultipleLocator(0.01))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.2)
+        axes.set_title(one)
+        if eps == grid[-1]:
+            axes.set_xlabel("ID accuracy")
 
     with style.styled("double"):
         drawing = style.canvas("double")
-        style.grid(drawing, [[(column, one) for one in sets] for column in ("accuracy", "auroc")], draw)
+        style.grid(drawing, [[(eps, one) for one in sets] for eps in grid], draw)
+        words = {name: f"{name}, published" if name in PUBLISHED else name for name in looks}
         handles = [
-            Line2D(
-                [],
-                [],
-                color=look.colour,
-                marker=look.marker,
-                markersize=4,
-                linestyle="",
-                label=f"{name}, published" if name in PUBLISHED else name,
-            )
+            Line2D([], [], color=look.colour, marker=look.marker, markersize=4, linestyle="", label=words[name])
             for name, look in looks.items()
         ]
-        drawing.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        drawing.suptitle("OOD moves, ID does not; means over seeds, bars from the smallest to the largest")
-        style.fit(drawing, 2, 4.6)
+        drawing.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        drawing.suptitle(
+            "areas under the ROC curve, means over seeds, on a line for each training: clean (bar), attacked (hollow), guaranteed "
+            "(filled, with\nits range over the seeds); OOD moves within eps, ID does not"
+        )
+        style.fit(drawing, len(grid), 4.6)
     return drawing
+
+
+def _chain(axes: Axes, accuracy: float, spans: Sequence[tuple[float, float, float]], look: style.Look) -> None:
+    """One training: mean, smallest and largest AUC, AAUC and GAUC, on a vertical line."""
+    (clean, *_), (attacked, *_), (proved, least, most) = spans
+    axes.plot([accuracy] * 2, [clean, proved], color=look.colour, linewidth=0.6)
+    axes.plot(accuracy, clean, marker="_", color=look.colour, markersize=6)
+    axes.plot(accuracy, attacked, marker=look.marker, color=look.colour, markerfacecolor="white", markersize=4)
+    bars: Any = {"yerr": [[proved - least], [most - proved]], "elinewidth": 1.6}
+    axes.errorbar(accuracy, proved, marker=look.marker, color=look.colour, markersize=4, **bars)
 
 
 def main(
@@ -196,7 +198,9 @@ def main(
         tables = [Table.read(path, "certification") for folder in runs for path in sorted(folder.glob("*/rows.csv"))]
         if not tables:
             raise InputError(f"no rows.csv below {', '.join(map(str, runs))}")
-        write_csv(rows, COLUMNS, [record for table in tables for record in records(table)])
+        made = [record for table in tables for record in records(table)]
+        _refuse_twice(made)
+        write_csv(rows, COLUMNS, made)
     kept = read(rows)
     if not any(record["eps"] == PUBLISHED_EPS for record in kept):
         raise InputError(f"no rows at eps {PUBLISHED_EPS:g} in {rows}; certify with --eps {PUBLISHED_EPS:g}")
