@@ -59,6 +59,7 @@ figures: env
 	$(BIN)/python analysis/objective_to_radius.py results/lambda-grad.csv --out docs/sweep-objective.png
 	$(BIN)/python analysis/pareto.py results/digits-pareto.csv --out docs/digits-pareto.png
 	$(BIN)/python analysis/fine_tuning.py results/resnet20.csv --out docs/resnet20.png
+	$(BIN)/python analysis/mnist_good.py results/mnist-good.csv --out docs/mnist-good.png
 
 models: env
 	$(BIN)/python -m benchmarks.models --out runs/models.md

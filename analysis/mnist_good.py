@@ -131,7 +131,7 @@ def table(rows: Sequence[Record]) -> str:
             lines.append([name, seeds, f"{100 * mean:.2f} ±{50 * (most - least):.2f}", f"{eps:g}", *cells])
     for name, (accuracy, areas) in PUBLISHED.items():
         cells = [" / ".join(f"{area:.1f}" for area in areas[one]) if one in areas else "-" for one in sets]
-        lines.append([f"{name}, published", "1", f"{accuracy:.1f}", f"{PUBLISHED_EPS:g}", *cells])
+        lines.append([f"{name}, published", "-", f"{accuracy:.1f}", f"{PUBLISHED_EPS:g}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -105,7 +105,7 @@ def test_mnist_good(rows_file, tmp_path):
     head, _, line, *published = mnist_good.table(mnist_good.read(kept)).splitlines()
     assert head == "| training | seeds | accuracy | eps | fashion-mnist |"
     assert line.startswith("| bounds | 2 | 85.00 ±5.00 | 0.3 | ") and line.endswith(" / 37.5 ±12.5 |")
-    assert published[-1] == "| GOOD100, published | 1 | 98.7 | 0.3 | 100.0 / 96.5 / 78.0 |"
+    assert published[-1] == "| GOOD100, published | - | 98.7 | 0.3 | 100.0 / 96.5 / 78.0 |"
     assert out.read_bytes()[:4] == b"\x89PNG" and len(mnist_good.figure(mnist_good.read(kept)).axes) == 1
     shutil.copytree(rows_file.parent, tmp_path / "runs/two")
     with pytest.raises(InputError, match=r"two runs of .* with seed 0; keep one of them"):
