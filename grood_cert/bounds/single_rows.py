@@ -182,7 +182,7 @@ class RowErrors:
             absolute, origin = operation.absolute(), inputs[0]
             count = terms(operation)
             count = 0 if operation.moves and count == 0 and readers == 1 else count + 2 + readers
-            moved = absolute.linear(magnitudes[origin])
+            moved = magnitudes[number] if operation.size is None else magnitudes[number] - operation.size  # |W| m
             lost = _UNDERFLOW * _total(magnitudes[origin]).reshape(-1, *[1] * (moved.dim() - 1))
             before = (absolute.linear(carried[0]) if carried else 0.0) + (lost if count else 0.0)
         roundings = max(self._roundings[origin] for origin in inputs) + count
