@@ -164,9 +164,9 @@ class _Search:
     """Branch and bound over a batch of balls that are all proved and undecided at their roots."""
 
     def __init__(
-        self, graph: Graph, ball: Ball, gamma: float, score: Score, side: Side, batch: int, steps: int
+        self, graph: Graph, ball: Ball, gamma: float, score: Score, side: Side, nodes: int, batch: int, steps: int
     ) -> None:
-        self.graph, self.ball, self.batch, self.steps = graph, ball, batch, steps
+        self.graph, self.ball, self.nodes, self.batch, self.steps = graph, ball, nodes, batch, steps
         self.gamma, self.score, self.side, self.reduction = gamma, score, side, reduction(score, side)
         self.goal = self.reduction.inner(gamma - sign_of(side) * _slack(graph, score, gamma))
         self.level = self.goal - _STRICTNESS * (1 + abs(self.goal))
@@ -241,7 +241,8 @@ class _Search:
         """Intervals that hold where a domain's case is at least the level, and which domains that empties."""
         condition = ScoreProof(domains, self.reduction).condition(values, self.level)
         lines = values[:, : domains.signs.shape[1]]
-        return emptied(tightened(domains, places, steps, lines, condition))
+        # two rows for each unstable neuron of a layer: no more than the search itself may have domains
+        return emptied(tightened(domains, places, steps, lines, condition, most=self.nodes))
 
     def outputs(self) -> list[int]:
         """The outputs count as a layer where their intervals matter."""
@@ -298,7 +299,7 @@ class _Search:
             leaves = leaves.at(rest).joined(found.at(~empty))
         return leaves
 
-    def run(self, first: _Leaves, nodes: int, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, first: _Leaves, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """The worst case of every ball, numbers of domains bounded, and who ran out of time."""
         count = len(self.refuted)
         used = torch.ones(count, dtype=torch.long, device=self.refuted.device)
@@ -311,7 +312,7 @@ class _Search:
         while True:
             leaves = pool.all
             wanted = pool.open & ~(self.refuted | hopeless)[leaves.sample] & (leaves.branch > _NOWHERE)
-            chosen = _worst_first(leaves, wanted, (nodes - used) // 2)[: self.batch]
+            chosen = _worst_first(leaves, wanted, (self.nodes - used) // 2)[: self.batch]
             if not len(chosen):
                 break
             if time.monotonic() > deadline:
@@ -324,8 +325,8 @@ class _Search:
             closed = found.bound < self.goal
             worst = worst.scatter_reduce(0, found.sample[closed], found.bound[closed], "amax")
             pool.put(found.at(~closed))
-            hopeless = (used >= max(_TRIED, nodes // 8)) & ~(
-                _expected(used, gap, pool.worst(count) - self.goal) < math.log2(_PATIENCE * nodes)
+            hopeless = (used >= max(_TRIED, self.nodes // 8)) & ~(
+                _expected(used, gap, pool.worst(count) - self.goal) < math.log2(_PATIENCE * self.nodes)
             )
         return torch.maximum(worst, pool.worst(count)), used, late
 
@@ -434,9 +435,11 @@ def branch_and_bound(
         place = torch.full_like(used, -1)
         place[index] = torch.arange(len(index), device=index.device)
         own = (place[sample] >= 0).nonzero().squeeze(1)
-        search = _Search(graph, Ball(ball.center[index], ball.eps[index], ball.norm), gamma, score, side, batch, steps)
+        search = _Search(
+            graph, Ball(ball.center[index], ball.eps[index], ball.norm), gamma, score, side, nodes, batch, steps
+        )
         found, used[index], timed_out[index] = _below_root(
-            search, domains.at(own), place[sample[own]], value[own], nodes, deadline
+            search, domains.at(own), place[sample[own]], value[own], deadline
         )
         bound[index], refuted[index], points[index] = reduced.outer(found), search.refuted, search.points
     bound = bound + of_score(score, graph, bound, largest_of(*whole.outputs))
@@ -446,7 +449,7 @@ def branch_and_bound(
 
 
 def _below_root(
-    search: _Search, domains: Domains, sample: Tensor, bound: Tensor, nodes: int, deadline: float
+    search: _Search, domains: Domains, sample: Tensor, bound: Tensor, deadline: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Optimise the bounds of all cases of whole balls, and branch where that does not decide them.
 
@@ -462,13 +465,13 @@ def _below_root(
     bound = torch.minimum(bound, leaves.bound)
     used, late = torch.ones_like(search.refuted, dtype=torch.long), torch.zeros_like(search.refuted)
     open_ = ((bound >= search.goal) & ~search.refuted[sample]).nonzero().squeeze(1)
-    if nodes < 3 or not len(open_):
+    if search.nodes < 3 or not len(open_):
         return worst(bound, sample, count), used, late
     leaves, domains = leaves.at(open_), domains.at(open_)
     places = [*range(1, search.layers), *search.outputs()]
     domains, empty = search.tighten(domains, leaves.values, places, _ROOT_TIGHTENING_STEPS)
     leaves = search.solve(sample[open_], domains, depth[open_], leaves.values, search.steps)
     leaves = replace(leaves, bound=torch.where(empty, search.level, torch.minimum(leaves.bound, bound[open_])))
-    found, used, late = search.run(leaves, nodes, deadline)
+    found, used, late = search.run(leaves, deadline)
     bound[open_] = torch.minimum(bound[open_], found[sample[open_]])
     return worst(bound, sample, count), used, late

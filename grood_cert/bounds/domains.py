@@ -104,6 +104,7 @@ def tightened(
     start: Tensor | None = None,
     condition: Condition | None = None,
     memory: int = DEFAULT_MEMORY,
+    most: int | None = None,
 ) -> Domains:
     r"""Both ends of every unstable neuron of some layers, or of every output, as optimised rows.
 
@@ -114,6 +115,7 @@ def tightened(
         start: First parameters of every row, shape (B, N); CROWN's if absent.
         condition: c, shape (B, K), and d, shape (B,), with c . f + d >= 0 wherever it matters: the result holds there.
         memory: Bytes that blocks of rows may take.
+        most: Layers with more unstable neurons are left as they are.
 
     Returns:
         The domains with their intervals intersected with what was found; ends may cross, see `emptied`.
@@ -126,6 +128,8 @@ def tightened(
         interval = domains.outputs if last else domains.inputs[place]
         lower, upper = (end.flatten(1) for end in interval)
         needed = torch.ones_like(lower, dtype=torch.bool) if last else (lower < 0) & (upper > 0)
+        if most is not None and not last:
+            needed = needed & (needed.sum(1, keepdim=True) <= most)
         count = int(needed.sum(1).max())
         order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
         for index in order.split(max(1, memory // (8 * 2 * len(domains) * widest)), 1) if count else ():

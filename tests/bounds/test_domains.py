@@ -106,6 +106,26 @@ def test_intervals_are_proved_in_float64(steps):
             torch.testing.assert_close(end[:, row], value, rtol=1e-9, atol=0)
 
 
+def test_layers_of_too_many_unstable_neurons_are_left_as_they_are():
+    """A matter of each domain: what one gets does not depend on its batch."""
+    network = make(mlp, seed=1)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
+    hidden = preactivations(graph, ball, "ibp")  # loose, so that all there is to tighten becomes tighter
+    lower, upper = (ends.clone() for ends in hidden.inputs[1])
+    lower[0, :3] = upper[0, :3].clamp(max=0)  # stable, in one domain
+    inputs = hidden.inputs[0], (lower, upper)
+    domains = Domains(graph, ball, inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
+    unstable = ((lower < 0) & (upper > 0)).sum(1)
+    most = int(unstable[0])
+    assert most < int(unstable[1:].min())
+    (below, above), whole = tightened(domains, [1], 0, most=most).inputs[1], tightened(domains, [1], 0).inputs[1]
+    for sample in range(3):
+        few = int(unstable[sample]) <= most
+        assert bool((below[sample] > lower[sample]).any()) is few
+        assert bool((below[sample] == (whole[0] if few else lower)[sample]).all())
+        assert bool((above[sample] == (whole[1] if few else upper)[sample]).all())
+
+
 def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     network = make(mlp)
     graph, ball = capture(network, SHAPE), balls("linf", 3)
