@@ -43,8 +43,14 @@ Record = dict[str, Any]
 
 
 def records(rows: Table) -> Iterator[Record]:
-    """The rows of one certified detector, with the keys of `COLUMNS`."""
-    recipe = rows.manifest["recipe"]
+    """The rows of one certified detector, with the keys of `COLUMNS`.
+
+    Raises:
+        InputError: If its network was not trained from a recipe.
+    """
+    recipe = rows.manifest.get("recipe")
+    if not recipe:
+        raise InputError(f"{rows.manifest['model']['name']} was not trained from a recipe; leave it out of --sweep")
     common = {name: recipe["objective"][name] for name in SETTINGS}
     common |= {"seed": recipe["seed"], "accuracy": rows.manifest["metrics"]["accuracy"]}
     for kind in ("id", "ood"):

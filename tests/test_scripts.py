@@ -59,6 +59,9 @@ def test_pareto(rows_file, tmp_path):
     with pytest.raises(InputError, match=r"no rows of photo-patches in .*kept\.csv"):
         pareto.main(kept, out, [tmp_path / "sweep"])
     rows, found = Table.read(rows_file), pareto.read(kept)
+    for script in (pareto, mnist_good):
+        with pytest.raises(InputError, match="was not trained from a recipe"):
+            list(script.records(replace(rows, manifest={**rows.manifest, "recipe": None})))
     assert len(found) == len(rows.eps) * len(rows.sets("id", "ood"))
     for record in found:
         assert 0 <= record["rate_clean"] <= record["rate_attacked"] <= record["rate_certified"] <= 1
