@@ -181,9 +181,8 @@ class Pullback:
         channels, height, width = self._graph.nodes[node].shape
         identity = torch.eye(channels).to(self._ball.center.device, self._dtype)
         rows = torch.cat([identity, -identity])[None, None]
-        lines = max(
-            1, memory // (self._dtype.itemsize * _COPIES * widest * 2 * channels * width)
-        )  # of places, at a time
+        bytes_a_line = self._dtype.itemsize * _COPIES * widest * 2 * channels * width
+        lines = max(1, memory // bytes_a_line)  # of places, at a time
         samples, strip = max(1, lines // height), min(lines, height)
         found = []
         for start in range(0, len(self._ball.center), samples):
@@ -235,11 +234,10 @@ class Pullback:
                 row = row.own()
                 slope_low, constant_low, slope_high, constant_high = self._lines[number]
                 positive, negative = row.values.clamp(min=0), row.values.clamp(max=0)
-                total = total + row.with_values(positive).to(constant_high.dtype).dot(row.view(constant_high)).to(exact)
-                if constant_low is not None:
-                    total = total + row.with_values(negative).to(constant_low.dtype).dot(row.view(constant_low)).to(
-                        exact
-                    )
+                for entries, constant in ((positive, constant_high), (negative, constant_low)):
+                    if constant is not None:
+                        part = row.with_values(entries).to(constant.dtype)
+                        total = total + part.dot(row.view(constant)).to(exact)
                 values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_high))
                 send(current.inputs[0], row.with_values(values, inside=True))
             else:

@@ -82,13 +82,14 @@ def cross_check(
         SoundnessError: If they disagree beyond rounding, or a bound does not hold at a point of its ball.
     """
     method = method or native.method
-    exact = NativeNetwork(native.network, native.shape, native.method, native.memory, native.graph)
+    exact = native
+    if native.single:
+        exact = NativeNetwork(native.network, native.shape, native.method, native.memory, native.graph)
     count = 0
     found: list[float] = []
     for ball in balls:
-        used, ours, theirs = (
-            _bounds(engine, ball, method, score, native.graph.classes) for engine in (native, exact, other)
-        )
+        ours, theirs = (_bounds(engine, ball, method, score, native.graph.classes) for engine in (exact, other))
+        used = ours if exact is native else _bounds(native, ball, method, score, native.graph.classes)
         known = torch.isfinite(torch.cat([*used, *ours, *theirs], 1)).all(1)
         if not bool(known.any()):
             continue

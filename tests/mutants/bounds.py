@@ -194,12 +194,12 @@ MUTANTS = (
                 "values = torch.addcmul(negative * row.view(slope_low), positive, row.view(slope_low))",
             ),
             "the constant of the upper line is lost": (
-                "row.with_values(positive).to(constant_high.dtype)",
-                "row.with_values(positive * 0).to(constant_high.dtype)",
+                "((positive, constant_high), (negative, constant_low))",
+                "((positive * 0, constant_high), (negative, constant_low))",
             ),
             "the constant of the lower line is added for positive entries": (
-                "row.with_values(negative).to(constant_low.dtype)",
-                "row.with_values(positive).to(constant_low.dtype)",
+                "((positive, constant_high), (negative, constant_low))",
+                "((positive, constant_high), (positive, constant_low))",
             ),
             "a path of the backward pass is lost": (
                 "pending[target] = pending[target].plus(batch) if target in pending else batch",
