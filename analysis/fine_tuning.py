@@ -192,13 +192,15 @@ def figure(rows: Sequence[Record]) -> Figure:
         axes.set_ylabel("times energy" if name else "AUROC")
         axes.set_title(name or "detection, clean")
         axes.set_xticks(range(len(objectives)), list(objectives), rotation=30, ha="right", rotation_mode="anchor")
-        if name in ("", sets[0]):
+        if not name:
             axes.legend(frameon=False, fontsize=style.small_type())
 
     with style.styled("double"):
         drawing = style.canvas("double")
         panels = [*sets, ""]
         style.grid(drawing, [panels[start : start + 3] for start in range(0, len(panels), 3)], draw)
+        marks, labels = drawing.axes[0].get_legend_handles_labels()  # of all panels but the last, which has its own
+        drawing.legend(marks, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         drawing.suptitle(
             "fine-tuned from the same weights; medians over samples right at x, l_inf\n"
             "means over seeds, bars from the smallest to the largest"
