@@ -50,6 +50,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grood_cert.bounds import rounding
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import (
@@ -63,7 +64,7 @@ from grood_cert.networks.operations import (
     Separable,
 )
 
-UNIT = 2.0**-24
+UNIT = rounding.UNIT["float32"]
 _LARGEST_SHARE = 0.01  # beyond it nothing is proved
 _UNDERFLOW = 2.0**-100
 
@@ -91,12 +92,12 @@ def sums_in_float32(device: torch.device) -> bool:
     return all(word in ("none", "ieee", "highest") for word in told)
 
 
-def terms(operation: LinearMap) -> int:
+def row_terms(operation: LinearMap) -> int:
     """The most products that an entry of W^T y sums up, but for those with 0; 0 where entries are only moved.
 
     Example:
         >>> convolution = Convolution(torch.ones(5, 3, 4, 4), None, (2, 2), (1, 1), (1, 1), 1, (8, 8))
-        >>> int(convolution.transpose(torch.ones(1, 5, 4, 4)).max()), terms(convolution)
+        >>> int(convolution.transpose(torch.ones(1, 5, 4, 4)).max()), row_terms(convolution)
         (20, 20)
     """
     match operation:
@@ -180,7 +181,7 @@ class RowErrors:
         else:
             assert isinstance(operation, LinearMap)
             absolute, origin = operation.absolute(), inputs[0]
-            count = terms(operation)
+            count = row_terms(operation)
             count = 0 if operation.moves and count == 0 and readers == 1 else count + 2 + readers
             moved = magnitudes[number] if operation.size is None else magnitudes[number] - operation.size  # |W| m
             lost = _UNDERFLOW * _total(magnitudes[origin]).reshape(-1, *[1] * (moved.dim() - 1))

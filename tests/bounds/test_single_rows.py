@@ -12,7 +12,7 @@ from grood_cert.bounds import single_rows
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.hidden import Hidden
 from grood_cert.bounds.score import score_bounds
-from grood_cert.bounds.single_rows import constants_error, sums_in_float32, terms
+from grood_cert.bounds.single_rows import constants_error, row_terms, sums_in_float32
 from grood_cert.networks.activations import LeakyReLU
 from grood_cert.networks.capture import capture
 from grood_cert.networks.graph import Graph, Node
@@ -135,20 +135,20 @@ def test_what_underflows_is_not_lost(weights):
 def test_as_many_terms_as_there_are(stride, dilation, groups):
     layer = Convolution(torch.ones(4, 2 // groups, 3, 4), None, (stride, 1), (1, 2), (dilation, 1), groups, (30, 30))
     outputs = layer.linear(torch.ones(1, 2, 30, 30)).shape
-    assert int(layer.transpose(torch.ones(outputs)).max()) == terms(layer)
+    assert int(layer.transpose(torch.ones(outputs)).max()) == row_terms(layer)
     pool = AveragePool((3, 4), (stride, 1), (1, 1), (30, 30))
     spread = pool.transpose(torch.ones_like(pool.linear(torch.ones(1, 1, 30, 30)))) * 12
-    assert round(float(spread.max())) == terms(pool)
+    assert round(float(spread.max())) == row_terms(pool)
 
 
 def test_terms_of_other_layers():
-    assert terms(Dense(torch.zeros(3, 7), None)) == 3
-    assert terms(Separable(torch.zeros(2, 5), torch.zeros(3, 4))) == 5
-    assert terms(Selection(0, torch.tensor([1, 1, 0]), 2)) == 3
-    assert terms(Scale(torch.ones(3), None)) == 1
+    assert row_terms(Dense(torch.zeros(3, 7), None)) == 3
+    assert row_terms(Separable(torch.zeros(2, 5), torch.zeros(3, 4))) == 5
+    assert row_terms(Selection(0, torch.tensor([1, 1, 0]), 2)) == 3
+    assert row_terms(Scale(torch.ones(3), None)) == 1
     layer = Convolution(torch.ones(4, 2, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, (8, 8))
-    assert terms(Transposed(layer)) == 1  # of rows in float64
-    assert terms(Reshape((4,), (2, 2))) == terms(Pad(((0, 1),))) == 0
+    assert row_terms(Transposed(layer)) == 1  # of rows in float64
+    assert row_terms(Reshape((4,), (2, 2))) == row_terms(Pad(((0, 1),))) == 0
 
 
 def test_a_sum_of_constants_holds_however_it_is_taken():
