@@ -11,7 +11,8 @@ prints and draws the rows that are kept. They come from checkpoints (`--model`, 
 
 A row is one detector, norm and image set. AUROC and FPR95 are of the whole OOD test set, in the row of the ID set the means
 over these; margin |S - gamma|, slope (the dual norm of grad S at x, an estimate) and attack radius are medians over those of
-`samples_attacked` samples that are `right` at x. Nothing here is proved. Ratios are of one seed each, over the row of the same seed, norm and set with lambda_grad 0.
+`samples_attacked` samples that are `right` at x. Nothing here is proved. Ratios are of one seed each, over the row of the same
+seed, norm and set with lambda_grad 0.
 """
 
 from __future__ import annotations
@@ -214,17 +215,19 @@ def main(
     out: Annotated[Path, typer.Option(help="Figure: .png, .pdf or .svg.")],
     model: Annotated[list[Path] | None, typer.Option(help="Checkpoint to write rows of.")] = None,
     norm: Annotated[list[str] | None, typer.Option(help="Norm of the attacks on it: linf (default), l2, l1.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most samples attacked of each set.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most samples attacked of each set.  [default: 32]")] = None,
 ) -> None:
     """Print and draw the rows that are kept, or first write them by attacks on checkpoints."""
     figures.check_format(out)
     check_apart([out, kept], model or [])
     check_apart([out], [kept])
+    if not model and (norm or limit):
+        raise InputError("--norm and --limit are of attacks on checkpoints; give --model, or leave them out")
     norms = norm or ["linf"]
     if not set(norms) <= set(NORMS):
         raise InputError(f"unknown norm in {', '.join(norms)}; use {', '.join(NORMS)}")
     if model:
-        write_csv(kept, COLUMNS, [row for path in model for row in measure(path, limit, cast(list[Norm], norms))])
+        write_csv(kept, COLUMNS, [row for path in model for row in measure(path, limit or 32, cast(list[Norm], norms))])
     found = read(kept)
     typer.echo(table(found))
     figures.save(figure(found), out)

@@ -5,7 +5,8 @@ r"""MNIST by GOOD's protocol: AUC clean, attacked and guaranteed of detectors tr
 prints and draws the rows that are kept. They come from folders of runs (`--runs`, repeatable), one detector a sub-folder, which
 then write them first:
 
-    grood-cert train mnist-good --set seed=1 --out runs/good/bounds-1
+    grood-cert train mnist-good-energy --set seed=1 --out runs/good/energy-1
+    grood-cert train mnist-good-bounds --set seed=1 --set network.pretrained=runs/good/energy-1/model.pt --out runs/good/bounds-1
     grood-cert certify runs/good/bounds-1/model.pt --eps 0.1,0.3 --effort fast --stages ibp --limit 200
     python analysis/mnist_good.py results/mnist-good.csv --out docs/mnist-good.png --runs runs/good
 

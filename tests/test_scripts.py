@@ -162,6 +162,9 @@ def test_fine_tuning_draws_what_is_kept(tmp_path, model, capsys):
         fine_tuning.main(kept, out)
     with pytest.raises(InputError, match=r"model\.pt"):
         fine_tuning.main(model, out, [model])
+    for options in ({"norm": ["l2"]}, {"limit": 5}):
+        with pytest.raises(InputError, match="--norm and --limit are of attacks on checkpoints; give --model"):
+            fine_tuning.main(KEPT / "resnet20.csv", out, **options)
     with pytest.raises(InputError, match="unknown norm in l2, l7; use linf, l2, l1"):
         fine_tuning.main(kept, out, [model], ["l2", "l7"])
     common = {"samples": 300, "samples_attacked": 16, "right": 9, "norm": "linf", "kind": "ood", "set": "far"}

@@ -128,7 +128,8 @@ class NativeRelaxation:
     def hidden(self, method: Method | None = None) -> Hidden:
         """Bounds of the hidden layers that a method stands on; "ibp" and "crown-ibp" share theirs."""
         bounded = self._bounded
-        kind = source, single = way_of(method or bounded.method).hidden, bounded.single
+        source, single = way_of(method or bounded.method).hidden, bounded.single
+        kind = source, single
         if kind not in self._hidden:
             transposes = bounded.transposes[single]
             with torch.no_grad():

@@ -180,12 +180,12 @@ class RowErrors:
             before: Tensor | float = sum(carried)
         else:
             assert isinstance(operation, LinearMap)
-            absolute, origin = operation.absolute(), inputs[0]
+            origin = inputs[0]
             count = row_terms(operation)
             count = 0 if operation.moves and count == 0 and readers == 1 else count + 2 + readers
             moved = magnitudes[number] if operation.size is None else magnitudes[number] - operation.size  # |W| m
             lost = _UNDERFLOW * _total(magnitudes[origin]).reshape(-1, *[1] * (moved.dim() - 1))
-            before = (absolute.linear(carried[0]) if carried else 0.0) + (lost if count else 0.0)
+            before = (operation.absolute().linear(carried[0]) if carried else 0.0) + (lost if count else 0.0)
         roundings = max(self._roundings[origin] for origin in inputs) + count
         share = _share(count, roundings)
         self._errors.append(before + share * moved if count else (before if isinstance(before, Tensor) else None))
@@ -218,7 +218,7 @@ class RowErrors:
 
     @staticmethod
     def _underflow(magnitude: Tensor) -> Tensor:
-        return _UNDERFLOW * (_total(magnitude) + magnitude[0].numel())
+        return _UNDERFLOW * (_total(magnitude) + magnitude.flatten(1).shape[1])
 
 
 def _total(magnitude: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from grood_cert.ball import Ball
 from grood_cert.bounds import single_rows
 from grood_cert.bounds.crown import NativeNetwork
 from grood_cert.bounds.hidden import Hidden
+from grood_cert.bounds.linear_rows import FullRows
 from grood_cert.bounds.score import score_bounds
 from grood_cert.bounds.single_rows import constants_error, row_terms, sums_in_float32
 from grood_cert.networks.activations import LeakyReLU
@@ -164,6 +165,49 @@ def test_a_sum_of_constants_holds_however_it_is_taken():
         for product in row * moved:
             total = total + product
         assert sign * (Fraction(float(total)) - exact) >= 0
+
+
+def test_constants_of_lines_pay_for_their_sums(monkeypatch):
+    """The upper bound is attained at a corner; sums in float32 lose as much as they may."""
+    size, shape = 4096, (1, 64, 64)
+    layers = nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(size, 1)
+    network = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for layer, weight, bias in ((network[0], 1.0, -0.5), (network[3], 0.25, 0.0)):
+            layer.weight.fill_(weight)
+            layer.bias.fill_(bias)
+    bounded = single(network, shape, "crown", capture(network, shape))
+    plain = FullRows.dot
+
+    def pessimistic(rows, view):
+        exact = plain(rows.to(torch.float64), view.double())
+        if rows.values.dtype == torch.float64:
+            return exact
+        return exact - size * single_rows.UNIT * plain(
+            rows.with_values(rows.values.abs()).to(torch.float64), view.abs().double()
+        )
+
+    monkeypatch.setattr(FullRows, "dot", pessimistic)
+    image = torch.full((1, *shape), 0.5, dtype=torch.float64)
+    _, upper = bounded.relax(Ball(image, torch.full((1,), 0.25, dtype=torch.float64), "linf")).rows(
+        torch.ones(1, 1, 1).double()
+    )
+    reached = 0.25 * size * 0.25
+    assert reached <= float(upper) <= 1.001 * reached
+
+
+def test_transposed_layers_stay_float64(monkeypatch):
+    """Their rows take a forward convolution, of which nothing is known in float32."""
+    torch.manual_seed(0)
+    layers = nn.ConvTranspose2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(108, 2)
+    network = nn.Sequential(*layers).double().eval()
+    bounded, kinds = single(network, IMAGE, "crown", capture(network, IMAGE)), []
+    plain = Convolution.linear
+    monkeypatch.setattr(
+        Convolution, "linear", lambda self, values: (kinds.append(values.dtype), plain(self, values))[1]
+    )
+    lower, upper = bounded.relax(ball_of()).rows(rows_of(3, 2))
+    assert set(kinds) == {torch.float64} and bool((lower < upper).all())
 
 
 @pytest.mark.parametrize("widths", [(3, 50, 1), (200, 1, 4), (2, 2, 2)])

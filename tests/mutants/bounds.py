@@ -58,7 +58,7 @@ MUTANTS = (
                 "return operation.weight.shape[0] // operation.groups",
             ),
             "what float32 rows were off ends with their layer": (
-                "(absolute.linear(carried[0]) if carried else 0.0)",
+                "(operation.absolute().linear(carried[0]) if carried else 0.0)",
                 "0.0",
             ),
             "small rows are not scaled": ("torch.where(largest > 0, scales, 1.0)", "torch.ones_like(scales)"),
@@ -209,6 +209,11 @@ MUTANTS = (
                 "sizes = rows.values.abs() if exact is rows else exact.values.abs_()",
                 "sizes = rows.values if exact is rows else exact.values",
             ),
+            "constants of lines in float32 are not moved": (
+                "(constant_high + constants_error(constant_high, size))",
+                "constant_high",
+            ),
+            "transposed layers take rows in float32": ("if isinstance(operation, Transposed):", "if False:"),
             "float32 rows of units meet biases in float32": (
                 "current.operation.weight[units.units], exact.bias ",
                 "current.operation.weight[units.units], current.operation.bias ",
