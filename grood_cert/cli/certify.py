@@ -25,6 +25,7 @@ def certify(
     eps: Annotated[
         list[str] | None,
         typer.Option(
+            "--eps",
             metavar="EPS",
             help="Radius in pixel units: 0.01, 8/255 or 0.01,0.02, ascending (repeatable). "
             "[default: 8 around the attack radius]",
@@ -57,7 +58,10 @@ def certify(
         bool, typer.Option("--save-adversarial", help="Keep the points that attacks found.")
     ] = False,
     save_proofs: Annotated[
-        int, typer.Option(metavar="N", help="Keep proofs of the first N samples of each set, for another to check.")
+        int,
+        typer.Option(
+            "--save-proofs", metavar="N", help="Keep proofs of the first N samples of each set, for another to check."
+        ),
     ] = 0,
     figure: Annotated[bool, typer.Option("--figure/--no-figure", help="Draw curves.png beside the rows.")] = True,
     data_dir: options.DataDir = None,

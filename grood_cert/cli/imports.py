@@ -16,6 +16,7 @@ def import_(
     network: Annotated[
         str | None,
         typer.Option(
+            "--network",
             metavar="NAME",
             help="In place of a file: package.module:factory, torchvision:NAME, timm:NAME, or an architecture of ours.",
         ),
@@ -29,9 +30,13 @@ def import_(
     id: Annotated[
         str, typer.Option("--id", metavar="SPEC", help="ID images that the network was not trained on.")
     ] = "",
-    test: Annotated[str, typer.Option(metavar="SPEC", help="ID images for the test. [default: of --id]")] = "",
-    calibration: Annotated[str, typer.Option(metavar="SPEC", help="ID images that set gamma. [default: of --id]")] = "",
-    ood: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="OOD test set (repeatable).")] = None,
+    test: Annotated[
+        str, typer.Option("--test", metavar="SPEC", help="ID images for the test. [default: of --id]")
+    ] = "",
+    calibration: Annotated[
+        str, typer.Option("--calibration", metavar="SPEC", help="ID images that set gamma. [default: of --id]")
+    ] = "",
+    ood: Annotated[list[str] | None, typer.Option("--ood", metavar="SPEC", help="OOD test set (repeatable).")] = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("model.pt"),
     mean: Annotated[
         str,

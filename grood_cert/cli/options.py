@@ -20,12 +20,16 @@ _NORMS = ("linf", "l2", "l1")  # ball.NORMS, which would import torch
 Eps = Annotated[
     list[str] | None,
     typer.Option(
+        "--eps",
         metavar="EPS",
         help="Radius in pixel units: 0.01, 8/255 or 0.01,0.02, ascending (repeatable). [default: a grid of 8]",
     ),
 ]
 Norm = Annotated[
-    str, typer.Option(metavar="NORM", help="Norm of the ball: linf, l2 or l1.", autocompletion=lambda: list(_NORMS))
+    str,
+    typer.Option(
+        "--norm", metavar="NORM", help="Norm of the ball: linf, l2 or l1.", autocompletion=lambda: list(_NORMS)
+    ),
 ]
 Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
 Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]

@@ -22,6 +22,7 @@ def predict(
     eps: Annotated[
         list[str] | None,
         typer.Option(
+            "--eps",
             metavar="EPS",
             help="Certify and attack each decision, at this radius: 0.01, 8/255 or 0.01,0.02, ascending (repeatable).",
         ),

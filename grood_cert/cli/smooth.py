@@ -25,6 +25,7 @@ def smooth(
     eps: Annotated[
         list[str] | None,
         typer.Option(
+            "--eps",
             metavar="EPS",
             help="l_2 radius in pixel units: 0.1, 8/255 or 0.1,0.2, ascending (repeatable). [default: 1/4 to 2 sigma]",
         ),

@@ -15,7 +15,9 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder of the sweep; one sub-folder for each detector.")],
     grid: Annotated[
         list[str],
-        typer.Option(metavar="KEY=V,V,...", help="Values of a setting: objective.lambda_grad=0,0.1,1 (repeatable)."),
+        typer.Option(
+            "--grid", metavar="KEY=V,V,...", help="Values of a setting: objective.lambda_grad=0,0.1,1 (repeatable)."
+        ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each combination, seeds from the recipe's on.")] = 1,
     settings: Annotated[
@@ -33,7 +35,10 @@ def sweep(
         typer.Option(help="Most samples certified of each set, drawn by --seed; 0: all. [default: 100]"),
     ] = None,
     lipschitz_eps: Annotated[
-        str, typer.Option(metavar="EPS", help="Radii of the Lipschitz analyses. [default: the middle of the grid]")
+        str,
+        typer.Option(
+            "--lipschitz-eps", metavar="EPS", help="Radii of the Lipschitz analyses. [default: the middle of the grid]"
+        ),
     ] = "",
     lipschitz_limit: Annotated[
         int | None, typer.Option(min=0, help="As --limit, for the Lipschitz analyses. [default: 30]")

@@ -14,7 +14,9 @@ def table(
     rows: Annotated[list[Path], typer.Argument(help="rows.csv of certifications, or smoothing.csv.")],
     eps: Annotated[
         list[str] | None,
-        typer.Option(metavar="EPS", help="Radius on the grid of all (repeatable). [default: the middle of the grid]"),
+        typer.Option(
+            "--eps", metavar="EPS", help="Radius on the grid of all (repeatable). [default: the middle of the grid]"
+        ),
     ] = None,
     perturb: Annotated[
         str | None, typer.Option(help="Certifications: which side moves: ood, id or both. [default: ood]")

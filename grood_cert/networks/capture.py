@@ -41,6 +41,7 @@ from grood_cert.networks.checks import check_eval
 from grood_cert.networks.graph import AGREEMENT, Graph
 from grood_cert.networks.taint import attributes, state, steps
 
+_MOST_ON_A_GPU = 65535  # images that BatchNorm takes at once there
 _DROWNED = 1e-3  # rounding on the way, as a share of the logits
 
 
@@ -176,7 +177,8 @@ def _export(module: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
     except Exception as error:
         reason = said(error)[:160]
         raise InputError(f"the network does not take images of shape {shape} in float64 ({reason})") from error
-    shapes: Any = {0: Dim("batch")}
+    most = None if weight.device.type == "cpu" else _MOST_ON_A_GPU
+    shapes: Any = {0: Dim("batch", max=most)}
     first = next(iter(inspect.signature(module.forward).parameters.values()), None)
     if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # wrappers that pass all arguments on
         shapes = (shapes,)

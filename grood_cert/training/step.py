@@ -212,23 +212,23 @@ class Steps:
         cut = zip(range(self.cuts), inside.tensor_split(self.cuts), outside.tensor_split(self.cuts), strict=True)
         parts = []
         for number, own_inside, own_outside in list(cut)[first : first + mine]:
-            images = train.images[own_inside]
+            images, labels = train.images[own_inside], train.labels[own_inside]
             outliers = auxiliary.images[own_outside] if self.recipe.objective.uses_outliers else images[:0]
-            parts.append(Part(number, len(own_inside) / len(inside), images, train.labels[own_inside], outliers))
+            if self.device.type == "cuda":  # copied from there while the step before still computes
+                images, labels, outliers = images.pin_memory(), labels.pin_memory(), outliers.pin_memory()
+            parts.append(Part(number, len(own_inside) / len(inside), images, labels, outliers))
         return parts
 
     def _images(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        changed = augment(pixels, self.recipe.augmentation, generator)
-        if self.device.type == "cuda":
-            changed = changed.pin_memory()
-        return changed.to(self.device, memory_format=self.format, non_blocking=True)
+        changed = augment(pixels.to(self.device, non_blocking=True), self.recipe.augmentation, generator)
+        return changed.to(memory_format=self.format)
 
     def _terms(self, step: int, part: Part, section: ObjectiveSection) -> Terms:
         """The objective of one part of a batch."""
         picking, generator = self.recipe.sampling, self._generator(step, part.number)
         images = self._images(part.images, generator)
         outliers = self._images(part.outliers, generator) if len(part.outliers) else images[:0]
-        labels, roles, progress = part.labels.to(self.device), None, step / self.total
+        labels, roles, progress = part.labels.to(self.device, non_blocking=True), None, step / self.total
         if self.recipe.objective.uses_outliers and picking.method == "energy":
             with self._arithmetic():
                 logits, features = sampling.candidates(self.network, outliers)

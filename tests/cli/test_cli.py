@@ -10,14 +10,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from typer.models import OptionInfo
 
 from grood_cert import demo
 from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import stages
+from grood_cert.cli import app
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.system.files import replacing
@@ -55,6 +58,28 @@ def test_help_imports_nothing_heavy():
     for page in pages:
         command = page.split(" [", 1)[0].removeprefix("grood-cert")
         assert page.splitlines()[-1] == f"#{command} 0"
+
+
+def test_options_that_call_their_value_something_have_names_of_their_own():
+    """typer 0.27 takes the name from what the value is called."""
+    commands = [
+        *app.registered_commands,
+        *(command for group in app.registered_groups for command in group.typer_instance.registered_commands),
+    ]
+    parameters = [
+        hint for command in commands for hint in get_type_hints(command.callback, include_extras=True).values()
+    ]
+    named = [
+        item
+        for hint in parameters
+        for item in getattr(hint, "__metadata__", ())
+        if isinstance(item, OptionInfo) and item.metavar
+    ]
+    assert len(named) > 10
+    names = [
+        (item.default, *(item.param_decls or ())) for item in named
+    ]  # in an annotation, the first name is `default`
+    assert all(any(str(name).startswith("--") for name in those) for those in names), names
 
 
 def test_version(call):
