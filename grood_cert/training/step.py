@@ -262,19 +262,22 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros(len(TERMS), device=self.device)
         before = [buffer.clone() for buffer in self.buffers]
-        after = [torch.zeros_like(buffer) for buffer in self.statistics]
-        for part in parts:
-            _set(self.buffers, before)
+        means: list[Tensor] = []  # of what the parts leave the statistics at
+        for number, part in enumerate(parts):
+            if number > 0:
+                _set(self.buffers, before)
             found = self._backward(part.share, step, part, self.recipe.objective)
             terms += part.share * torch.stack([getattr(found, name).detach().float() for name in TERMS])
-            for mean, buffer in zip(after, self.statistics, strict=True):
-                mean += part.share * buffer
+            if self.cuts > 1:
+                shares = [part.share * buffer for buffer in self.statistics]
+                means = [mean + share for mean, share in zip(means, shares, strict=True)] if means else shares
         gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
-        processes.add_up([*gradients, *after, terms])
+        processes.add_up([*gradients, *means, terms])
         if not bool(torch.isfinite(terms[0])):
             _set(self.buffers, before)
             return None
-        _set(self.statistics, after)
+        if means:
+            _set(self.statistics, means)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step, self.total)
         if self.recipe.optimizer.clip_norm > 0:
