@@ -24,13 +24,15 @@ def search_radius(
     limit: float,
     precision: float,
     evaluations: int = EVALUATIONS,
+    least: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Largest eps found with deviation(eps) < margin, for each sample; every value returned was itself proved.
 
     The deviation D(eps) = S_ub - S (ID) or S - S_lb (OOD) grows at least linearly, about like a power of eps, so the
     next eps comes from the line through the bracket's ends in log-log coordinates, aimed just below the margin, and
     from bisection where that line is unknown or has missed twice. The search of a sample ends when
-    margin / D(low) - 1 <= precision, when the bracket is that narrow, or after a fixed number of evaluations.
+    margin / D(low) - 1 <= precision, when the bracket is that narrow, once so small a ball has failed that no smaller one
+    is of interest, or after a fixed number of evaluations.
 
     Args:
         evaluate: (indices, eps) -> D, shape (len(indices),); NaN where nothing was proved.
@@ -43,6 +45,7 @@ def search_radius(
         limit: Largest eps that makes sense.
         precision: Relative precision.
         evaluations: Most evaluations of a sample.
+        least: Below a ball of this radius that fails none is tried, shape (B,) or one for all.
 
     Returns:
         Shape (B,).
@@ -59,6 +62,7 @@ def search_radius(
     target = margin * (1 - precision / 2)
     for _ in range(evaluations):
         active = (margin > low_deviation * (1 + precision)) & (low < limit) & (high > low * (1 + precision))
+        active = active & (high > least)
         if not bool(active.any()):
             break
         bounded = torch.isfinite(high)

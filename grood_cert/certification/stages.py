@@ -29,6 +29,7 @@ from grood_cert.networks.graph import Graph
 from grood_cert.scores import Score
 
 _FIRST_SHARE = 0.7  # of the attack radius: where a search starts that knows nothing
+_LEAST_SHARE = 1e-3  # of the attack radius: a linear stage that certifies no such ball searches no smaller one
 _PATH_POINTS = 10  # of the path integral of Lipschitz bounds
 _REFINEMENTS = 5  # balls that alpha-crown tries for one sample
 
@@ -166,6 +167,7 @@ class Linear(Stage):
             first=(_FIRST_SHARE * state.adversary.radius).clamp(max=self.means.limit),
             limit=self.means.limit,
             precision=self.means.settings.precision,
+            least=_LEAST_SHARE * torch.where(torch.isfinite(state.adversary.radius), state.adversary.radius, 0.0),
         )
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from grood_cert.certification.outcomes import STAGES
 from grood_cert.cli import options, output
 
 _COUNTS = {
@@ -33,10 +32,7 @@ def certify(
     ] = None,
     norm: options.Norm = "linf",
     effort: Annotated[str, typer.Option(help="fast, default or max: which stages run, and how long.")] = "default",
-    stages: Annotated[
-        str,
-        typer.Option(help=f"Stages in place of the effort's, comma-separated: {', '.join(STAGES)}."),
-    ] = "",
+    stages: options.Stages = "",
     engine: Annotated[
         str, typer.Option(help="Linear bounds by native, auto_lirpa, or auto: native, cross-checked by auto_lirpa.")
     ] = "auto",
@@ -79,7 +75,6 @@ def certify(
     from grood_cert.bounds.engines import Engine
     from grood_cert.certification.settings import Settings
     from grood_cert.data.spec import parse_spec
-    from grood_cert.errors import InputError
     from grood_cert.networks.graph import Deployment
     from grood_cert.runs import certify as certification
     from grood_cert.runs.proofs import check_samples
@@ -90,14 +85,11 @@ def certify(
     part, most = options.shard_of(shard), options.byte_count(memory) if memory else 0
     ball = options.norm_named(norm)
     grid = options.eps_grid(eps)
-    chosen = tuple(name.strip() for name in stages.split(",") if name.strip())
-    if stages and not chosen:
-        raise InputError(f"--stages {stages!r} names none; use some of {', '.join(STAGES)}")
     settings = Settings(
         eps=grid or DEFAULT_EPS[ball],
         norm=ball,
         effort=effort,
-        stages=chosen,
+        stages=options.stages_named(stages),
         engine=cast(Engine, engine),
         precision=precision,
         batch_size=batch_size,

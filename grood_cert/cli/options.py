@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from grood_cert.certification.outcomes import STAGES
+
 if TYPE_CHECKING:
     from grood_cert.ball import Norm as Norm_
     from grood_cert.data import Evaluation
@@ -34,6 +36,9 @@ Norm = Annotated[
 Ood = Annotated[list[str] | None, typer.Option(help="OOD test set in place of the recipe's (repeatable).")]
 Limit = Annotated[int, typer.Option(help="Most samples of each set, drawn by the seed; 0: all.")]
 BatchSize = Annotated[int, typer.Option(help="Samples bounded together.")]
+Stages = Annotated[
+    str, typer.Option(help=f"Stages of certify in place of the effort's, comma-separated: {', '.join(STAGES)}.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers and of --limit.")]
 Shard = Annotated[str, typer.Option(help="Do part i of n, as i/n; grood-cert merge puts the parts together.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
@@ -71,6 +76,24 @@ def eps_grid(texts: list[str] | None) -> tuple[float, ...]:
             raise InputError(f"--eps {text.strip()!r}: expected a number such as 0.03 or 8/255") from None
 
     return tuple(number(part) for text in texts or () for part in text.split(","))
+
+
+def stages_named(text: str) -> tuple[str, ...]:
+    """The stages that --stages names, in any order; empty if it was not given. `Settings.check` refuses unknown ones.
+
+    Raises:
+        InputError: If it was given and names none.
+
+    Example:
+        >>> stages_named("crown, ibp,"), stages_named("")
+        (('crown', 'ibp'), ())
+    """
+    from grood_cert.errors import InputError
+
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if text and not found:
+        raise InputError(f"--stages {text!r} names none; use some of {', '.join(STAGES)}")
+    return found
 
 
 def norm_named(text: str) -> Norm_:

@@ -30,6 +30,11 @@ def sweep(
     eps: options.Eps = None,
     norm: options.Norm = "linf",
     effort: Annotated[str | None, typer.Option(help="Of certify: fast, default or max. [default: default]")] = None,
+    stages: options.Stages = "",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Of certify: linear bounds by native, auto_lirpa, or auto, as there. [default: auto]"),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="Most samples certified of each set, drawn by --seed; 0: all. [default: 100]"),
@@ -56,10 +61,13 @@ def sweep(
 
     The same command goes on after an interruption. Whoever ends the last detector draws the figures.
     """
+    from typing import cast
+
     import torch
 
     from grood_cert import recipe as recipes
     from grood_cert.ball import DEFAULT_EPS
+    from grood_cert.bounds.engines import Engine
     from grood_cert.certification.settings import Settings
     from grood_cert.errors import InputError
     from grood_cert.lipschitz.analyser import AnalysisSettings
@@ -71,8 +79,10 @@ def sweep(
     axes = [sweeping.axis(text) for text in grid]
     if len({key for key, _ in axes}) < len(axes):
         raise InputError("--grid names a setting twice; give all its values at once")
-    if (effort or limit is not None) and not certify:
-        raise InputError("--effort and --limit are for certifying, which --no-certify leaves out; leave it out")
+    given = {"--effort": effort, "--stages": stages or None, "--engine": engine, "--limit": limit}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and not certify:
+        raise InputError(f"{' and '.join(unused)}: for certifying, which --no-certify leaves out; leave it out")
     if (lipschitz_eps or lipschitz_limit is not None) and not lipschitz:
         raise InputError(
             "--lipschitz-eps and --lipschitz-limit are for analyses, which --no-lipschitz leaves out; leave it out"
@@ -81,7 +91,19 @@ def sweep(
         raise InputError("--eps is for certify and lipschitz, and there is neither; leave it out")
     ball = options.norm_named(norm)
     radii = options.eps_grid(eps) or DEFAULT_EPS[ball]
-    certifying = Settings(radii, ball, effort=effort or "default", seed=seed) if certify else None
+    chosen = options.stages_named(stages)
+    certifying = (
+        Settings(
+            radii,
+            ball,
+            effort=effort or "default",
+            stages=chosen,
+            engine=cast(Engine, engine or "auto"),
+            seed=seed,
+        )
+        if certify
+        else None
+    )
     slopes = options.eps_grid([lipschitz_eps]) if lipschitz_eps else (radii[(len(radii) - 1) // 2],)
     analysing = AnalysisSettings(slopes, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
     source = recipes.find(recipe)

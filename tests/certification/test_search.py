@@ -8,7 +8,7 @@ import torch
 from grood_cert.certification.search import search_radius
 
 
-def search(function, margin, limit=1.0, precision=1e-3, hint=0.5, calls=None, low=0.0, high=math.inf):
+def search(function, margin, limit=1.0, precision=1e-3, hint=0.5, low=0.0, high=math.inf, least=0.0):
     margin = torch.as_tensor(margin, dtype=torch.float64).reshape(-1)
     tried = []
 
@@ -28,6 +28,7 @@ def search(function, margin, limit=1.0, precision=1e-3, hint=0.5, calls=None, lo
         full(margin, hint),
         limit,
         precision,
+        least=least,
     )
     for index, value in enumerate(radius.tolist()):  # every returned value was itself proved
         assert value in (0.0, low) or (index, value, True) in tried
@@ -63,3 +64,17 @@ def test_search_on_bounds_that_misbehave():
     assert wrong_side.tolist() == [0] and not tried
     equal, _ = search(lambda eps: torch.full_like(eps, 0.5), [0.5])
     assert equal.tolist() == [0]  # S = gamma is not proved
+
+
+def test_a_search_ends_where_no_smaller_ball_is_of_interest():
+    def exploding(eps):
+        return 1e15 * eps
+
+    known, tried = search(exploding, [1.0, 1e13], high=0.5, least=1e-3)  # roots 1e-15 and 0.01
+    assert known[0] == 0 and 0.0099 < float(known[1]) < 0.01
+    eps = [value for index, value, _ in tried if index == 0]
+    assert len(eps) <= 3 and sum(value <= 1e-3 for value in eps) == 1  # where it fails, it ends
+    without, all_tried = search(exploding, [1.0, 1e13], high=0.5)
+    assert without[1] == known[1] and sum(index == 0 for index, *_ in all_tried) == 12
+    _, none = search(exploding, 1.0, high=1e-4, least=1e-3)
+    assert not none

@@ -44,6 +44,14 @@ def test_what_reports_refuse(runs, refused):
         (("--grid", "objective.lambda_grad=0", "--eps", "x"), "expected a number"),
         (("--grid", "objective.lambda_grad=0", "--effort", "much"), "unknown effort"),
         (("--grid", "objective.lambda_grad=0", "--no-certify", "--no-lipschitz", "--effort", "max"), "leave it out"),
+        (("--grid", "objective.lambda_grad=0", "--stages", "ibp,magic"), "unknown stage 'magic'; use some of ibp"),
+        (("--grid", "objective.lambda_grad=0", "--stages", "alpha-crown"), "the stages need one of ibp"),
+        (("--grid", "objective.lambda_grad=0", "--stages", ","), "--stages ',' names none; use some of ibp"),
+        (("--grid", "objective.lambda_grad=0", "--engine", "magic"), "unknown engine 'magic'; use one of auto"),
+        (
+            ("--grid", "objective.lambda_grad=0", "--no-certify", "--stages", "ibp", "--engine", "native"),
+            "--stages and --engine: for certifying, which --no-certify leaves out; leave it out",
+        ),
         (("--grid", "objective.lambda_grad=0", "--shard", "3/2"), "expected i/n"),
         (("--grid", "objective.lambda_grad=0", "--limit", "-1"), "limit must be 0 (all) or more"),
         (("--grid", "objective.lambda_grad=0", "--limit", "9", "--no-certify"), "leave it out"),
@@ -60,3 +68,13 @@ def test_a_dry_run_names_the_cells(tmp_path, call):
     code, out, err = call("sweep", "digits-greg", *grid, "--out", tmp_path / "sweep", "--dry-run", "--shard", "2/2")
     assert (code, err) == (0, "") and not (tmp_path / "sweep").exists()
     assert out.splitlines() == [f"lambda_grad={value}-seed=1: train, certify, lipschitz" for value in ("0", "0.1")]
+
+
+def test_a_sweep_certifies_by_the_stages_and_the_engine_that_it_is_given(tmp_path, call):
+    small = ("--set", "optimizer.epochs=1", "--set", "network.name=mlp", "--set", "network.width=8", "--no-lipschitz")
+    given = ("--stages", "crown, ibp", "--engine", "native", "--effort", "fast", "--eps", "0.01", "--limit", 1)
+    grid = ("--grid", "objective.lambda_grad=0")
+    code, _, err = call("sweep", "digits-greg", *grid, *small, *given, "--out", tmp_path / "sweep")
+    assert code == 0, err
+    manifest = json.loads(next((tmp_path / "sweep").glob("*/rows.json")).read_text())
+    assert (manifest["engine"], manifest["stages"]) == ("native", ["ibp", "crown"])

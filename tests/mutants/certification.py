@@ -133,6 +133,14 @@ MUTANTS = (
             ),
             "the radius that failed is returned": ("    return low\n", "    return torch.fmin(high, low + limit)\n"),
             "the search goes beyond the largest eps": ("eps = guess.clamp(max=limit)", "eps = guess"),
+            "a search goes on below the least ball": (
+                "active = active & (high > least)",
+                "active = active & (high > 0)",
+            ),
+            "a search ends at ten times the least ball": (
+                "active = active & (high > least)",
+                "active = active & (high > 10 * least)",
+            ),
         },
     ),
     *planted(
