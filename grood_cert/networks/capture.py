@@ -18,6 +18,7 @@ import io
 import itertools
 import logging
 import operator
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +30,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
-from torchvision.transforms import Normalize as TorchvisionNormalize
-from torchvision.transforms.v2 import Normalize as TorchvisionNormalizeV2
 
 from grood_cert.errors import InputError, RunError, said
 from grood_cert.interval import ROUNDING
@@ -134,11 +133,18 @@ def _prepared(network: nn.Module) -> nn.Module:
         raise InputError(f"the network cannot be copied in float64 ({reason})") from error
     if set(map(id, holder.modules())) & set(map(id, network.modules())):
         raise InputError("the network cannot be copied: a module of it returns itself as its copy")
+    theirs = _torchvision_normalize()
     for parent in list(holder.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (TorchvisionNormalize, TorchvisionNormalizeV2) and _is_plain(child):
+            if type(child) in theirs and _is_plain(child):
                 setattr(parent, name, _normalize(child))
     return holder[0]
+
+
+def _torchvision_normalize() -> list[type[nn.Module]]:
+    """Torchvision's normalisation, where torchvision was imported: no network holds one elsewhere, and its import is slow."""
+    names = "torchvision.transforms", "torchvision.transforms.v2"
+    return [sys.modules[name].Normalize for name in names if name in sys.modules]
 
 
 def _is_plain(module: nn.Module) -> bool:

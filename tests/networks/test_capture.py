@@ -1,10 +1,12 @@
 """Any way to write a network becomes the same function as a graph, or is refused by name."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-import torchvision
+import torchvision.transforms.v2
 from torch import nn
 from torch.nn import functional
 
@@ -487,3 +489,9 @@ def test_numbers_that_are_not_finite_are_refused():
         network[1].weight[0, 0] = torch.nan
     with pytest.raises(RunError, match="not finite"):
         capture(network, SHAPE)
+
+
+def test_detectors_are_loaded_without_torchvision():
+    """Its import takes longer than that of torch itself."""
+    code = "import sys, grood_cert.detector; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
