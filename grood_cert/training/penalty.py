@@ -2,11 +2,12 @@ r"""Norms of the score's gradient that parameters can be trained on: which netwo
 
 *Which network.* The slope is that of one sample, ||grad S(x_i)||, so samples must not reach each other:
 
-* `batch_norm = "eval"`: the layers read their running statistics, as in the network that is certified; the samples
-  in question take a second forward pass.
 * `batch_norm = "shared"`: the layers keep the batch statistics of the loss's own forward pass, held constant while S
   is differentiated with respect to the images. They still depend on the parameters, and the parameters' gradient
   knows it. No second pass is needed.
+* `batch_norm = "eval"`: the layers read their running statistics, as in the network that is certified; the samples
+  in question take a second forward pass. A shift or scale of what such a layer reads changes this slope and not the
+  loss, so that the penalty drives the two networks apart.
 * Without BatchNorm in train mode both are the same function, and the loss's own pass is used.
 
 *How.* With v held constant, g / ||g||_2 for the Euclidean norm of g and sign g for ||g||_1, the derivative of the norm is
@@ -275,8 +276,8 @@ class SampleWise:
         network: f in train mode.
         images: The loss's batch, shape (N, C, H, W).
         method: "exact" or "fast".
-        batch_norm: Which statistics BatchNorm layers in train mode use for the slope: "eval", the running ones, or
-            "shared", those of the loss's batch.
+        batch_norm: Which statistics BatchNorm layers in train mode use for the slope: "shared", those of the loss's
+            batch, or "eval", the running ones.
         scale: Factor on each channel of a gradient, broadcast against (C, H, W), for other units than pixels.
         part: Largest share of the batch whose norms will be asked for.
 
@@ -296,7 +297,7 @@ class SampleWise:
         network: nn.Module,
         images: Tensor,
         method: PenaltyMethod,
-        batch_norm: str = "eval",
+        batch_norm: str = "shared",
         scale: Tensor | None = None,
         part: float = 1.0,
     ) -> None:

@@ -216,10 +216,10 @@ def test_id_and_auxiliary_images_share_one_batch_norm_batch():
     assert not torch.isclose(apart, terms.cross_entropy, rtol=1e-3), "the test must be able to tell the two apart"
 
 
-def test_penalised_slope_is_that_of_the_eval_mode_network():
+def test_the_eval_slope_is_that_of_the_eval_mode_network():
     """With BatchNorm: per-sample gradients of the network that is certified, its statistics after this step."""
     network, (images, labels, outliers) = build("resnet18"), batch()
-    weights = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=100.0, m_out=-100.0)
+    weights = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=100.0, m_out=-100.0, batch_norm="eval")
     terms = objective(network, images, labels, outliers, weights)
     expected = reference(copy.deepcopy(network).eval(), images, labels, outliers, weights)
     torch.testing.assert_close(terms.gradient, expected["gradient"].detach(), rtol=1e-10, atol=0)
@@ -243,7 +243,7 @@ def test_terms_share_no_graph_but_the_total():
 @pytest.mark.parametrize("name", ["conv-small", "resnet-small"])
 def test_the_interval_slope_at_radius_zero_is_the_gradient_norm_and_grows_with_the_radius(name):
     network, data = build(name), batch()
-    weights = replace(WEIGHTS, m_in=100.0, m_out=-100.0)
+    weights = replace(WEIGHTS, m_in=100.0, m_out=-100.0, batch_norm="eval")
     point = objective(copy.deepcopy(network), *data, weights).gradient
     found = [
         objective(copy.deepcopy(network), *data, replace(weights, slope="interval", slope_eps=eps)).gradient

@@ -173,6 +173,30 @@ def test_total_has_the_derivative_of_its_value(batch_norm, penalty, share):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_batch_norm_takes_out_again_does_not_lower_the_shared_penalty():
+    """Values shifted and scaled before BatchNorm: the loss is the same, and so must the penalty be; "eval" is gamed."""
+    network, images = smooth(), images_of()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0
+    found: dict[str, list[float]] = {"loss": [], "shared": [], "eval": []}
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            for layer in network.modules():
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight.mul_(scale)
+                    layer.bias.add_(1 - scale)
+        for mode in ("shared", "eval"):
+            weights = replace(ALL_ACTIVE, batch_norm=mode)
+            terms = objective(network, images[:5], torch.tensor([0, 1, 2, 0, 1]), images[5:], weights)
+            found[mode].append(float(terms.gradient))
+        found["loss"].append(float(terms.cross_entropy))
+    assert found["loss"][1] == pytest.approx(found["loss"][0], rel=1e-2)
+    assert found["shared"][1] == pytest.approx(found["shared"][0], rel=1e-2)
+    assert found["eval"][1] < 0.6 * found["eval"][0]
+    assert ObjectiveSection().batch_norm == "shared"
+
+
 @pytest.mark.parametrize(
     ("batch_norm", "active", "passes"),
     [("shared", 6, [10]), ("shared", 1, [10, 1]), ("eval", 10, [10, 10]), ("eval", 3, [10, 3])],
