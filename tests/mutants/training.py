@@ -162,6 +162,18 @@ MUTANTS = (
                 "nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip_norm)",
                 "nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)",
             ),
+            "of several parts the last one's statistics stay": ("if self.cuts > 1:", "if self.cuts > 9:"),
+            "a part begins with the statistics of the one before": ("if number > 0:", "if number > 9:"),
+        },
+    ),
+    *planted(
+        "training/penalty.py",
+        ("training/test_penalty.py",),
+        {
+            "the shared slope is that of running statistics": (
+                'BatchStatistics() if coupled and batch_norm == "shared" else None',
+                'BatchStatistics() if coupled and batch_norm == "eval" else None',
+            ),
         },
     ),
 )
