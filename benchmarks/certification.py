@@ -2,6 +2,7 @@
 
     python benchmarks/certification.py throughput --out runs/certification-benchmark
     python benchmarks/certification.py tightness --out runs/certification-benchmark
+    python benchmarks/certification.py unseen --out runs/certification-benchmark --samples 10
 
 *Throughput.* The plain way hands auto_LiRPA the composition -log(sum_k exp f_k) and bisects with CROWN between 0 and the
 attack radius (1 if there is none): "batched" 7 times, to 1 % of it, all samples together, the side that is asked for
@@ -12,10 +13,10 @@ ways run in turn, in one process on one thread; times are medians of the turns. 
 so that a busy machine changes them little; the ratio is one of CPU seconds, to the batched plain way without or with attack.
 
 *Tightness.* Certified radius over attack radius of every effort, medians over the samples that are right at x; then the
-stage that decided each ball of the grid.
+stage that decided each ball of the grid. *Unseen*: the same, of `fast` and `default`, for networks on which nothing was tuned.
 
-Detectors are trained where the folder holds none. The CIFAR one reads the image sets in `shared/data` beside the
-repository and is left out where they are absent; it is trained on subsets and for a few epochs only.
+Detectors are trained where the folder holds none. Those of CIFAR and Fashion-MNIST read the image sets in `shared/data` beside
+the repository and are left out where they are absent; they are trained on subsets and for a few epochs only.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from grood_cert.runs.batches import subset
 from grood_cert.system.files import write_csv
 from grood_cert.training import run as training
 
-Part = Literal["throughput", "tightness"]
+Part = Literal["throughput", "tightness", "unseen"]
 PARTS: tuple[str, ...] = get_args(Part)
 BOTH: tuple[Side, ...] = get_args(Side)
 PRECISION = 1e-2
@@ -75,22 +76,41 @@ STAGE_COLUMNS = ("network", "effort", "kind", *OUTCOMES)
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _SHARED = _REPOSITORY.parent / "shared" / "data"
-_ARRAYS = ("cifar10_train", "tin32_outliers", "tin32_ood", "dtd32_a")
-_CIFAR = "CIFAR conv-small"
-NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {  # recipe and settings on top
+_CIFAR, _FASHION = "CIFAR conv-small", "Fashion-MNIST conv-small"
+_ARRAYS = {  # ID with labels, auxiliary, OOD
+    _CIFAR: ("cifar10_train", "tin32_outliers", "tin32_ood", "dtd32_a"),
+    _FASHION: ("fashion_train", "letters_test", "notmnist_test"),
+}
+TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # recipe and settings on top
     "digits conv-small": ("digits-greg", ()),
     "digits conv-small certified": ("digits-certified", ()),
     "digits MLP-4": ("digits-mlp-greg", ("network.hidden_layers=3",)),
     _CIFAR: ("cifar-arrays-greg", ("network.name=conv-small", "optimizer.epochs=10")),
 }
+UNSEEN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "digits conv-small, seed 1": ("digits-greg", ("seed=1",)),
+    "digits conv-small, width 12": ("digits-greg", ("network.width=12",)),
+    "digits conv-small, untrained": (
+        "digits-greg",
+        ("optimizer.epochs=1", "optimizer.lr=1e-9", "optimizer.lr_min=1e-9"),
+    ),
+    "digits MLP-4, seed 1": ("digits-mlp-greg", ("network.hidden_layers=3", "seed=1")),
+    "digits MLP-4, width 32": ("digits-mlp-greg", ("network.hidden_layers=3", "network.width=32")),
+    _FASHION: ("cifar-arrays-greg", ("network.name=conv-small", "optimizer.epochs=10", "augmentation.flip=false")),
+}
+NETWORKS = TUNED | UNSEEN
 THROUGHPUT_NETWORKS = ("digits conv-small", _CIFAR)
 
 
 # Detectors.
 
 
-def arrays(folder: Path) -> list[str]:
+def arrays(name: str, folder: Path) -> list[str]:
     """Settings of a recipe that takes its images from `shared/data`, which are written to the folder as .npz files.
+
+    Args:
+        name: Of a network with such images.
+        folder: Where the files are written.
 
     Raises:
         InputError: If there is no such data.
@@ -101,11 +121,11 @@ def arrays(folder: Path) -> list[str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.npz" for name in _ARRAYS]
-    for name, path in zip(_ARRAYS, paths, strict=True):
+    paths = [folder / f"{each}.npz" for each in _ARRAYS[name]]
+    for each, path in zip(_ARRAYS[name], paths, strict=True):
         if not path.exists():
-            images, meta = module.load(name)
-            labels = {"labels": meta["y"].astype(np.int64)} if name == _ARRAYS[0] else {}
+            images, meta = module.load(each)
+            labels = {"labels": meta["y"].astype(np.int64)} if each == _ARRAYS[name][0] else {}
             np.savez(path, images=images, **labels)
     own, auxiliary, *ood = (str(path) for path in paths)
     return [f"data.id={own}", f"data.auxiliary={auxiliary}", f"data.ood={ood!r}"]
@@ -118,7 +138,7 @@ def trained(name: str, folder: Path) -> Detector:
         InputError: If the images are not there.
     """
     file, settings = NETWORKS[name]
-    data = arrays(folder / "data") if name == _CIFAR else []
+    data = arrays(name, folder / "data") if name in _ARRAYS else []
     model = folder / name / "model.pt"
     if model.exists():
         return detector.load(model)
@@ -344,7 +364,7 @@ def tightness(
         samples: Most samples of each set.
 
     Returns:
-        One record for each kind with the keys of `TIGHTNESS_COLUMNS`, and one with those of `STAGE_COLUMNS`, but for
+        One record for each kind of which a sample is right with the keys of `TIGHTNESS_COLUMNS`, and one with those of `STAGE_COLUMNS`, but for
         the network.
     """
     start = time.process_time()
@@ -352,7 +372,7 @@ def tightness(
     cost = (time.process_time() - start) / len(found)
     right = found["status"] != "misdecided"
     medians, stages = [], []
-    for kind in [name for name in KINDS if bool(found.of_kind(name).any())]:
+    for kind in [name for name in KINDS if bool((found.of_kind(name) & right).any())]:
         mask = found.of_kind(kind) & right
         certified, attacked = found["radius_certified"][mask], found["radius_attack"][mask]
         share = certified / attacked
@@ -395,7 +415,9 @@ def _throughput(names: Sequence[str], out: Path, samples: int, repeats: int) -> 
         write_csv(out / "throughput.csv", THROUGHPUT_COLUMNS, records)
 
 
-def _tightness(names: Sequence[str], out: Path, samples: int, efforts: Sequence[str], engine: Engine) -> None:
+def _tightness(
+    part: str, names: Sequence[str], out: Path, samples: int, efforts: Sequence[str], engine: Engine
+) -> None:
     records: list[dict[str, Any]] = []
     decided: list[dict[str, Any]] = []
     _heading(TIGHTNESS_COLUMNS)
@@ -409,8 +431,8 @@ def _tightness(names: Sequence[str], out: Path, samples: int, efforts: Sequence[
                 records.append({"network": name, **found})
                 _line(TIGHTNESS_COLUMNS, records[-1])
             decided += [{"network": name, **found} for found in stages]
-            write_csv(out / "tightness.csv", TIGHTNESS_COLUMNS, records)
-            write_csv(out / "stages.csv", STAGE_COLUMNS, decided)
+            write_csv(out / f"{part}.csv", TIGHTNESS_COLUMNS, records)
+            write_csv(out / ("stages.csv" if part == "tightness" else f"{part}-stages.csv"), STAGE_COLUMNS, decided)
     columns = [column for column in STAGE_COLUMNS if any(record[column] != 0 for record in decided)]
     typer.echo()
     _heading(columns)
@@ -419,10 +441,12 @@ def _tightness(names: Sequence[str], out: Path, samples: int, efforts: Sequence[
 
 
 def main(
-    part: Annotated[str, typer.Argument(metavar="PART", help=f"What to measure: {' or '.join(PARTS)}.")],
+    part: Annotated[str, typer.Argument(metavar="PART", help=f"What to measure: {', '.join(PARTS)}.")],
     out: Annotated[Path, typer.Option(help="Folder of detectors, rows and tables as CSV.")],
     network: Annotated[list[str] | None, typer.Option(help=f"Among {', '.join(NETWORKS)}; repeat for more.")] = None,
-    effort: Annotated[list[str] | None, typer.Option(help="Tightness: efforts; repeat. [default: all]")] = None,
+    effort: Annotated[
+        list[str] | None, typer.Option(help="Tightness: efforts; repeat. [default: all; unseen: fast, default]")
+    ] = None,
     engine: Annotated[str, typer.Option(help="Tightness: engine of the linear bounds.")] = "native",
     samples: Annotated[int, typer.Option(help="Throughput: of each kind. Tightness: of each set.")] = 20,
     repeats: Annotated[int, typer.Option(help="Throughput: turns.")] = 3,
@@ -439,8 +463,11 @@ def main(
     torch.set_num_threads(1)
     if part == "throughput":
         _throughput(network or THROUGHPUT_NETWORKS, out, samples, repeats)
-    else:
-        _tightness(network or list(NETWORKS), out, samples, effort or list(EFFORTS), cast(Engine, engine))
+        return
+    efforts = effort or [name for name in EFFORTS if part == "tightness" or name != "max"]
+    _tightness(
+        part, network or list(TUNED if part == "tightness" else UNSEEN), out, samples, efforts, cast(Engine, engine)
+    )
 
 
 if __name__ == "__main__":

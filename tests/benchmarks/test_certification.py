@@ -10,7 +10,7 @@ import torch
 
 from analysis import cost_growth
 from benchmarks import certification as benchmark
-from grood_cert import detector
+from grood_cert import detector, recipe
 from grood_cert.ball import Ball
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
 from grood_cert.bounds.crown import NativeNetwork
@@ -95,10 +95,17 @@ def test_tightness(loaded, model, sets, tmp_path):
         assert sum(stage[name] for name in OUTCOMES) == 2 * samples
 
 
-def test_cifar_needs_its_arrays(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", benchmark.NETWORKS)
+def test_recipes_of_networks_load(name):
+    file, settings = benchmark.NETWORKS[name]
+    assert recipe.load(benchmark._REPOSITORY / "train" / f"{file}.toml", settings).network.name in ("mlp", "conv-small")
+
+
+@pytest.mark.parametrize("name", ["CIFAR conv-small", "Fashion-MNIST conv-small"])
+def test_some_need_their_arrays(name, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "_SHARED", tmp_path / "shared/data")
     with pytest.raises(InputError, match="no image sets in shared/data"):
-        benchmark.trained("CIFAR conv-small", tmp_path)
+        benchmark.trained(name, tmp_path)
 
 
 def test_cost_growth(monkeypatch, tmp_path):
