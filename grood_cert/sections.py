@@ -132,8 +132,7 @@ class NetworkSection(Section):
     """Which network.
 
     `name` is one of `grood_cert.networks.architectures.NETWORKS`, `width = 0` its own default, `hidden_layers` is for
-    the mlp. `init` says what random weights it starts from: "default", the architecture's; or "ibp", under which
-    intervals keep their width (`grood_cert.training.initialisation`). `mean` and `std` normalise pixels in [0, 1], one value a channel; empty: those of the ID training images.
+    the mlp. `mean` and `std` normalise pixels in [0, 1], one value a channel; empty: those of the ID training images.
     `pretrained` is a file of weights to start from, and `pretrained_allow` names the tensors that may be absent from it
     or of another shape.
     """
@@ -141,18 +140,15 @@ class NetworkSection(Section):
     name: str = "conv-small"
     width: int = setting(0, Rule("0 to 65536", lambda value: 0 <= value <= 65536))
     hidden_layers: int = setting(2, POSITIVE)
-    init: str = setting("default", one_of("default", "ibp"))
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = setting((), Rule("values above 0", lambda value: all(item > 0 for item in value)))
     pretrained: str = ""
     pretrained_allow: tuple[str, ...] = ()
 
     def contradictions(self) -> Iterator[str]:
-        """A normalisation of which one half is given; random weights of two kinds."""
+        """A normalisation of which one half is given."""
         if len(self.mean) != len(self.std):
             yield f"mean and std need one value a channel each, got {len(self.mean)} and {len(self.std)}"
-        if self.init != "default" and self.pretrained:
-            yield f'init = "{self.init}" is for random weights, and pretrained replaces them; give one of the two'
 
 
 @dataclass(frozen=True)
@@ -181,12 +177,10 @@ class ObjectiveSection(Section):
         certified_method: Of the bound on it: "ibp" or "crown-ibp".
         certified_mix: Share of the bound in the certified loss; the rest is the score at the end of an attack. 1 trains
             bounds alone, 0 is adversarial training.
-        certified_box: Share of the radius that the box of the bound has; below 1 it lies at the end of the attack.
         certified_attack_steps: Gradients of that attack.
         certified_eps: Radius of that ball, pixel units.
         certified_ramp: Share of the training over which this radius and the weight grow from 0, in [0, 1].
         lambda_certified: Weight of the certified loss.
-        lambda_intervals: Weight of the interval loss at the beginning, from where it falls to 0 over the ramp.
     """
 
     lambda_S: float = setting(0.1, NOT_NEGATIVE)  # noqa: N815
@@ -204,16 +198,13 @@ class ObjectiveSection(Section):
     certified: str = setting("none", one_of("none", "ood", "both"))
     certified_method: str = setting("ibp", one_of("ibp", "crown-ibp"))
     certified_mix: float = setting(1.0, NOT_NEGATIVE, AT_MOST_ONE)
-    certified_box: float = setting(1.0, POSITIVE, AT_MOST_ONE)
     certified_attack_steps: int = setting(3, POSITIVE)
     certified_eps: float = setting(0.0, NOT_NEGATIVE)
     certified_ramp: float = setting(0.5, NOT_NEGATIVE, AT_MOST_ONE)
     lambda_certified: float = setting(1.0, NOT_NEGATIVE)
-    lambda_intervals: float = setting(0.0, NOT_NEGATIVE)
 
     def contradictions(self) -> Iterator[str]:
-        """Variants that have no formula, and settings of bounds that are not made."""
-        bounded = self.certified != "none" and self.certified_mix > 0
+        """Variants that have no formula."""
         if self.slope == "interval" and (self.penalty == "fast" or self.coordinates == "normalised"):
             yield 'slope = "interval" is differentiated exactly and in pixels; use neither "fast" nor "normalised"'
         if self.slope == "first-order" and self.coordinates == "normalised":
@@ -222,13 +213,6 @@ class ObjectiveSection(Section):
             yield 'slope = "first-order" needs a slope_eps above 0'
         if self.reduction == "reference" and (self.slope != "gradient-norm" or self.penalty != "exact"):
             yield 'reduction = "reference" needs slope = "gradient-norm" and penalty = "exact"'
-        if self.certified_box < 1 and not bounded:
-            yield 'certified_box is of bounds; use certified = "ood" or "both" and a certified_mix above 0'
-        if self.lambda_intervals > 0 and not (bounded and self.certified_ramp > 0):
-            yield (
-                'lambda_intervals weighs the intervals of bounds over the ramp; use certified = "ood" or "both", and a '
-                "certified_mix and a certified_ramp above 0"
-            )
 
     @property
     def uses_outliers(self) -> bool:

@@ -46,7 +46,6 @@ class Epoch:
         energy_loss: Mean L_S.
         gradient_loss: Mean L_grad.
         certified_loss: Mean certified loss.
-        interval_loss: Mean interval loss.
         active_energy_id: Mean share of ID samples with S >= m_in.
         active_energy_aux: Mean share of auxiliary samples with S <= m_out.
         active_gradient_id: Mean share of ID samples with S <= m_in.
@@ -70,7 +69,6 @@ class Epoch:
     energy_loss: float
     gradient_loss: float
     certified_loss: float
-    interval_loss: float
     active_energy_id: float
     active_energy_aux: float
     active_gradient_id: float
@@ -276,7 +274,6 @@ def fit(
             energy_loss=mean.pop("energy"),
             gradient_loss=mean.pop("gradient"),
             certified_loss=mean.pop("certified"),
-            interval_loss=mean.pop("intervals"),
             **mean,
             **watched,
             learning_rate=learning_rate(recipe.optimizer, number * count - 1, loop.steps.total),

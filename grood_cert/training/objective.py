@@ -1,6 +1,6 @@
 r"""The training objective: GReg as printed, the authors' own computation of it, baselines, and certified terms.
 
-    L       = CE + lambda_S L_out + lambda_grad L_grad + r lambda_certified L_certified + (1 - r) lambda_intervals L_intervals
+    L       = CE + lambda_S L_out + lambda_grad L_grad + lambda_certified L_certified
     L_S     = E_id [1{S >= m_in}  (S - m_in)^2 ]  +  E_aux[1{S <= m_out} (m_out - S)^2]
     L_grad  = E_id [1{S <= m_in}  ||grad_x S||_2] +  E_aux[1{S >= m_out} ||grad_x S||_2]
 
@@ -81,7 +81,6 @@ class Terms:
         energy: The outlier loss: L_S, or that of outlier exposure.
         gradient: L_grad, 0 where it was not computed; an unbiased estimate of it with the stochastic penalty.
         certified: The certified loss at the radius reached, 0 where it was not computed.
-        intervals: The interval loss there, likewise.
         active_energy_id: Share of ID samples with S >= m_in.
         active_energy_aux: Share of auxiliary samples in the outlier loss with S <= m_out.
         active_gradient_id: Share of ID samples with S <= m_in.
@@ -93,7 +92,6 @@ class Terms:
     energy: Tensor
     gradient: Tensor
     certified: Tensor
-    intervals: Tensor
     active_energy_id: Tensor
     active_energy_aux: Tensor
     active_gradient_id: Tensor
@@ -246,8 +244,8 @@ class _Batch:
         norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return norms.mean()
 
-    def certified_loss(self, grown: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """L_certified and L_intervals at this share of the final radius."""
+    def certified_loss(self, grown: float, generator: torch.Generator | None) -> Tensor:
+        """L_certified at this share of the final radius."""
         section, outliers = self.section, self.images_aux[self.roles.energy]
         return certified_loss(self.network, self.images_id, outliers, grown * section.certified_eps, section, generator)
 
@@ -311,12 +309,11 @@ def objective(
     gradient = batch.gradient_loss(generator)
     if section.lambda_grad > 0:
         total = total + section.lambda_grad * gradient
-    certified = intervals = batch.zero
+    certified = batch.zero
     grown = 1.0 if section.certified_ramp == 0 else min(1.0, progress / section.certified_ramp)
     if section.certified != "none" and grown > 0:
-        certified, intervals = batch.certified_loss(grown, generator)
+        certified = batch.certified_loss(grown, generator)
         total = total + grown * section.lambda_certified * certified
-        total = total + (1 - grown) * section.lambda_intervals * intervals
 
     score_id, score_aux, m_in, m_out = batch.score_id, batch.score_aux, section.m_in, section.m_out
     return Terms(
@@ -325,7 +322,6 @@ def objective(
         energy=outlier.detach(),
         gradient=gradient.detach(),
         certified=certified.detach(),
-        intervals=intervals.detach(),
         active_energy_id=(score_id >= m_in).float().mean(),
         active_energy_aux=mean_over((score_aux <= m_out).float(), roles.energy),
         active_gradient_id=(score_id <= m_in).float().mean(),

@@ -32,7 +32,6 @@ from grood_cert.training import checkpoint
 from grood_cert.training.certified_loss import certified_loss
 from grood_cert.training.checkpoint import TrainingState
 from grood_cert.training.evaluation import accuracy_floor, best_epoch, evaluate, split_calibration
-from grood_cert.training.initialisation import keep_interval_width
 from grood_cert.training.loop import Epoch, TrainingError, check_images, fit
 from grood_cert.training.step import check_batches, check_compute, steps_per_epoch
 
@@ -107,8 +106,6 @@ def _network(recipe: Recipe, architecture: Architecture, reporter: Reporter) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = architecture.build()
-        if recipe.network.init == "ibp":
-            keep_interval_width(network)
     section = recipe.network
     if section.pretrained:
         loaded = load_into(network, Path(section.pretrained), section.pretrained_allow)
