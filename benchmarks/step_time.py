@@ -47,7 +47,7 @@ from grood_cert.training import sampling
 from grood_cert.training.objective import objective
 from grood_cert.training.step import check_compute, tf32
 
-COLUMNS = ("network", "batch_norm", "step", "ms", "peak_mib", "of_energy", "of_reference")
+COLUMNS = ("network", "step", "ms", "peak_mib", "of_energy", "of_reference")
 NETWORKS = ("resnet18", "wrn-40-2", "densenet-bc-100")
 PENALTIES = ("exact", "fast", "stochastic")
 CERTIFIED = {  # on whom the certified term acts, and the share of the bound
@@ -127,20 +127,17 @@ def measure(
             logits, features = sampling.candidates(network, pool)
         sampling.pick(logits.float(), features.float(), batch, generator=generator)
 
-    modes = ("eval", "shared")
-    steps = {("-", "energy"): train(plain, outside)}
-    steps["-", "reference"] = train(replace(greg, reduction="reference"), outside)
-    for mode in modes:
-        for penalty in PENALTIES:
-            steps[mode, penalty] = train(replace(greg, penalty=penalty, batch_norm=mode), outside)
-        steps[mode, "greg+"] = train(replace(greg, batch_norm=mode), pool[: 2 * batch])
-    steps["-", "sampling"] = sample
+    steps = {"energy": train(plain, outside), "reference": train(replace(greg, reduction="reference"), outside)}
+    for penalty in PENALTIES:
+        steps[penalty] = train(replace(greg, penalty=penalty), outside)
+    steps["greg+"] = train(greg, pool[: 2 * batch])
+    steps["sampling"] = sample
     worst = replace(plain, certified_eps=0.01, certified_ramp=0.0, certified_attack_steps=attack_steps)
     for row, (certified, mix) in CERTIFIED.items():
-        steps["-", row] = train(replace(worst, certified=certified, certified_mix=mix), outside)
+        steps[row] = train(replace(worst, certified=certified, certified_mix=mix), outside)
     if precision == "bf16":
-        steps = {key: step for key, step in steps.items() if key[1] in AT_BF16}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+        steps = {key: step for key, step in steps.items() if key in AT_BF16}
+    seconds: dict[str, list[float]] = {key: [] for key in steps}
     peak = {}
     with tf32(precision == "tf32"):
         for step in steps.values():  # warms up
@@ -153,18 +150,17 @@ def measure(
                 seconds[key].append(_seconds(step, place))
 
     times = {key: np.array(values) for key, values in seconds.items()}
-    reference = times.get(("-", "reference"), math.nan)
+    reference = times.get("reference", math.nan)
     records = [
         {
             "network": name,
-            "batch_norm": mode,
             "step": step,
             "ms": 1000 * float(np.median(values)),
-            "peak_mib": peak[mode, step] / 2**20,
-            "of_energy": float(np.median(values / times["-", "energy"])),
+            "peak_mib": peak[step] / 2**20,
+            "of_energy": float(np.median(values / times["energy"])),
             "of_reference": float(np.median(values / reference)),
         }
-        for (mode, step), values in times.items()
+        for step, values in times.items()
     ]
     return records
 

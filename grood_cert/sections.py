@@ -171,8 +171,6 @@ class ObjectiveSection(Section):
         penalty_share: That share, in (0, 1].
         reduction: "paper", the formula; or "reference", what the authors' released code computes.
         coordinates: Units of the gradient: "pixels" in [0, 1], or "normalised".
-        batch_norm: Whose slope it is where there is BatchNorm: "shared", that with the statistics of the batch, held
-            constant; or "eval", that of the network with running statistics, which can be flattened without a loss.
         certified: Samples whose worst score in an l_inf ball is trained: "none", "ood", or "both".
         certified_method: Of the bound on it: "ibp" or "crown-ibp".
         certified_mix: Share of the bound in the certified loss; the rest is the score at the end of an attack. 1 trains
@@ -194,7 +192,6 @@ class ObjectiveSection(Section):
     penalty_share: float = setting(0.25, POSITIVE, AT_MOST_ONE)
     reduction: str = setting("paper", one_of("paper", "reference"))
     coordinates: str = setting("pixels", one_of("pixels", "normalised"))
-    batch_norm: str = setting("shared", one_of("shared", "eval"))
     certified: str = setting("none", one_of("none", "ood", "both"))
     certified_method: str = setting("ibp", one_of("ibp", "crown-ibp"))
     certified_mix: float = setting(1.0, NOT_NEGATIVE, AT_MOST_ONE)

@@ -25,7 +25,6 @@ from grood_cert.sections import (
     ("settings", "message"),
     [
         ({"penalty": "quick"}, "penalty: expected one of exact, fast, stochastic, got 'quick'"),
-        ({"batch_norm": "train"}, "batch_norm: expected one of shared, eval"),
         ({"penalty_share": 0.0}, "penalty_share: expected a value above 0, got 0.0"),
         ({"certified_ramp": 2.0}, "certified_ramp: expected 1 or less, got 2.0"),
         ({"certified_ramp": -0.5}, "certified_ramp: expected 0 or more, got -0.5"),

@@ -184,7 +184,6 @@ class _Batch:
                 network,
                 self.images,
                 "fast" if section.penalty == "fast" else "exact",
-                section.batch_norm,
                 self.scale,
                 self.part,
             )

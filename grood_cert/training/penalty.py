@@ -1,14 +1,11 @@
 r"""Norms of the score's gradient that parameters can be trained on: which network they belong to, and how they are made.
 
-*Which network.* The slope is that of one sample, ||grad S(x_i)||, so samples must not reach each other:
-
-* `batch_norm = "shared"`: the layers keep the batch statistics of the loss's own forward pass, held constant while S
-  is differentiated with respect to the images. They still depend on the parameters, and the parameters' gradient
-  knows it. No second pass is needed.
-* `batch_norm = "eval"`: the layers read their running statistics, as in the network that is certified; the samples
-  in question take a second forward pass. A shift or scale of what such a layer reads changes this slope and not the
-  loss, so that the penalty drives the two networks apart.
-* Without BatchNorm in train mode both are the same function, and the loss's own pass is used.
+*Which network.* The slope is that of one sample, ||grad S(x_i)||, so samples must not reach each other. BatchNorm in train
+mode keeps the statistics of the loss's own forward pass: the samples in question take a second pass, in which these are constants
+of the images. They depend on the parameters, and the parameters' gradient knows it. (With running statistics in their
+place, a shift or scale of what such a layer reads would change the slope and not the loss, and the penalty drives the
+two networks apart.) Without BatchNorm in train mode there is but one function, and the loss's own pass is used where it
+can be and is the cheaper one.
 
 *How.* With v held constant, g / ||g||_2 for the Euclidean norm of g and sign g for ||g||_1, the derivative of the norm is
 that of the slope in this direction,
@@ -22,8 +19,6 @@ that of the slope in this direction,
   ReLU signs of the pass at x (and the winners of maximum pools): where they changed, the derivative would jump by an
   amount of order 1 / h, and the ReLUs of a network are many. What is left is an error of order h from the
   curvature of logsumexp and of smooth activations. The value is the norm itself.
-
-The loss's own pass is used where it can be and is the cheaper one.
 
 References:
     Sharifi et al., "Gradient-Regularized Out-of-Distribution Detection", ECCV 2024 (arXiv 2404.12368);
@@ -59,23 +54,20 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Train-mode BatchNorm with mean and 1 / std as further outputs; `mode.frozen` holds them constant for a while."""
+    """Train-mode BatchNorm with mean and 1 / std as further outputs."""
 
     @staticmethod
-    def forward(ctx: Any, mode: BatchStatistics, values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias, running_mean, running_var, momentum, eps = arguments
         result = torch.native_batch_norm(values, weight, bias, running_mean, running_var, True, momentum, eps)
         ctx.save_for_backward(values, weight, *result[1:])
         ctx.set_materialize_grads(False)
-        ctx.mode, ctx.eps = mode, eps
+        ctx.eps = eps
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_inverse: Tensor | None) -> Any:
         values, weight, mean, inverse = ctx.saved_tensors
-        if ctx.mode.frozen:
-            assert grad is not None
-            return None, grad * _per_channel(inverse if weight is None else weight * inverse, values), *[None] * 6
         grad_values, grad_weight, grad_bias = torch.zeros_like(values), None, None
         if grad is not None:
             wanted = [True, weight is not None, weight is not None]
@@ -88,19 +80,17 @@ class _BatchNorm(torch.autograd.Function):
         if grad_inverse is not None:
             factor = _per_channel(-grad_inverse * inverse.pow(3) * share, values)
             grad_values = torch.addcmul(grad_values, values - _per_channel(mean, values), factor)
-        return None, grad_values, grad_weight, grad_bias, *[None] * 4
+        return grad_values, grad_weight, grad_bias, *[None] * 4
 
 
 class BatchStatistics(TorchFunctionMode):
-    """BatchNorm in train mode, with statistics that can be held constant and used again.
+    """BatchNorm in train mode, with statistics that can be used again.
 
-    The first pass under the mode is the ordinary one. Inside `constant`, gradients of that pass ignore that the
-    statistics depend on the images. A pass inside `again` uses them on other images.
+    The first pass under the mode is the ordinary one. A pass inside `again` uses its statistics on other images.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.frozen = False
         self._found: list[tuple[Tensor, Tensor] | None] = []
         self._pending: list[tuple[Tensor, Tensor] | None] | None = None
 
@@ -126,7 +116,7 @@ class BatchStatistics(TorchFunctionMode):
         elif training:
             result: Tensor
             result, *statistics = _BatchNorm.apply(  # type: ignore[no-untyped-call]
-                self, values, weight, bias, running_mean, running_var, momentum, eps
+                values, weight, bias, running_mean, running_var, momentum, eps
             )
             self._found.append((statistics[0], statistics[1]))
             return result
@@ -139,15 +129,6 @@ class BatchStatistics(TorchFunctionMode):
         shift = -mean * factor if bias is None else bias - mean * factor
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         return torch.batch_norm(values, factor, shift, zero, one, False, 0.0, 0.0, False)
-
-    @contextlib.contextmanager
-    def constant(self) -> Iterator[None]:
-        """While the block runs, gradients do not flow from the statistics to the images."""
-        self.frozen = True
-        try:
-            yield
-        finally:
-            self.frozen = False
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -276,8 +257,6 @@ class SampleWise:
         network: f in train mode.
         images: The loss's batch, shape (N, C, H, W).
         method: "exact" or "fast".
-        batch_norm: Which statistics BatchNorm layers in train mode use for the slope: "shared", those of the loss's
-            batch, or "eval", the running ones.
         scale: Factor on each channel of a gradient, broadcast against (C, H, W), for other units than pixels.
         part: Largest share of the batch whose norms will be asked for.
 
@@ -297,15 +276,14 @@ class SampleWise:
         network: nn.Module,
         images: Tensor,
         method: PenaltyMethod,
-        batch_norm: str = "shared",
         scale: Tensor | None = None,
         part: float = 1.0,
     ) -> None:
         coupled = any(isinstance(layer, _BATCH_NORM) and layer.training for layer in network.modules())
         self._network, self._method, self._scale = network, method, scale
-        self._statistics = BatchStatistics() if coupled and batch_norm == "shared" else None
+        self._statistics = BatchStatistics() if coupled else None
         self._piece = LinearPiece() if method == "fast" else None
-        self._shareable = (not coupled or batch_norm == "shared") and part >= _BREAK_EVEN[method]
+        self._shareable = not coupled and part >= _BREAK_EVEN[method]
         self._images = images.detach().requires_grad_(self._shareable)
         with self._statistics or nullcontext():
             self.logits = self._first_pass(self._images)
@@ -330,9 +308,8 @@ class SampleWise:
             images = self._images.detach()[used].requires_grad_(True)
             with self._apart():
                 score = scores(self._first_pass(images))
-        with self._statistics.constant() if self._statistics else nullcontext():
-            total = score[used].sum() if share else score.sum()
-            (gradient,) = torch.autograd.grad(total, images, create_graph=self._method == "exact", retain_graph=True)
+        total = score[used].sum() if share else score.sum()
+        (gradient,) = torch.autograd.grad(total, images, create_graph=self._method == "exact", retain_graph=True)
         return (score[used], gradient[used]) if share else (score, gradient)
 
     def norms(self, used: Tensor, norm: Literal["l2", "linf"] = "l2") -> Tensor:

@@ -109,10 +109,7 @@ MUTANTS = (
         "training/penalty.py",
         ("training/test_penalty.py",),
         {
-            "the shared slope is that of running statistics": (
-                'BatchStatistics() if coupled and batch_norm == "shared" else None',
-                'BatchStatistics() if coupled and batch_norm == "eval" else None',
-            ),
+            "the slope is that of running statistics": ("BatchStatistics() if coupled else None", "None"),
         },
     ),
 )

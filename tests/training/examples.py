@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -59,3 +60,22 @@ def bad_images(train: torch.Tensor | None = None, labels: torch.Tensor | None = 
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="channels last is for a GPU")
+
+
+def with_batch_statistics(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The network in eval mode, its running statistics those of this batch: mean, and variance divided by n."""
+    fixed = copy.deepcopy(network)
+
+    def read(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1)
+        layer.running_mean, layer.running_var = values.mean(1), values.var(1, correction=0)
+        layer.eval()
+
+    for layer in fixed.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.training:
+            layer.register_forward_pre_hook(read)
+    with torch.no_grad():
+        fixed(images)
+    for layer in fixed.modules():
+        layer._forward_pre_hooks.clear()
+    return fixed.eval()

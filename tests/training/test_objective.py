@@ -12,6 +12,7 @@ from grood_cert.errors import InputError
 from grood_cert.networks import architectures
 from grood_cert.sections import ObjectiveSection
 from grood_cert.training.objective import Roles, Terms, energy_loss, gradient_shares, objective
+from tests.training.examples import with_batch_statistics
 
 WEIGHTS = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=-1.9, m_out=-1.7)
 ENERGY_ONLY = ObjectiveSection(lambda_S=0.3, lambda_grad=0.0, m_in=-1.9, m_out=-1.7)
@@ -216,12 +217,13 @@ def test_id_and_auxiliary_images_share_one_batch_norm_batch():
     assert not torch.isclose(apart, terms.cross_entropy, rtol=1e-3), "the test must be able to tell the two apart"
 
 
-def test_the_eval_slope_is_that_of_the_eval_mode_network():
-    """With BatchNorm: per-sample gradients of the network that is certified, its statistics after this step."""
+def test_the_slope_is_that_of_each_sample_under_the_statistics_of_the_batch():
+    """With BatchNorm: as if the batch's mean and variance stood in the buffers of the network in eval mode."""
     network, (images, labels, outliers) = build("resnet18"), batch()
-    weights = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=100.0, m_out=-100.0, batch_norm="eval")
+    weights = ObjectiveSection(lambda_S=0.3, lambda_grad=0.7, m_in=100.0, m_out=-100.0)
+    fixed = with_batch_statistics(network, torch.cat([images, outliers]))
     terms = objective(network, images, labels, outliers, weights)
-    expected = reference(copy.deepcopy(network).eval(), images, labels, outliers, weights)
+    expected = reference(fixed, images, labels, outliers, weights)
     torch.testing.assert_close(terms.gradient, expected["gradient"].detach(), rtol=1e-10, atol=0)
     assert network.training and all(module.training for module in network.modules())
 
@@ -242,8 +244,8 @@ def test_terms_share_no_graph_but_the_total():
 
 @pytest.mark.parametrize("name", ["conv-small", "resnet-small"])
 def test_the_interval_slope_at_radius_zero_is_the_gradient_norm_and_grows_with_the_radius(name):
-    network, data = build(name), batch()
-    weights = replace(WEIGHTS, m_in=100.0, m_out=-100.0, batch_norm="eval")
+    network, data = build(name).eval(), batch()
+    weights = replace(WEIGHTS, m_in=100.0, m_out=-100.0)
     point = objective(copy.deepcopy(network), *data, weights).gradient
     found = [
         objective(copy.deepcopy(network), *data, replace(weights, slope="interval", slope_eps=eps)).gradient

@@ -21,6 +21,7 @@ from grood_cert.training import penalty
 from grood_cert.training.objective import objective
 from grood_cert.training.penalty import BatchStatistics, SampleWise
 from grood_cert.training.step import tf32
+from tests.training.examples import with_batch_statistics
 
 ALL_ACTIVE = ObjectiveSection(lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0)
 
@@ -58,25 +59,6 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(functional.cosine_similarity(first, second, dim=0))
 
 
-def with_batch_statistics(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """The network in eval mode, its running statistics those of this batch: mean, and variance divided by n."""
-    fixed = copy.deepcopy(network)
-
-    def read(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        values = inputs[0].transpose(0, 1).flatten(1)
-        layer.running_mean, layer.running_var = values.mean(1), values.var(1, correction=0)
-        layer.eval()
-
-    for layer in fixed.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.training:
-            layer.register_forward_pre_hook(read)
-    with torch.no_grad():
-        fixed(images)
-    for layer in fixed.modules():
-        layer._forward_pre_hooks.clear()
-    return fixed.eval()
-
-
 def slope(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
     image = image[None].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(-network(image).logsumexp(1).sum(), image)
@@ -96,7 +78,7 @@ def test_shared_statistics_are_constants_of_each_sample_s_slope(build, used, met
     for number in frozen:
         network[number].eval()
     fixed = with_batch_statistics(network, images)
-    norms = SampleWise(network, images, method, "shared").norms(used)
+    norms = SampleWise(network, images, method).norms(used)
     expected = torch.stack([slope(fixed, image) for image in images[used]])
     torch.testing.assert_close(norms.detach(), expected, rtol=1e-9, atol=0)
 
@@ -104,7 +86,7 @@ def test_shared_statistics_are_constants_of_each_sample_s_slope(build, used, met
 def test_the_pass_under_shared_statistics_is_the_ordinary_one():
     network, images = kinked(), images_of()
     twin = copy.deepcopy(network)
-    function, logits = SampleWise(network, images, "exact", "shared"), twin(images)
+    function, logits = SampleWise(network, images, "exact"), twin(images)
     torch.testing.assert_close(function.logits, logits, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(
         flat_gradient(function.logits.square().sum(), network),
@@ -133,16 +115,18 @@ def test_statistics_pass_their_own_gradient_on():
     assert torch.autograd.gradcheck(all_outputs, (values, weight, bias))
 
 
-@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("penalty", ["exact", "fast"])
 @pytest.mark.parametrize("share", [1.0, 0.3])
-def test_total_has_the_derivative_of_its_value(batch_norm, penalty, share):
+def test_total_has_the_derivative_of_its_value(frozen, penalty, share):
     """Finite differences over the parameters, through the batch statistics too; on the loss's pass and on its own."""
     network, images = smooth(), images_of()
+    if frozen:
+        network.eval()
     with torch.no_grad():
         scores = -with_batch_statistics(network, images)(images).logsumexp(1)
     threshold = 100.0 if share == 1 else float(scores[:5].sort().values[1:3].mean())
-    weights = replace(ALL_ACTIVE, batch_norm=batch_norm, penalty=penalty, m_in=threshold, m_out=2 * threshold + 200)
+    weights = replace(ALL_ACTIVE, penalty=penalty, m_in=threshold, m_out=2 * threshold + 200)
     state, labels = copy.deepcopy(network.state_dict()), torch.tensor([0, 1, 2, 0, 1])
 
     def total() -> torch.Tensor:
@@ -153,10 +137,6 @@ def test_total_has_the_derivative_of_its_value(batch_norm, penalty, share):
         assert terms.gradient > 0
         return terms.total
 
-    if batch_norm == "eval":  # running statistics are buffers: constants of the derivative, so hold them still
-        for layer in network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = 0.0
     gradient = flat_gradient(total(), network)
     parameters = list(network.parameters())
     generator = torch.Generator().manual_seed(2)
@@ -173,42 +153,35 @@ def test_total_has_the_derivative_of_its_value(batch_norm, penalty, share):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_batch_norm_takes_out_again_does_not_lower_the_shared_penalty():
-    """Values shifted and scaled before BatchNorm: the loss is the same, and so must the penalty be; "eval" is gamed."""
+def test_what_batch_norm_takes_out_again_does_not_lower_the_penalty():
+    """Values shifted and scaled before BatchNorm: the loss is the same, and so must the penalty be."""
     network, images = smooth(), images_of()
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.0
-    found: dict[str, list[float]] = {"loss": [], "shared": [], "eval": []}
+    losses, penalties = [], []
     for scale in (1.0, 0.5):
         with torch.no_grad():
             for layer in network.modules():
                 if isinstance(layer, nn.Conv2d):
                     layer.weight.mul_(scale)
                     layer.bias.add_(1 - scale)
-        for mode in ("shared", "eval"):
-            weights = replace(ALL_ACTIVE, batch_norm=mode)
-            terms = objective(network, images[:5], torch.tensor([0, 1, 2, 0, 1]), images[5:], weights)
-            found[mode].append(float(terms.gradient))
-        found["loss"].append(float(terms.cross_entropy))
-    assert found["loss"][1] == pytest.approx(found["loss"][0], rel=1e-2)
-    assert found["shared"][1] == pytest.approx(found["shared"][0], rel=1e-2)
-    assert found["eval"][1] < 0.6 * found["eval"][0]
-    assert ObjectiveSection().batch_norm == "shared"
+        terms = objective(network, images[:5], torch.tensor([0, 1, 2, 0, 1]), images[5:], ALL_ACTIVE)
+        losses.append(float(terms.cross_entropy))
+        penalties.append(float(terms.gradient))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert penalties[1] == pytest.approx(penalties[0], rel=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "active", "passes"),
-    [("shared", 6, [10]), ("shared", 1, [10, 1]), ("eval", 10, [10, 10]), ("eval", 3, [10, 3])],
+    ("frozen", "active", "passes"),
+    [(True, 6, [10]), (True, 1, [10, 1]), (False, 10, [10, 10]), (False, 3, [10, 3])],
 )
-def test_only_active_samples_take_a_second_pass_and_only_where_it_pays(batch_norm, active, passes):
-    network, images = smooth(), images_of()
+def test_only_active_samples_take_a_second_pass_and_only_where_they_must_or_it_pays(frozen, active, passes):
+    network, images = smooth().train(not frozen), images_of()
     seen = []
     network.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    SampleWise(network, images, "exact", batch_norm).norms(torch.arange(active))
+    SampleWise(network, images, "exact").norms(torch.arange(active))
     assert seen == passes
-    assert all(layer.training for layer in network.modules())
-    assert network[1].num_batches_tracked == 2, "one for this step, one for the lazy layer"
+    assert all(layer.training is not frozen for layer in network.modules())
+    assert network[1].num_batches_tracked == (1 if frozen else 2), "one for the lazy layer, one for this step"
 
 
 def trained(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -241,22 +214,21 @@ def resnet_small():
     return trained("resnet-small")
 
 
-def parameter_gradients(network, images, batch_norm, methods, autocast=False):
-    """Of the mean norm; running statistics stay where they are."""
+def parameter_gradients(network, images, methods, autocast=False):
+    """Of the mean norm."""
     found = []
     for method in methods:
         twin = copy.deepcopy(network)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            function = SampleWise(twin, images, method, batch_norm)
+            function = SampleWise(twin, images, method)
             found.append(flat_gradient(function.norms(torch.arange(0, len(images), 2)).mean(), twin))
     return found
 
 
 @pytest.mark.parametrize("fixture", ["conv_small", "resnet_small"])
-@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
-def test_fast_agrees_with_exact_on_a_trained_network_in_float32(fixture, batch_norm, request):
+def test_fast_agrees_with_exact_on_a_trained_network_in_float32(fixture, request):
     network, images = request.getfixturevalue(fixture)
-    exact, fast = parameter_gradients(network, images, batch_norm, ["exact", "fast"])
+    exact, fast = parameter_gradients(network, images, ["exact", "fast"])
     assert cosine(exact, fast) > 0.999
     assert float(fast.norm() / exact.norm()) == pytest.approx(1, abs=0.03)
 
@@ -279,12 +251,12 @@ class RoundedProducts(TorchFunctionMode):
 def test_fast_works_in_bfloat16(fixture, request, monkeypatch):
     """In float64 with products rounded as bfloat16 rounds them, which every machine does alike."""
     network, images = (item.double() for item in copy.deepcopy(request.getfixturevalue(fixture)))
-    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    (exact,) = parameter_gradients(network, images, ["exact"])
     found = []
     for difference in (penalty._DIFFERENCE[torch.bfloat16], penalty._DIFFERENCE[torch.float32]):
         monkeypatch.setitem(penalty._DIFFERENCE, torch.float64, difference)
         with RoundedProducts():
-            found += parameter_gradients(network, images, "eval", ["fast"])
+            found += parameter_gradients(network, images, ["fast"])
     assert cosine(exact, found[0]) > 0.97
     assert cosine(exact, found[1]) < 0.9, "so small a difference drowns in the rounding"
 
@@ -334,12 +306,12 @@ def test_tf32_has_ten_bits():
 def test_fast_works_in_tf32_at_its_own_difference(fixture, request, monkeypatch):
     """At float32's the error is several times as large: the rounding of TF32 is divided by the difference."""
     network, images = (item.double() for item in copy.deepcopy(request.getfixturevalue(fixture)))
-    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    (exact,) = parameter_gradients(network, images, ["exact"])
     errors = []
     for arithmetic in (penalty._TF32, torch.float32):
         monkeypatch.setitem(penalty._DIFFERENCE, torch.float64, penalty._DIFFERENCE[arithmetic])
         with TF32Products():
-            (fast,) = parameter_gradients(network, images, "eval", ["fast"])
+            (fast,) = parameter_gradients(network, images, ["fast"])
         errors.append(1 - cosine(exact, fast))
     assert errors[0] < 0.002 and errors[1] > 3 * errors[0]
 
@@ -367,11 +339,11 @@ def test_fast_is_as_exact_under_autocast_as_bfloat16_allows(fixture, request, mo
     gradient. Twice the error that is expected is allowed.
     """
     network, images = request.getfixturevalue(fixture)
-    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
-    (fast,) = parameter_gradients(network, images, "eval", ["fast"], autocast=True)
+    (exact,) = parameter_gradients(network, images, ["exact"])
+    (fast,) = parameter_gradients(network, images, ["fast"], autocast=True)
     difference = penalty._DIFFERENCE[torch.bfloat16]
     monkeypatch.setitem(penalty._DIFFERENCE, torch.float32, difference)
-    (unrounded,) = parameter_gradients(network, images, "eval", ["fast"])
+    (unrounded,) = parameter_gradients(network, images, ["fast"])
     network, used = copy.deepcopy(network).eval(), images[::2]
     sizes = [slope(network, x) * flat_gradient(network(x[None]).logsumexp(1).sum(), network).norm() for x in used]
     roundings = sum(
@@ -385,7 +357,7 @@ def test_fast_is_as_exact_under_autocast_as_bfloat16_allows(fixture, request, mo
 def test_without_kept_signs_a_difference_quotient_is_no_derivative(conv_small):
     """Why the kinks are kept: the plain quotient jumps where a ReLU changes sign, by about 1 / h each."""
     network, images = conv_small
-    (exact,) = parameter_gradients(network, images, "eval", ["exact"])
+    (exact,) = parameter_gradients(network, images, ["exact"])
     used = images[::2]
     norms = SampleWise(network, used, "exact").norms(torch.arange(len(used))).detach()
     points = used.clone().requires_grad_(True)
@@ -440,12 +412,11 @@ def test_a_share_of_one_is_everything():
 
 
 @pytest.mark.parametrize("penalty", ["exact", "fast", "stochastic"])
-@pytest.mark.parametrize("batch_norm", ["eval", "shared"])
-def test_a_flat_network_has_finite_gradients(penalty, batch_norm):
+def test_a_flat_network_has_finite_gradients(penalty):
     network, images = smooth(), images_of()
     with torch.no_grad():
         network[-1].weight.zero_()
-    weights = replace(ALL_ACTIVE, penalty=penalty, batch_norm=batch_norm)
+    weights = replace(ALL_ACTIVE, penalty=penalty)
     terms = objective(network, images[:5], torch.tensor([0, 1, 2, 0, 1]), images[5:], weights)
     assert terms.gradient == 0
     assert flat_gradient(terms.total, network).isfinite().all()
