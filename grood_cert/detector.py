@@ -367,6 +367,10 @@ def _plain(provenance: Provenance | Import | None) -> dict[str, Any]:
     return {"imported": parts | {"data": data}}
 
 
+class _OtherVersion(InputError):
+    """The content is what was written, and means nothing to this version."""
+
+
 def _provenance(content: Mapping[str, Any], path: Path) -> Provenance | Import | None:
     if "imported" in content:
         given: dict[str, Any] = dict(content["imported"])
@@ -376,8 +380,12 @@ def _provenance(content: Mapping[str, Any], path: Path) -> Provenance | Import |
         return Import(**{**given, "data": DataSection(**data)})
     if not {item.name for item in dataclasses.fields(Provenance)} & set(content):
         return None
+    try:
+        made_by = recipe.from_dict(content["recipe"])
+    except InputError as error:
+        raise _OtherVersion(f"{path}: written by another version of grood-cert, which reads it ({error})") from error
     return Provenance(
-        recipe=recipe.from_dict(content["recipe"], f"{path}: recipe"),
+        recipe=made_by,
         calibration=dict(content["calibration"]),
         metrics=dict(content["metrics"]),
         versions=dict(content["versions"]),
@@ -420,6 +428,8 @@ def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
             provenance=_provenance(content, path),
             score=parse(content["score"]),
         )
+    except _OtherVersion:
+        raise
     except Exception as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         raise InputError(f"{path}: damaged checkpoint ({kind}{' '.join(str(error).split())[:160]})") from error
