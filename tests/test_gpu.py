@@ -26,7 +26,7 @@ from grood_cert.training.objective import objective
 from grood_cert.training.step import tf32
 from tests.training.examples import small
 
-# PM
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPE = (3, 8, 8)
 NETWORKS = {
