@@ -287,7 +287,11 @@ def changed(saved, section: str, **changes):
         ("architecture", {"mean": [0.1, 0.2]}, "normalisation has 2 channels"),
         ("architecture", {"std": [0.0]}, "one positive std"),
         ("architecture", {"classes": 4}, "size mismatch"),
-        ("recipe", {"objective": {"lambda": 1}}, "another version of grood-cert, which reads it (recipe: objective.lambda: unkn"),
+        (
+            "recipe",
+            {"objective": {"lambda": 1}},
+            "another version of grood-cert, which reads it (recipe: objective.lambda: unkn",
+        ),
     ],
 )
 def test_contents_that_do_not_fit(saved, section, changes, message):
