@@ -367,7 +367,7 @@ def _plain(provenance: Provenance | Import | None) -> dict[str, Any]:
     return {"imported": parts | {"data": data}}
 
 
-class _OtherVersion(InputError):
+class _OtherVersionError(InputError):
     """The content is what was written, and means nothing to this version."""
 
 
@@ -383,7 +383,9 @@ def _provenance(content: Mapping[str, Any], path: Path) -> Provenance | Import |
     try:
         made_by = recipe.from_dict(content["recipe"])
     except InputError as error:
-        raise _OtherVersion(f"{path}: written by another version of grood-cert, which reads it ({error})") from error
+        raise _OtherVersionError(
+            f"{path}: written by another version of grood-cert, which reads it ({error})"
+        ) from error
     return Provenance(
         recipe=made_by,
         calibration=dict(content["calibration"]),
@@ -428,7 +430,7 @@ def _detector_of(content: Mapping[str, Any], path: Path) -> Detector:
             provenance=_provenance(content, path),
             score=parse(content["score"]),
         )
-    except _OtherVersion:
+    except _OtherVersionError:
         raise
     except Exception as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
