@@ -364,8 +364,8 @@ def tightness(
         samples: Most samples of each set.
 
     Returns:
-        One record for each kind of which a sample is right with the keys of `TIGHTNESS_COLUMNS`, and one with those of `STAGE_COLUMNS`, but for
-        the network.
+        One record for each kind of which a sample is right, with the keys of `TIGHTNESS_COLUMNS`, and one with those of
+        `STAGE_COLUMNS`, but for the network.
     """
     start = time.process_time()
     found = certification.run(loaded, model, sets, settings, out, limit=samples, force=True)

@@ -286,10 +286,11 @@ class SampleWise:
         self._shareable = not coupled and part >= _BREAK_EVEN[method]
         self._images = images.detach().requires_grad_(self._shareable)
         with self._statistics or nullcontext():
-            self.logits = self._first_pass(self._images)
+            self.logits = self._first_pass(self._images) if self._shareable else network(self._images)
         self.score = scores(self.logits)
 
     def _first_pass(self, images: Tensor) -> Tensor:
+        """The pass whose gradients norms are made of; it finds the kinks."""
         with self._piece.find() if self._piece else nullcontext():
             logits: Tensor = self._network(images)
         return logits
