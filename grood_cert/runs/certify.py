@@ -29,6 +29,7 @@ from grood_cert.certification.settings import Settings
 from grood_cert.data import ImageSet
 from grood_cert.detector import Detector
 from grood_cert.errors import InputError, RunError, SoundnessError
+from grood_cert.networks.graph import Graph
 from grood_cert.results.columns import SCHEMAS, grid_column, header
 from grood_cert.results.table import Table
 from grood_cert.runs.batches import Batch, batches, generator, subset
@@ -43,9 +44,10 @@ from grood_cert.system.memory import batch_for_memory, peak_memory
 from grood_cert.system.reporting import SILENT, Reporter
 
 _SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6)  # of the median attack radius
-_PROBED = 16
+_PROBED, _ATTACKED = 16, 64  # images of each set, and how many of them are attacked at once
 _CHECKED = 2  # images of each set
-_TOGETHER = 8  # balls checked at once
+_TOGETHER = 8, 64  # balls checked at once: at least, and at most
+_MATRIX = 1 << 28  # bytes of the largest matrix of a check with more than the least
 
 
 def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed: int = 0) -> tuple[float, ...]:
@@ -63,12 +65,13 @@ def automatic_eps(detector: Detector, sets: Sequence[ImageSet], norm: Norm, seed
     Returns:
         Radii in pixel units, ascending, rounded to two digits; a fixed grid if no attack succeeded.
     """
-    distances = []
-    for number, whole in enumerate(images for images in sets if images.kind != "noise"):
+    right, distances = [], []
+    for whole in (images for images in sets if images.kind != "noise"):
         images = subset(whole, _PROBED, seed)[0].images.to(next(detector.network.parameters()))
         with torch.no_grad():
             accepted = detector.score.value(detector.network(images)) <= detector.gamma
-        images = images[accepted == (whole.kind == "id")]
+        right.append(images[accepted == (whole.kind == "id")])
+    for number, images in enumerate(torch.cat(right).split(_ATTACKED) if right else ()):
         if len(images):
             found = attacks.minimum_norm(
                 detector.network,
@@ -158,6 +161,19 @@ def balls_within(cascade: Cascade, images: ImageSet, memory: int) -> int:
     return 1 << (fitting.bit_length() - 1)
 
 
+def balls_together(graph: Graph) -> int:
+    """How many balls a cross-check bounds at once: few calls where matrices between layers are small.
+
+    Example:
+        >>> from grood_cert.networks.capture import capture
+        >>> [balls_together(capture(torch.nn.Linear(d, d).double().eval(), (d,))) for d in (64, 2048)]
+        [64, 8]
+    """
+    widest = max(node.size for node in graph.nodes)
+    least, most = _TOGETHER
+    return max(least, min(most, _MATRIX // (8 * widest**2)))
+
+
 def cross_checked(
     choice: Choice, score: Score, sets: Sequence[ImageSet], eps: Sequence[float], norm: Norm
 ) -> dict[str, Any]:
@@ -182,9 +198,11 @@ def cross_checked(
     except (InputError, RunError) as error:
         return {"left_out": str(error)}
     images = torch.cat([whole.images[:_CHECKED] for whole in sets]).to(next(native.network.parameters()))
-    ends = dict.fromkeys((eps[0], eps[-1]))
-    balls = (Ball(part, value, norm) for part in images.split(_TOGETHER) for value in ends)
-    found = cross_check(native, other, balls, score=score)
+    ends = images.new_tensor(list(dict.fromkeys((eps[0], eps[-1]))))
+    centers, radii = images.repeat_interleave(len(ends), 0), ends.repeat(len(images))
+    together = balls_together(native.graph)
+    parts = zip(centers.split(together), radii.split(together), strict=True)
+    found = cross_check(native, other, (Ball(*part, norm) for part in parts), score=score)
     if not found.balls:
         return {"left_out": "there was no ball that both engines could bound"}
     return {"engine": "auto_lirpa", "version": lirpa_version(), **asdict(found)}

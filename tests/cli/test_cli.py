@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -481,6 +482,15 @@ def test_termination_is_one_line_and_undone_work_is_cleared_away(call, model, tm
         "grood-cert: error: terminated; the same command goes on (train: with --resume)\n",
     )
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_commands_look_for_old_garbage_less_often_and_for_new_as_ever(call, model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(certification, "run", lambda *arguments, **options: seen.append(gc.get_threshold()) or 1 / 0)
+    before = gc.get_threshold()
+    with pytest.raises(ZeroDivisionError):
+        call("certify", model, "--eps", "0.01", "--out", tmp_path)
+    assert seen == [(*before[:2], 100)] and gc.get_threshold() == before and gc.isenabled()
 
 
 def test_interruption_is_one_line(call, model, tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from grood_cert import detector
 from grood_cert.ball import Ball
 from grood_cert.bounds import crosscheck
 from grood_cert.bounds.auto_lirpa import LirpaNetwork
-from grood_cert.bounds.crown import NativeRelaxation
+from grood_cert.bounds.crown import NativeNetwork, NativeRelaxation
 from grood_cert.bounds.engine import lirpa_version
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification import stages
+from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.settings import Settings
 from grood_cert.data import ImageSet, experiment_of, load_set
 from grood_cert.errors import InputError, SoundnessError
@@ -165,9 +166,28 @@ def test_engines_that_contradict_each_other_end_the_run(loaded, monkeypatch, tmp
     with pytest.raises(SoundnessError, match="the bound engines contradict each other") as caught:
         certification.run(loaded, model, [images], settings, tmp_path, limit=4)
     with np.load(caught.value.counterexample) as archive:
-        assert archive["eps"].tolist() == [0.01, 0.01] and archive["image"].shape == (2, 1, 8, 8)
+        assert archive["eps"].tolist() == [0.01, 0.03, 0.01, 0.03] and archive["image"].shape == (4, 1, 8, 8)
         assert (np.abs(archive["native_upper"] - archive["other_upper"]) > 1e-7).any()
     assert (tmp_path / "rows.csv").read_text() == "precious"
+
+
+def test_a_cross_check_is_the_same_however_many_balls_are_bounded_at_once(loaded, monkeypatch):
+    """Both ends of the grid of each of the first images: one call, or one a ball."""
+    images = experiment_of(loaded.origin.recipe).test
+    choice = Cascade(loaded, Settings(eps=(0.01, 0.02, 0.03), effort="fast")).choice
+    assert certification.balls_together(choice.bounded.graph) == 64
+    calls = []
+    relax = NativeNetwork.relax
+    monkeypatch.setattr(NativeNetwork, "relax", lambda self, ball: calls.append(ball.eps.tolist()) or relax(self, ball))
+    found = []
+    for together in ((1, 1), (8, 64)):
+        monkeypatch.setattr(certification, "_TOGETHER", together)
+        calls.clear()
+        found.append(certification.cross_checked(choice, loaded.score, [images], (0.01, 0.02, 0.03), "linf"))
+        assert set(map(tuple, calls)) == ({(0.01,), (0.03,)} if together == (1, 1) else {(0.01, 0.03, 0.01, 0.03)})
+    alone, at_once = found
+    assert alone["balls"] == at_once["balls"] == 4 and alone["same_lines"] == at_once["same_lines"]
+    assert max(alone["largest_disagreement"], at_once["largest_disagreement"]) < 1e-8
 
 
 def test_a_named_engine_is_not_cross_checked_and_a_missing_one_is_left_out(loaded, monkeypatch, tmp_path, model):
