@@ -3,6 +3,7 @@
     python benchmarks/certification.py throughput --out runs/certification-benchmark
     python benchmarks/certification.py tightness --out runs/certification-benchmark
     python benchmarks/certification.py unseen --out runs/certification-benchmark --samples 10
+    python benchmarks/certification.py tightness --out runs/certification-benchmark --network "digits resnet-small"
 
 *Throughput.* The plain way hands auto_LiRPA the composition -log(sum_k exp f_k) and bisects with CROWN between 0 and the
 attack radius (1 if there is none): "batched" 7 times, to 1 % of it, all samples together, the side that is asked for
@@ -45,6 +46,7 @@ from grood_cert.bounds.folding import folded
 from grood_cert.bounds.score import score_bounds
 from grood_cert.certification.cascade import Cascade
 from grood_cert.certification.envelope import Envelope
+from grood_cert.certification.outcomes import LINEAR
 from grood_cert.certification.search import search_radius
 from grood_cert.certification.settings import EFFORTS, Settings
 from grood_cert.cli import run_script
@@ -98,8 +100,12 @@ UNSEEN: dict[str, tuple[str, tuple[str, ...]]] = {
     "digits MLP-4, width 32": ("digits-mlp-greg", ("network.hidden_layers=3", "network.width=32")),
     _FASHION: ("cifar-arrays-greg", ("network.name=conv-small", "optimizer.epochs=10", "augmentation.flip=false")),
 }
-NETWORKS = TUNED | UNSEEN
+RESIDUAL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "digits resnet-small": ("digits-greg", ("network.name=resnet-small", "optimizer.epochs=20")),
+}
+NETWORKS = TUNED | UNSEEN | RESIDUAL
 THROUGHPUT_NETWORKS = ("digits conv-small", _CIFAR)
+REFINING = {name for name, effort in EFFORTS.items() if set(effort.stages) - set(LINEAR)}
 
 
 # Detectors.
@@ -416,7 +422,13 @@ def _throughput(names: Sequence[str], out: Path, samples: int, repeats: int) -> 
 
 
 def _tightness(
-    part: str, names: Sequence[str], out: Path, samples: int, efforts: Sequence[str], engine: Engine
+    part: str,
+    names: Sequence[str],
+    out: Path,
+    samples: int,
+    efforts: Sequence[str],
+    engine: Engine,
+    time_limit: float,
 ) -> None:
     records: list[dict[str, Any]] = []
     decided: list[dict[str, Any]] = []
@@ -425,7 +437,7 @@ def _tightness(
         sets = test_sets(loaded)
         eps = certification.automatic_eps(loaded, sets, "linf")
         for effort in efforts:
-            settings = Settings(eps, effort=effort, engine=engine)
+            settings = Settings(eps, effort=effort, engine=engine, time_limit=time_limit * (effort in REFINING))
             medians, stages = tightness(loaded, out / name / "model.pt", sets, settings, out / name / effort, samples)
             for found in medians:
                 records.append({"network": name, **found})
@@ -447,27 +459,41 @@ def main(
     effort: Annotated[
         list[str] | None, typer.Option(help="Tightness: efforts; repeat. [default: all; unseen: fast, default]")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Tightness: engine of the linear bounds.")] = "native",
+    engine: Annotated[
+        str | None, typer.Option(help="Tightness: engine of the linear bounds. [default: native]")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Tightness: seconds a sample may take where stages refine; 0: no limit.")
+    ] = 0.0,
     samples: Annotated[int, typer.Option(help="Throughput: of each kind. Tightness: of each set.")] = 20,
-    repeats: Annotated[int, typer.Option(help="Throughput: turns.")] = 3,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Throughput: turns. [default: 3]")] = None,
 ) -> None:
     """Train what is missing, measure, print the tables as Markdown."""
     for value, known in (
         *((name, tuple(NETWORKS)) for name in network or ()),
         *((name, tuple(EFFORTS)) for name in effort or ()),
         (part, PARTS),
-        (engine, ENGINES),
+        (engine or ENGINES[0], ENGINES),
     ):
         if value not in known:
             raise InputError(f"unknown {value!r}; use one of {', '.join(known)}")
+    given = (
+        {"--repeats": repeats}
+        if part != "throughput"
+        else {"--effort": effort, "--engine": engine, "--time-limit": time_limit}
+    )
+    unused = [name for name, asked in given.items() if asked]
+    if unused:
+        raise InputError(f"{part} does not use {' and '.join(unused)}; leave it out")
     torch.set_num_threads(1)
     if part == "throughput":
-        _throughput(network or THROUGHPUT_NETWORKS, out, samples, repeats)
+        _throughput(network or THROUGHPUT_NETWORKS, out, samples, repeats or 3)
         return
     efforts = effort or [name for name in EFFORTS if part == "tightness" or name != "max"]
-    _tightness(
-        part, network or list(TUNED if part == "tightness" else UNSEEN), out, samples, efforts, cast(Engine, engine)
-    )
+    if time_limit and not REFINING & set(efforts):
+        raise InputError(f"a time limit stops refining stages, and {' and '.join(efforts)} has none; leave it out")
+    networks = network or list(TUNED if part == "tightness" else UNSEEN)
+    _tightness(part, networks, out, samples, efforts, cast(Engine, engine or "native"), time_limit)
 
 
 if __name__ == "__main__":

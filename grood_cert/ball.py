@@ -61,15 +61,22 @@ def largest_eps(shape: Sequence[int], norm: Norm) -> float:
     return math.pow(math.prod(shape), 1 / ORDER[norm])
 
 
-def check_eps(eps: Sequence[float], norm: Norm, shape: Sequence[int]) -> None:
-    """Refuse an eps grid or norm that makes no sense for images of this shape.
+def check_eps(eps: Sequence[float], norm: Norm, shape: Sequence[int] | None) -> None:
+    """Refuse an eps grid or norm that makes no sense for images of this shape; None: of any shape.
 
     Raises:
         InputError: Naming what is wrong.
+
+    Example:
+        >>> check_eps([2.0], "l2", None)
+        >>> check_eps([2.0], "l2", (1, 1, 3))
+        Traceback (most recent call last):
+            ...
+        grood_cert.errors.InputError: eps 2.0: expected a number from 0 to 1.73205 (pixels lie in [0, 1])
     """
     if norm not in NORMS:
         raise InputError(f"unknown norm {norm!r}; use one of {', '.join(NORMS)}")
-    limit = largest_eps(shape, norm)
+    limit = largest_eps(shape, norm) if shape is not None else 1.0 if norm == "linf" else math.inf
     for value in eps:
         if not (math.isfinite(value) and 0 <= value <= limit):
             raise InputError(f"eps {value!r}: expected a number from 0 to {limit:g} (pixels lie in [0, 1])")

@@ -89,8 +89,8 @@ class Settings:
     deployment: Deployment = "float64"
     per_logit: bool = False
 
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Refuse settings that make no sense for images of this shape.
+    def check(self, shape: tuple[int, int, int] | None) -> None:
+        """Refuse settings that make no sense for images of this shape; None: of any shape.
 
         Raises:
             InputError: Naming what is wrong.

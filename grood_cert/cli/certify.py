@@ -21,15 +21,7 @@ _NOT_DECIDED = ("kind", "undecided", "timeout")
 
 def certify(
     model: options.Model,
-    eps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--eps",
-            metavar="EPS",
-            help="Radius in pixel units: 0.01, 8/255 or 0.01,0.02, ascending (repeatable). "
-            "[default: 8 around the attack radius]",
-        ),
-    ] = None,
+    eps: Annotated[list[str] | None, options.eps_option("8 around the attack radius")] = None,
     norm: options.Norm = "linf",
     effort: Annotated[str, typer.Option(help="fast, default or max: which stages run, and how long.")] = "default",
     stages: options.Stages = "",

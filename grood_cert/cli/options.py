@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, typer.Argument(help="Checkpoint written by grood-cert train.")]
 _NORMS = ("linf", "l2", "l1")  # ball.NORMS, which would import torch
-Eps = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--eps",
-        metavar="EPS",
-        help="Radius in pixel units: 0.01, 8/255 or 0.01,0.02, ascending (repeatable). [default: a grid of 8]",
-    ),
-]
+
+
+def eps_option(default: str = "", what: str = "Radius in pixel units") -> Any:
+    """The option --eps of commands that take a grid of radii; they differ in what they do with it where it is not given."""
+    text = f"{what}: 0.01, 8/255 or 0.01,0.02, ascending (repeatable)."
+    return typer.Option("--eps", metavar="EPS", help=f"{text} [default: {default}]" if default else text)
+
+
+Eps = Annotated[list[str] | None, eps_option("a grid of 8")]
 Norm = Annotated[
     str,
     typer.Option(

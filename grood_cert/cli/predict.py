@@ -20,12 +20,7 @@ def predict(
         typer.Argument(help="Picture files, folders, .npy and .npz files, or any set that recipes name."),
     ],
     eps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--eps",
-            metavar="EPS",
-            help="Certify and attack each decision, at this radius: 0.01, 8/255 or 0.01,0.02, ascending (repeatable).",
-        ),
+        list[str] | None, options.eps_option(what="Certify and attack each decision, at this radius")
     ] = None,
     norm: Annotated[str | None, typer.Option(help="Norm of --eps: linf, l2 or l1. [default: linf]")] = None,
     effort: Annotated[

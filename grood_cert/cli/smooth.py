@@ -22,14 +22,7 @@ _SUMMARY = {
 def smooth(
     model: options.Model,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, pixel units.")] = 0.25,
-    eps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--eps",
-            metavar="EPS",
-            help="l_2 radius in pixel units: 0.1, 8/255 or 0.1,0.2, ascending (repeatable). [default: 1/4 to 2 sigma]",
-        ),
-    ] = None,
+    eps: Annotated[list[str] | None, options.eps_option("1/4 to 2 sigma", "l_2 radius in pixel units")] = None,
     n: Annotated[int, typer.Option(help="Draws of noise for each sample.")] = 1000,
     alpha: Annotated[float, typer.Option(help="Probability that a row claims too much.")] = 1e-3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64 network.")] = "float32",

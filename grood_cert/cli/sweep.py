@@ -106,6 +106,11 @@ def sweep(
     )
     slopes = options.eps_grid([lipschitz_eps]) if lipschitz_eps else (radii[(len(radii) - 1) // 2],)
     analysing = AnalysisSettings(slopes, ball, samples=128, clever_batches=0, seed=seed) if lipschitz else None
+    if certifying:
+        certifying.check(None)  # the shape of the images is known once they are loaded
+    if analysing:
+        analysing.check(None)
+    limits = sweeping.Limits(100 if limit is None else limit, 30 if lipschitz_limit is None else lipschitz_limit)
     source = recipes.find(recipe)
     check_apart([out / "sweep.csv", *out.glob("*.png")], [source])
     cells = sweeping.cells(source, dict(axes), seeds, out, settings or ())
@@ -119,7 +124,7 @@ def sweep(
             cells,
             certifying,
             analysing,
-            limits=sweeping.Limits(100 if limit is None else limit, 30 if lipschitz_limit is None else lipschitz_limit),
+            limits=limits,
             shard=part,
             data_dir=data_dir,
             download=download,

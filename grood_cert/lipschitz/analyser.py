@@ -65,8 +65,8 @@ class AnalysisSettings:
     batch_size: int = 64
     seed: int = 0
 
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Refuse settings that make no sense.
+    def check(self, shape: tuple[int, int, int] | None) -> None:
+        """Refuse settings that make no sense for images of this shape; None: of any shape.
 
         Raises:
             InputError: Naming what is wrong.

@@ -98,7 +98,8 @@ def test_tightness(loaded, model, sets, tmp_path):
 @pytest.mark.parametrize("name", benchmark.NETWORKS)
 def test_recipes_of_networks_load(name):
     file, settings = benchmark.NETWORKS[name]
-    assert recipe.load(benchmark._REPOSITORY / "train" / f"{file}.toml", settings).network.name in ("mlp", "conv-small")
+    network = recipe.load(benchmark._REPOSITORY / "train" / f"{file}.toml", settings).network
+    assert network.name in ("mlp", "conv-small", "resnet-small")
 
 
 @pytest.mark.parametrize("name", ["CIFAR conv-small", "Fashion-MNIST conv-small"])
@@ -106,6 +107,24 @@ def test_some_need_their_arrays(name, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "_SHARED", tmp_path / "shared/data")
     with pytest.raises(InputError, match="no image sets in shared/data"):
         benchmark.trained(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "message"),
+    [
+        ("throughput", {"effort": ["fast"]}, "throughput does not use --effort; leave it out"),
+        ("throughput", {"engine": "native", "effort": ["max"]}, "does not use --effort and --engine"),
+        ("throughput", {"time_limit": 5.0}, "throughput does not use --time-limit"),
+        ("tightness", {"repeats": 2}, "tightness does not use --repeats"),
+        ("unseen", {"repeats": 2}, "unseen does not use --repeats"),
+        ("tightness", {"effort": ["fast"], "time_limit": 5.0}, "a time limit stops refining stages"),
+        ("unseen", {"engine": "magic"}, "unknown 'magic'; use one of auto"),
+    ],
+)
+def test_options_that_a_part_does_not_use_are_refused(part, given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        benchmark.main(part, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_cost_growth(monkeypatch, tmp_path):

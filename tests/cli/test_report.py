@@ -42,6 +42,10 @@ def test_what_reports_refuse(runs, refused):
         (("--grid", "objective.lambda_grad=0", "--grid", "objective.lambda_grad=1"), "names a setting twice"),
         (("--grid", "objective.lambda_gra=0"), "did you mean objective.lambda_grad"),
         (("--grid", "objective.lambda_grad=0", "--eps", "x"), "expected a number"),
+        (("--grid", "objective.lambda_grad=0", "--eps", "0.2,0.1"), "eps must be ascending"),
+        (("--grid", "objective.lambda_grad=0", "--eps", "1.5"), "eps 1.5: expected a number from 0 to 1"),
+        (("--grid", "objective.lambda_grad=0", "--norm", "l2", "--eps", "-1"), "eps -1.0: expected a number from 0"),
+        (("--grid", "objective.lambda_grad=0", "--lipschitz-eps", "-0.1"), "eps -0.1: expected a number from 0 to 1"),
         (("--grid", "objective.lambda_grad=0", "--effort", "much"), "unknown effort"),
         (("--grid", "objective.lambda_grad=0", "--no-certify", "--no-lipschitz", "--effort", "max"), "leave it out"),
         (("--grid", "objective.lambda_grad=0", "--stages", "ibp,magic"), "unknown stage 'magic'; use some of ibp"),
@@ -59,7 +63,9 @@ def test_what_reports_refuse(runs, refused):
     ],
 )
 def test_what_sweeps_refuse(arguments, message, tmp_path, refused):
-    assert message in refused("sweep", "digits-greg", *arguments, "--out", tmp_path / "sweep")
+    """Before they begin, and so in a dry run too."""
+    for more in ((), ("--dry-run",)):
+        assert message in refused("sweep", "digits-greg", *arguments, *more, "--out", tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 
