@@ -41,7 +41,7 @@ from grood_cert.results.columns import NORMS
 from grood_cert.results.figures import style
 from grood_cert.runs.batches import generator, subset
 from grood_cert.scores import gradient_norm_estimate
-from grood_cert.system.files import check_apart, read_numbers, write_csv
+from grood_cert.system.files import check_apart, numbers, write_csv
 
 WORDS = ("method", "norm", "kind", "set")
 DETECTION = ("accuracy", "auroc", "fpr95_id")
@@ -100,15 +100,15 @@ def _medians(detector: Detector, pixels: Tensor, score: Tensor, norm: Norm, rand
     return medians
 
 
-def read(path: Path) -> list[Record]:
-    """Rows that were written before.
+def read(path: Path, made: Sequence[Record] | None = None) -> list[Record]:
+    """Rows that were written before, or those `made` that shall take their place.
 
     Raises:
         InputError: If there are none, or they are not of this study.
     """
-    if not path.exists():
+    if made is None and not path.exists():
         raise InputError(f"cannot read {path}: there is none; --model FILE makes them")
-    rows = read_numbers(path, COLUMNS, WORDS)
+    rows = numbers(path, COLUMNS, WORDS, made)
     for row in rows:
         if row["method"] not in METHODS or row["norm"] not in NORMS:
             raise InputError(f"{path}: no method or norm of this study: {row['method']}, {row['norm']}")
@@ -226,11 +226,12 @@ def main(
     norms = norm or ["linf"]
     if not set(norms) <= set(NORMS):
         raise InputError(f"unknown norm in {', '.join(norms)}; use {', '.join(NORMS)}")
-    if model:
-        write_csv(kept, COLUMNS, [row for path in model for row in measure(path, limit or 32, cast(list[Norm], norms))])
-    found = read(kept)
+    made = [row for path in model for row in measure(path, limit or 32, cast(list[Norm], norms))] if model else None
+    found = read(kept, made)
     typer.echo(table(found))
     figures.save(figure(found), out)
+    if made:
+        write_csv(kept, COLUMNS, made)  # last: what is kept stays unless all of this went well
     typer.echo(f"wrote {out}")
 
 

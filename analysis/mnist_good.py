@@ -35,8 +35,8 @@ from grood_cert.results import figures
 from grood_cert.results.brackets import brackets_of
 from grood_cert.results.figures import style
 from grood_cert.results.seeds import over_seeds
-from grood_cert.results.table import Table
-from grood_cert.system.files import check_apart, read_numbers, write_csv
+from grood_cert.results.table import Table, read_trained
+from grood_cert.system.files import check_apart, numbers, write_csv
 
 AREAS = ("auroc", "auroc_attacked", "auroc_certified")
 COUNTS = ("samples_id", "samples_ood")
@@ -70,38 +70,31 @@ def training_of(recipe: Mapping[str, Any]) -> str:
 
 
 def records(rows: Table) -> Iterator[Record]:
-    """The rows of one certified detector, with the keys of `COLUMNS`.
-
-    Raises:
-        InputError: If its network was not trained from a recipe.
-    """
-    recipe = rows.manifest.get("recipe")
-    if not recipe:
-        raise InputError(f"{rows.manifest['model']['name']} was not trained from a recipe; leave it out of --runs")
+    """The rows of one certified detector that was trained from a recipe, with the keys of `COLUMNS`."""
+    recipe = rows.manifest["recipe"]
     common = {"training": training_of(recipe), "seed": recipe["seed"], "accuracy": rows.manifest["metrics"]["accuracy"]}
     for found in brackets_of(rows, "ood", rows.eps):
         chosen = {name: found[name] for name in ("eps", *COUNTS, *AREAS)}
         yield common | {"set": found["set"].removesuffix(".npz")} | chosen
 
 
-def read(path: Path) -> list[Record]:
-    """Rows that were written before.
+def read(path: Path, made: Sequence[Record] | None = None) -> list[Record]:
+    """Rows that were written before, or those `made` that shall take their place.
 
     Raises:
-        InputError: If there are none, or a number is none or not finite.
+        InputError: If there are none, a number is none or not finite, two detectors would count as one, or none was
+            certified at the eps of the published rows.
     """
-    if not path.exists():
+    if made is None and not path.exists():
         raise InputError(f"cannot read {path}: there is none; --runs FOLDER makes the rows")
-    return read_numbers(path, COLUMNS, ("training", "set"))
-
-
-def _refuse_twice(rows: Sequence[Record]) -> None:
-    """Refuse two detectors that would count as one."""
-    seen = set[tuple[Any, ...]]()
+    rows, seen = numbers(path, COLUMNS, ("training", "set"), made), set[tuple[Any, ...]]()
     for row in rows:
         if (key := (row["training"], row["seed"], row["set"], row["eps"])) in seen:
-            raise InputError(f"two runs of {row['training']} with seed {row['seed']}; keep one of them below --runs")
+            raise InputError(f"{path}: two runs of {row['training']} with seed {row['seed']:g}; keep one of them")
         seen.add(key)
+    if not any(row["eps"] == PUBLISHED_EPS for row in rows):
+        raise InputError(f"no rows at eps {PUBLISHED_EPS:g} for {path}; certify with --eps {PUBLISHED_EPS:g}")
+    return rows
 
 
 def _cell(rows: Sequence[Record]) -> str:
@@ -195,18 +188,12 @@ def main(
     """Print and draw the rows that are kept, or first write them from certified runs."""
     figures.check_format(out)
     check_apart([out], [rows])
-    if runs:
-        tables = [Table.read(path, "certification") for folder in runs for path in sorted(folder.glob("*/rows.csv"))]
-        if not tables:
-            raise InputError(f"no rows.csv below {', '.join(map(str, runs))}")
-        made = [record for table in tables for record in records(table)]
-        _refuse_twice(made)
-        write_csv(rows, COLUMNS, made)
-    kept = read(rows)
-    if not any(record["eps"] == PUBLISHED_EPS for record in kept):
-        raise InputError(f"no rows at eps {PUBLISHED_EPS:g} in {rows}; certify with --eps {PUBLISHED_EPS:g}")
-    typer.echo(table(kept))
-    figures.save(figure(kept), out)
+    made = [record for found in read_trained(runs, "--runs") for record in records(found)] if runs else None
+    shown = read(rows, made)
+    typer.echo(table(shown))
+    figures.save(figure(shown), out)
+    if made:
+        write_csv(rows, COLUMNS, made)  # last: what is kept stays unless all of this went well
     typer.echo(f"wrote {out}")
 
 

@@ -31,8 +31,8 @@ from grood_cert.results import figures
 from grood_cert.results.curves import fpr_curve
 from grood_cert.results.figures import style
 from grood_cert.results.seeds import over_seeds
-from grood_cert.results.table import Table
-from grood_cert.system.files import check_apart, read_numbers, write_csv
+from grood_cert.results.table import Table, read_trained
+from grood_cert.system.files import check_apart, numbers, write_csv
 
 SETTINGS = ("certified", "certified_mix", "certified_eps", "lambda_certified", "lambda_grad")  # of `[objective]`
 RATES = ("rate_clean", "rate_attacked", "rate_certified")
@@ -43,14 +43,8 @@ Record = dict[str, Any]
 
 
 def records(rows: Table) -> Iterator[Record]:
-    """The rows of one certified detector, with the keys of `COLUMNS`.
-
-    Raises:
-        InputError: If its network was not trained from a recipe.
-    """
-    recipe = rows.manifest.get("recipe")
-    if not recipe:
-        raise InputError(f"{rows.manifest['model']['name']} was not trained from a recipe; leave it out of --sweep")
+    """The rows of one certified detector that was trained from a recipe, with the keys of `COLUMNS`."""
+    recipe = rows.manifest["recipe"]
     common = {name: recipe["objective"][name] for name in SETTINGS}
     common |= {"seed": recipe["seed"], "accuracy": rows.manifest["metrics"]["accuracy"]}
     for kind in ("id", "ood"):
@@ -67,15 +61,19 @@ def records(rows: Table) -> Iterator[Record]:
                 yield common | {"kind": kind, "set": name, "samples": int(mask.sum()), "eps": eps} | rates
 
 
-def read(path: Path) -> list[Record]:
-    """Rows that were written before.
+def read(path: Path, made: Sequence[Record] | None = None) -> list[Record]:
+    """Rows that were written before, or those `made` that shall take their place.
 
     Raises:
-        InputError: If there are none, or a number is none or not finite.
+        InputError: If there are none, a number is none or not finite, or a set of the figure is missing.
     """
-    if not path.exists():
+    if made is None and not path.exists():
         raise InputError(f"cannot read {path}: there is none; --sweep FOLDER makes the rows")
-    return read_numbers(path, COLUMNS, WORDS)
+    rows = numbers(path, COLUMNS, WORDS, made)
+    for name in (NEAR, FAR):
+        if not any(row["set"] == name for row in rows):
+            raise InputError(f"no rows of {name} for {path}; certify the OOD sets of digits-certified")
+    return rows
 
 
 def _cell(rows: Sequence[Record], *columns: str, digits: int = 2) -> str:
@@ -176,17 +174,12 @@ def main(
     """Print and draw the rows that are kept, or first write them from sweeps."""
     figures.check_format(out)
     check_apart([out], [rows])
-    if sweep:
-        tables = [Table.read(path, "certification") for folder in sweep for path in sorted(folder.glob("*/rows.csv"))]
-        if not tables:
-            raise InputError(f"no rows.csv below {', '.join(map(str, sweep))}")
-        write_csv(rows, COLUMNS, [record for table in tables for record in records(table)])
-    kept = read(rows)
-    for name in (NEAR, FAR):
-        if not any(record["set"] == name for record in kept):
-            raise InputError(f"no rows of {name} in {rows}; certify the OOD sets of digits-certified")
-    typer.echo(table(kept))
-    figures.save(figure(kept), out)
+    made = [record for found in read_trained(sweep, "--sweep") for record in records(found)] if sweep else None
+    shown = read(rows, made)
+    typer.echo(table(shown))
+    figures.save(figure(shown), out)
+    if made:
+        write_csv(rows, COLUMNS, made)  # last: what is kept stays unless all of this went well
     typer.echo(f"wrote {out}")
 
 

@@ -17,7 +17,7 @@ from grood_cert import detector
 from grood_cert.data.experiment import load_evaluation
 from grood_cert.errors import InputError
 from grood_cert.recipe import find, load
-from grood_cert.results.table import Table
+from grood_cert.results.table import Table, read_trained
 from grood_cert.system.files import write_csv
 
 BOUNDS = ("objective.certified=ood", "objective.certified_eps=0.3")
@@ -56,12 +56,10 @@ def test_pareto(rows_file, tmp_path):
         with pytest.raises(InputError, match=message):
             pareto.main(kept, out)
     shutil.copytree(rows_file.parent, tmp_path / "sweep/cell")
-    with pytest.raises(InputError, match=r"no rows of photo-patches in .*kept\.csv"):
+    with pytest.raises(InputError, match=r"no rows of photo-patches for .*kept\.csv"):
         pareto.main(kept, out, [tmp_path / "sweep"])
-    rows, found = Table.read(rows_file), pareto.read(kept)
-    for script in (pareto, mnist_good):
-        with pytest.raises(InputError, match="was not trained from a recipe"):
-            list(script.records(replace(rows, manifest={**rows.manifest, "recipe": None})))
+    rows = Table.read(rows_file)
+    found = list(pareto.records(rows))
     assert len(found) == len(rows.eps) * len(rows.sets("id", "ood"))
     for record in found:
         assert 0 <= record["rate_clean"] <= record["rate_attacked"] <= record["rate_certified"] <= 1
@@ -84,12 +82,11 @@ def test_mnist_good(rows_file, tmp_path):
     kept, out = tmp_path / "kept.csv", tmp_path / "good.png"
     with pytest.raises(InputError, match=r"cannot read .*kept\.csv.*--runs FOLDER makes the rows"):
         mnist_good.main(kept, out)
-    with pytest.raises(InputError, match=r"no rows\.csv below .*empty"):
-        mnist_good.main(kept, out, [tmp_path / "empty"])
     shutil.copytree(rows_file.parent, tmp_path / "runs/one")
-    with pytest.raises(InputError, match=r"no rows at eps 0\.3 in .*kept\.csv; certify with --eps 0\.3"):
+    with pytest.raises(InputError, match=r"no rows at eps 0\.3 for .*kept\.csv; certify with --eps 0\.3"):
         mnist_good.main(kept, out, [tmp_path / "runs"])
-    rows, found = Table.read(rows_file), mnist_good.read(kept)
+    rows = Table.read(rows_file)
+    found = list(mnist_good.records(rows))
     assert len(found) == len(rows.eps) * len(rows.sets("ood"))
     for record in found:  # an area is the share of pairs in the right order
         inside, outside = rows["score"][rows.of_kind("id")], rows.sets("ood")[record["set"]]
@@ -113,6 +110,55 @@ def test_mnist_good(rows_file, tmp_path):
     shutil.copytree(rows_file.parent, tmp_path / "runs/two")
     with pytest.raises(InputError, match=r"two runs of .* with seed 0; keep one of them"):
         mnist_good.main(kept, out, [tmp_path / "runs"])
+
+
+def _refused(*_):
+    raise InputError("no")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "maker"),
+    [
+        (pareto, "digits-pareto.csv", "records"),
+        (mnist_good, "mnist-good.csv", "records"),
+        (fine_tuning, "resnet20.csv", "measure"),
+    ],
+)
+def test_kept_rows_stay_unless_all_went_well(script, name, maker, tmp_path, monkeypatch):
+    kept, out = tmp_path / name, tmp_path / "drawn.png"
+    shutil.copy(KEPT / name, kept)
+    before, rows = kept.read_bytes(), script.read(kept)
+    made = [row | {"accuracy": row["accuracy"] / 2} for row in rows]
+    monkeypatch.setattr(script, "read_trained", lambda *_: [None], raising=False)
+    monkeypatch.setattr(script, maker, lambda *_: made)
+    for broken, message in (
+        ({"accuracy": float("nan")}, "a number is not finite"),
+        ({"extra": 1}, "expected the columns"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+            patch.setattr(script, maker, lambda *_, broken=broken: [*made[:-1], made[-1] | broken])
+            script.main(kept, out, [tmp_path])
+        assert kept.read_bytes() == before and not out.exists()
+    for place, method in ((script, "figure"), (script.figures, "save")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="no"):
+            patch.setattr(place, method, _refused)
+            script.main(kept, out, [tmp_path])
+        assert kept.read_bytes() == before
+    script.main(kept, out, [tmp_path])
+    assert script.read(kept) == made and out.exists()
+
+
+def test_trained_detectors_are_read_from_subfolders(rows_file, tmp_path):
+    with pytest.raises(InputError, match=r"no rows\.csv below .*runs"):
+        read_trained([tmp_path / "runs"], "--runs")
+    for name in ("b", "a"):
+        shutil.copytree(rows_file.parent, tmp_path / "runs" / name)
+    rows = Table.read(rows_file)
+    replace(rows, manifest={**rows.manifest, "seed": 7}).write(tmp_path / "runs/b" / rows_file.name)
+    assert [table.manifest["seed"] for table in read_trained([tmp_path / "runs"], "--runs")] == [rows.manifest["seed"], 7]
+    replace(rows, manifest={**rows.manifest, "recipe": None}).write(tmp_path / "runs/b" / rows_file.name)
+    with pytest.raises(InputError, match="was not trained from a recipe; leave it out of --runs"):
+        read_trained([tmp_path / "runs"], "--runs")
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,26 @@ def read_cells(path: Path, command: str = "certify") -> tuple[dict[str, Any], li
     return manifest, records
 
 
+def read_trained(folders: Sequence[Path], option: str) -> list[Table]:
+    """Certifications of detectors that were trained from recipes, one a sub-folder, as a sweep leaves them.
+
+    Args:
+        folders: Whose sub-folders hold a `rows.csv` each, or none.
+        option: Of the command that names them.
+
+    Raises:
+        InputError: As for `Table.read`; or there are none, or a network was not trained from a recipe.
+    """
+    tables = [Table.read(path, "certification") for folder in folders for path in sorted(folder.glob("*/rows.csv"))]
+    if not tables:
+        raise InputError(f"no rows.csv below {', '.join(map(str, folders))}")
+    for table in tables:
+        if not table.manifest.get("recipe"):
+            name = table.manifest["model"]["name"]
+            raise InputError(f"{name} was not trained from a recipe; leave it out of {option}")
+    return tables
+
+
 def labelled(
     tables: Sequence[Table], paths: Sequence[Path], labels: Sequence[str], what: str = "rows files"
 ) -> dict[str, Table]:

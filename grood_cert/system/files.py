@@ -227,14 +227,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_numbers(path: Path, columns: Sequence[str], words: Collection[str]) -> list[dict[str, Any]]:
-    """Rows of numbers, and of text in the columns of words.
+def numbers(
+    path: Path, columns: Sequence[str], words: Collection[str], made: Sequence[Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of numbers, and of text in the columns of words: those of a file, or those `made` that shall take their place.
 
     Raises:
         InputError: As for `read_csv`; or the columns are others, or a number is none or not finite.
     """
-    found = read_csv(path)
-    if list(found[0]) != list(columns):
+    found = read_csv(path) if made is None else made
+    if any(list(row) != list(columns) for row in found):
         raise InputError(f"{path}: expected the columns {', '.join(columns)}")
     try:
         rows = [{key: value if key in words else float(value) for key, value in row.items()} for row in found]

@@ -23,7 +23,7 @@ from grood_cert.system.files import (
     csv_text,
     is_locked,
     locked,
-    read_numbers,
+    numbers,
     replacing,
     sha256,
     write_csv,
@@ -121,17 +121,22 @@ def test_csv_keeps_every_digit(tmp_path):
 def test_numbers_come_back_as_they_were(tmp_path):
     path, rows = tmp_path / "a.csv", [{"set": "a, b", "rate": 1 / 3}, {"set": "1", "rate": -1e-300}]
     write_csv(path, ["set", "rate"], rows)
-    assert read_numbers(path, ("set", "rate"), {"set"}) == rows
+    assert numbers(path, ("set", "rate"), {"set"}) == rows
     for columns, words, message in (
         (("rate", "set"), {"set"}, "expected the columns rate, set"),
         (("set", "rate"), (), "could not convert string to float: 'a, b'"),
     ):
         with pytest.raises(InputError, match=message):
-            read_numbers(path, columns, words)
+            numbers(path, columns, words)
     for value in (float("nan"), float("inf")):
         write_csv(path, ["set", "rate"], [{"set": "a", "rate": value}])
         with pytest.raises(InputError, match="a number is not finite"):
-            read_numbers(path, ("set", "rate"), {"set"})
+            numbers(path, ("set", "rate"), {"set"})
+        with pytest.raises(InputError, match="a number is not finite"):
+            numbers(tmp_path / "none.csv", ("set", "rate"), {"set"}, [{"set": "a", "rate": value}])
+    assert numbers(tmp_path / "none.csv", ("set", "rate"), {"set"}, rows) == rows
+    with pytest.raises(InputError, match="expected the columns set, rate"):
+        numbers(path, ("set", "rate"), {"set"}, [*rows, {"set": "b"}])
 
 
 def test_csv_refuses_unknown_columns_and_leaves_nothing(tmp_path):
