@@ -122,7 +122,8 @@ class Ball:
             )
         if not bool((torch.isfinite(self.eps) & (self.eps >= 0)).all()):
             raise InputError("eps must be finite and not negative")
-        if not bool(((self.center >= 0) & (self.center <= 1)).all()):
+        ends = self.center.detach().aminmax() if self.center.numel() else None
+        if ends and not bool((ends.min >= 0) & (ends.max <= 1)):  # NaN is neither
             raise InputError("images must have pixels in [0, 1]; normalisation is a layer of the model")
 
     def per_pixel(self, value: Tensor) -> Tensor:

@@ -155,7 +155,10 @@ def test_trained_detectors_are_read_from_subfolders(rows_file, tmp_path):
         shutil.copytree(rows_file.parent, tmp_path / "runs" / name)
     rows = Table.read(rows_file)
     replace(rows, manifest={**rows.manifest, "seed": 7}).write(tmp_path / "runs/b" / rows_file.name)
-    assert [table.manifest["seed"] for table in read_trained([tmp_path / "runs"], "--runs")] == [rows.manifest["seed"], 7]
+    assert [table.manifest["seed"] for table in read_trained([tmp_path / "runs"], "--runs")] == [
+        rows.manifest["seed"],
+        7,
+    ]
     replace(rows, manifest={**rows.manifest, "recipe": None}).write(tmp_path / "runs/b" / rows_file.name)
     with pytest.raises(InputError, match="was not trained from a recipe; leave it out of --runs"):
         read_trained([tmp_path / "runs"], "--runs")

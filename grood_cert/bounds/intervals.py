@@ -21,7 +21,8 @@ def through(operation: Operation | None, inputs: Sequence[Interval]) -> Interval
     if isinstance(operation, LinearMap) and operation.moves:
         return operation(lower), operation(upper)
     if isinstance(operation, LinearMap):
-        center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)
+        center = operation((lower + upper).div_(2))
+        radius = operation.absolute().linear((upper - lower).div_(2))
         return center - radius, center + radius
     if isinstance(operation, Addition):
         return lower + inputs[1][0], upper + inputs[1][1]

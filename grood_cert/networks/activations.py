@@ -69,9 +69,9 @@ class Activation(ABC):
 
     def values(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest sigma on [lower, upper]: the ends, and the bottom where it lies inside."""
-        first, last = self(lower), self(upper)
+        first, last, error = self(lower), self(upper), self.error(upper)
         if self.bottom is None:
-            return first - self.error(upper), last + self.error(upper)
+            return (first - error, last + error) if isinstance(error, Tensor) or error else (first, last)
         low = torch.minimum(first, last)
         inside = (lower <= self.bottom) & (upper >= self.bottom)
         lowest = self(torch.full_like(low, self.bottom)) - _ABSOLUTE

@@ -116,15 +116,15 @@ def adversarial_points(graph: Graph, ball: Ball, sign: Tensor, steps: int, gener
         >>> adversarial_points(graph, ball, torch.tensor([1.0]), 3, None).flatten()
         tensor([0.4000, 0.6000], dtype=torch.float64)
     """
-    device = "cpu" if generator is None else generator.device
+    device, lower, upper = "cpu" if generator is None else generator.device, ball.lower, ball.upper
     noise = torch.rand(ball.center.shape, generator=generator, device=device).to(ball.center)
-    points = ball.lower + noise * (ball.upper - ball.lower)
+    points = lower + noise * (upper - lower)
     step = ball.per_pixel(sign.to(ball.eps) * ball.eps * 2 / steps)
     for _ in range(steps):
         with torch.enable_grad():
             points.requires_grad_(True)
             (gradient,) = torch.autograd.grad(energy(graph(points)).sum(), points, retain_graph=True)
-        points = ball.project(points.detach() + step * gradient.sign())
+        points = (points.detach() + step * gradient.sign()).clamp(lower, upper)
     return points
 
 

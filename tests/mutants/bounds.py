@@ -176,8 +176,8 @@ MUTANTS = (
         ("bounds/test_intervals.py",),
         {
             "an interval passes a linear layer with signs": (
-                "center, radius = operation((lower + upper) / 2), operation.absolute().linear((upper - lower) / 2)",
-                "center, radius = operation((lower + upper) / 2), operation.linear((upper - lower) / 2).abs()",
+                "radius = operation.absolute().linear((upper - lower).div_(2))",
+                "radius = operation.linear((upper - lower).div_(2)).abs()",
             ),
             "a sum has the interval of one of its parts": (
                 "return lower + inputs[1][0], upper + inputs[1][1]",

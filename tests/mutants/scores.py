@@ -146,8 +146,8 @@ MUTANTS = (
                 "if not bool(torch.isfinite(self.eps).all()):",
             ),
             "images may leave the pixel box": (
-                "if not bool(((self.center >= 0) & (self.center <= 1)).all()):",
-                "if not bool((self.center >= 0).all()):",
+                "if ends and not bool((ends.min >= 0) & (ends.max <= 1)):",
+                "if ends and not bool(ends.min >= 0):",
             ),
         },
     ),

@@ -64,15 +64,15 @@ MUTANTS = (
             ),
             "the attack on outliers climbs": ("sign[:count] = -1", "sign[count:] = -1"),
             "adversarial points leave the ball": (
-                "points = ball.project(points.detach() + step * gradient.sign())",
+                "points = (points.detach() + step * gradient.sign()).clamp(lower, upper)",
                 "points = points.detach() + step * gradient.sign()",
             ),
             "an attack follows the gradient and not its sign": (
-                "points = ball.project(points.detach() + step * gradient.sign())",
-                "points = ball.project(points.detach() + step * gradient)",
+                "points = (points.detach() + step * gradient.sign()).clamp(lower, upper)",
+                "points = (points.detach() + step * gradient).clamp(lower, upper)",
             ),
             "an attack starts outside the box": (
-                "points = ball.lower + noise * (ball.upper - ball.lower)",
+                "points = lower + noise * (upper - lower)",
                 "points = ball.center + (2 * noise - 1) * ball.per_pixel(ball.eps)",
             ),
             "the ball is twice as large": (
