@@ -66,7 +66,8 @@ def training_of(recipe: Mapping[str, Any]) -> str:
         share = objective["certified_mix"]
         term = "bounds" if share == 1 else f"bounds {share:g}, attack {1 - share:g}"
         words = f"{words}, {term}"
-    return words
+    width = recipe["network"]["width"]
+    return f"{words}, width {width}" if width else words
 
 
 def records(rows: Table) -> Iterator[Record]:

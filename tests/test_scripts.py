@@ -172,6 +172,7 @@ def test_trained_detectors_are_read_from_subfolders(rows_file, tmp_path):
         (["sampling.method=energy"], "GReg+ 0.1"),
         (["objective.lambda_grad=0", *BOUNDS], "energy, bounds"),
         ([*BOUNDS, "objective.certified_mix=0.2"], "GReg 0.1, bounds 0.2, attack 0.8"),
+        (["objective.lambda_grad=0", "network.width=32", *BOUNDS], "energy, bounds, width 32"),
     ],
 )
 def test_trainings_of_mnist_have_names(settings, words):
