@@ -212,6 +212,11 @@ class ObjectiveSection(Section):
             yield 'reduction = "reference" needs slope = "gradient-norm" and penalty = "exact"'
 
     @property
+    def uses_balls(self) -> bool:
+        """Whether a term is about balls around the images."""
+        return self.certified != "none" or (self.lambda_grad > 0 and self.slope == "interval")
+
+    @property
     def uses_outliers(self) -> bool:
         """Whether a term looks at outliers."""
         return (

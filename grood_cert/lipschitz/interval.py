@@ -26,7 +26,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -182,19 +182,20 @@ def interval_bounds(graph: Graph, known: Preactivations, norm: Norm) -> tuple[Te
     return hull * (1 + ROUNDING), norm_of_box(low, high, norm) * (1 + ROUNDING)
 
 
-def interval_lipschitz(network: nn.Module, ball: Ball) -> Tensor:
+def interval_lipschitz(network: nn.Module, ball: Ball, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
     r"""Differentiable upper bound of the local Lipschitz constant of S; formula and proof above.
 
     In float64 it is a certificate like the others; in float32, as used in training, it is one up to rounding.
 
     Args:
-        network: f in any mode; BatchNorm is read with its running statistics.
+        network: f in any mode; BatchNorm is read with its running statistics, unless others are given.
         ball: Batch of balls in the network's floating-point type.
+        buffers: As for `grood_cert.networks.capture.live_graph`.
 
     Returns:
         Shape (B,), carries the graph to the network's parameters.
     """
-    graph = live_graph(network, tuple(ball.center.shape[1:]))
+    graph = live_graph(network, tuple(ball.center.shape[1:]), buffers)
     known = preactivations(graph, ball, "ibp")
     found = gradient_intervals(graph, known.slopes, known.weights)
     return norm_of_box(found.lower.flatten(1), found.upper.flatten(1), ball.norm)

@@ -92,16 +92,17 @@ _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[tuple[int, ...
 )
 
 
-def live_graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
+def live_graph(network: nn.Module, shape: tuple[int, ...], buffers: Mapping[str, Tensor] | None = None) -> Graph:
     r"""The graph over the network's own parameters, as in eval mode whatever the mode, for use inside training.
 
-    Gradients flow to the parameters. BatchNorm reads its running statistics and dropout is the identity: the graph
-    is that of the network that will be certified. The network is exported once, and again when its modules, their hooks or
+    Gradients flow to the parameters. BatchNorm reads its running statistics, unless others are given, and dropout is the
+    identity: the graph is that of the network that will be certified. The network is exported once, and again when its modules, their hooks or
     attributes are others; take the graph again after each step.
 
     Args:
         network: The network in training.
         shape: Shape (C, H, W) of one image.
+        buffers: What to read in place of buffers of these names: the statistics of a batch in place of running ones.
 
     Returns:
         A graph that shares the parameters.
@@ -113,7 +114,7 @@ def live_graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
     if shape not in programs:
         programs[shape] = _Program.of(_export(_prepared(network), shape), shape)
     own = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
-    return programs[shape].graph({**programs[shape].state, **own})
+    return programs[shape].graph({**programs[shape].state, **own, **(buffers or {})})
 
 
 def _written(network: nn.Module) -> list[Any]:

@@ -18,9 +18,9 @@ go through the network layer by layer, as intervals:
   activations, the chord row for S_lb and the Gibbs row at p = softmax f(x) for S_ub (`grood_cert.bounds.score`); the
   better bound counts.
 
-Both are of the eval-mode network: BatchNorm reads its running statistics, whatever the mode. The cross-entropy of a
-layer in train mode does not mind smaller weights, the bounds ask for them, and running statistics lag behind: such
-layers should be held in eval mode (fine-tuning) or left out of the network. Balls are around the pixels clipped to
+Both are of a network whose samples do not reach each other. Where BatchNorm is in train mode that is the one with the
+statistics of the loss's own batch, as constants of the images (`grood_cert.training.penalty` says why); without any, the
+eval-mode network. Balls are around the pixels clipped to
 [0, 1], which training noise leaves. Bounds are differentiable in the parameters almost everywhere. In float64 they hold
 like the package's other bounds; in float32, as used in training, up to rounding, so what training prints is no
 certificate.
@@ -34,6 +34,8 @@ References:
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +137,7 @@ def certified_loss(
     eps: float,
     section: ObjectiveSection,
     generator: torch.Generator | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     r"""L_certified; formula above.
 
@@ -145,6 +148,7 @@ def certified_loss(
         eps: Radius of the l_inf balls, pixel units.
         section: Margins, method, mix and steps of the attack.
         generator: For the first points of the attack.
+        buffers: As for `grood_cert.networks.capture.live_graph`.
 
     Returns:
         A scalar.
@@ -155,7 +159,7 @@ def certified_loss(
     count = len(images_aux)
     images = torch.cat([images_aux, images_id]) if section.certified == "both" else images_aux
     ball = Ball(images.clamp(0, 1), eps, "linf")
-    graph = live_graph(network, tuple(images.shape[1:]))
+    graph = live_graph(network, tuple(images.shape[1:]), buffers)
 
     def loss(score_aux: Tensor, score_id: Tensor) -> Tensor:
         outside = functional.relu(section.m_out - score_aux).square().sum() / max(1, count)

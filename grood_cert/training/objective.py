@@ -45,6 +45,7 @@ References:
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ from grood_cert.ball import Ball
 from grood_cert.lipschitz.interval import interval_lipschitz
 from grood_cert.sections import ObjectiveSection
 from grood_cert.training.certified_loss import certified_loss
-from grood_cert.training.penalty import SampleWise, pixels_per_unit, scores
+from grood_cert.training.penalty import SampleWise, batch_statistics, pixels_per_unit, scores
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,13 @@ class _Batch:
                 self.scale,
                 self.part,
             )
-            self.logits, score = self.samples.logits, self.samples.score
+            self.logits, score, statistics = self.samples.logits, self.samples.score, self.samples.statistics
         else:
-            self.logits = network(self.images)
+            statistics = batch_statistics(network) if section.uses_balls else None
+            with statistics or nullcontext():
+                self.logits = network(self.images)
             score = scores(self.logits)
+        self.buffers = statistics.buffers(network) if statistics and section.uses_balls else {}
         self.score_id, self.score_aux = score[: self.count], score[self.count :]
         self.zero = torch.zeros_like(score[0].detach())
 
@@ -224,7 +228,7 @@ class _Batch:
             return self.samples.norms(used)
         chosen = self.images.detach()[used].clamp(0, 1)  # training noise leaves the box
         ball = Ball(chosen, chosen.new_full((len(used),), self.section.slope_eps), "l2")
-        return interval_lipschitz(self.network, ball)
+        return interval_lipschitz(self.network, ball, self.buffers)
 
     def _first_order(self, used: Tensor) -> Tensor:
         """relu(S + eps ||grad S||_1 - m_in)^2 of ID images, relu(m_out - S + eps ||grad S||_1)^2 of outliers."""
@@ -246,7 +250,8 @@ class _Batch:
     def certified_loss(self, grown: float, generator: torch.Generator | None) -> Tensor:
         """L_certified at this share of the final radius."""
         section, outliers = self.section, self.images_aux[self.roles.energy]
-        return certified_loss(self.network, self.images_id, outliers, grown * section.certified_eps, section, generator)
+        eps = grown * section.certified_eps
+        return certified_loss(self.network, self.images_id, outliers, eps, section, generator, self.buffers)
 
 
 def _drawn(shares: Tensor, part: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

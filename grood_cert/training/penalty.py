@@ -4,7 +4,7 @@ r"""Norms of the score's gradient that parameters can be trained on: which netwo
 mode keeps the statistics of the loss's own forward pass: the samples in question take a second pass, in which these are constants
 of the images. They depend on the parameters, and the parameters' gradient knows it. (With running statistics in their
 place, a shift or scale of what such a layer reads would change the slope and not the loss, and the penalty drives the
-two networks apart.) Without BatchNorm in train mode there is but one function, and the loss's own pass is used where it
+two networks apart. The same goes for terms over balls.) Without BatchNorm in train mode there is but one function, and the loss's own pass is used where it
 can be and is the cheaper one.
 
 *How.* With v held constant, g / ||g||_2 for the Euclidean norm of g and sign g for ||g||_1, the derivative of the norm is
@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,16 @@ class _BatchNorm(torch.autograd.Function):
         return grad_values, grad_weight, grad_bias, *[None] * 4
 
 
+class _Statistics(NamedTuple):
+    """What a layer in train mode normalised by, and the buffers that it moved."""
+
+    mean: Tensor
+    inverse: Tensor
+    eps: float
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
 class BatchStatistics(TorchFunctionMode):
     """BatchNorm in train mode, with statistics that can be used again.
 
@@ -91,8 +101,8 @@ class BatchStatistics(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: list[tuple[Tensor, Tensor] | None] = []
-        self._pending: list[tuple[Tensor, Tensor] | None] | None = None
+        self._found: list[_Statistics | None] = []
+        self._pending: list[_Statistics | None] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take over functional.batch_norm, leave everything else."""
@@ -110,7 +120,7 @@ class BatchStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        kept: tuple[Tensor, Tensor] | None = None
+        kept: _Statistics | None = None
         if self._pending is not None:
             kept = self._pending.pop(0)
         elif training:
@@ -118,17 +128,36 @@ class BatchStatistics(TorchFunctionMode):
             result, *statistics = _BatchNorm.apply(  # type: ignore[no-untyped-call]
                 values, weight, bias, running_mean, running_var, momentum, eps
             )
-            self._found.append((statistics[0], statistics[1]))
+            self._found.append(_Statistics(statistics[0], statistics[1], eps, running_mean, running_var))
             return result
         else:
             self._found.append(None)
         if kept is None:  # a layer that its owner keeps in eval mode
             return functional.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
-        mean, factor = kept
-        factor = factor if weight is None else weight * factor
+        mean, factor = kept.mean, kept.inverse if weight is None else weight * kept.inverse
         shift = -mean * factor if bias is None else bias - mean * factor
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         return torch.batch_norm(values, factor, shift, zero, one, False, 0.0, 0.0, False)
+
+    def buffers(self, network: nn.Module) -> dict[str, Tensor]:
+        """The statistics of the first pass, by the names of the running ones in whose place they may stand.
+
+        Raises:
+            InputError: If a layer was used twice: it has one place for the statistics of both.
+        """
+        found: dict[str, Tensor] = {}
+        for kept in filter(None, self._found):
+            variance = (kept.inverse.pow(-2) - kept.eps).clamp(min=0)
+            values = ((kept.running_mean, kept.mean), (kept.running_var, variance))
+            names = {name: value for running, value in values for name in _names(network, running)}
+            if names.keys() & found.keys():
+                layer = next(iter(names)).rpartition(".")[0]
+                raise InputError(
+                    f"terms over balls need every BatchNorm layer to be used once a pass, and {layer} is used twice; freeze "
+                    "the statistics (optimizer.batch_norm_momentum = 0)"
+                )
+            found |= names
+        return found
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -201,6 +230,17 @@ class LinearPiece(TorchFunctionMode):
             self._pending = None
 
 
+def _names(network: nn.Module, buffer: Tensor | None) -> list[str]:
+    """What a network calls one of its buffers."""
+    return [name for name, other in network.named_buffers(remove_duplicate=False) if other is buffer]
+
+
+def batch_statistics(network: nn.Module) -> BatchStatistics | None:
+    """Something to keep the statistics of a pass in, if any layer normalises by them."""
+    coupled = any(isinstance(layer, _BATCH_NORM) and layer.training for layer in network.modules())
+    return BatchStatistics() if coupled else None
+
+
 @contextlib.contextmanager
 def running_statistics(network: nn.Module) -> Iterator[None]:
     """BatchNorm layers in eval mode while the block runs; those that were in train mode return to it."""
@@ -263,6 +303,7 @@ class SampleWise:
     Attributes:
         logits: Those of the loss's own forward pass, shape (N, K); running statistics move as usual.
         score: S from them, shape (N,).
+        statistics: What BatchNorm in train mode normalised by in it; None without any.
 
     Example:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(2, 1))  # S = -f, so the norm is that of the weight
@@ -279,13 +320,12 @@ class SampleWise:
         scale: Tensor | None = None,
         part: float = 1.0,
     ) -> None:
-        coupled = any(isinstance(layer, _BATCH_NORM) and layer.training for layer in network.modules())
         self._network, self._method, self._scale = network, method, scale
-        self._statistics = BatchStatistics() if coupled else None
+        self.statistics = batch_statistics(network)
         self._piece = LinearPiece() if method == "fast" else None
-        self._shareable = not coupled and part >= _BREAK_EVEN[method]
+        self._shareable = self.statistics is None and part >= _BREAK_EVEN[method]
         self._images = images.detach().requires_grad_(self._shareable)
-        with self._statistics or nullcontext():
+        with self.statistics or nullcontext():
             self.logits = self._first_pass(self._images) if self._shareable else network(self._images)
         self.score = scores(self.logits)
 
@@ -298,7 +338,7 @@ class SampleWise:
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """A pass with statistics that do not depend on its images, and that moves none."""
-        with running_statistics(self._network), self._statistics.again() if self._statistics else nullcontext():
+        with running_statistics(self._network), self.statistics.again() if self.statistics else nullcontext():
             yield
 
     def _gradient(self, used: Tensor, share: bool) -> tuple[Tensor, Tensor]:

@@ -112,4 +112,29 @@ MUTANTS = (
             "the slope is that of running statistics": ("BatchStatistics() if coupled else None", "None"),
         },
     ),
+    *planted(
+        "training/penalty.py",
+        ("training/test_certified_loss.py",),
+        {
+            "the statistics of a batch are constants of the parameters in bounds": (
+                "values = ((kept.running_mean, kept.mean), (kept.running_var, variance))",
+                "values = ((kept.running_mean, kept.mean.detach()), (kept.running_var, variance.detach()))",
+            ),
+            "bounds take the deviation of a batch for its variance": ("kept.inverse.pow(-2)", "kept.inverse.pow(-1)"),
+        },
+    ),
+    *planted(
+        "training/objective.py",
+        ("training/test_certified_loss.py",),
+        {
+            "bounds and attacks are of running statistics": (
+                "eps, section, generator, self.buffers)",
+                "eps, section, generator)",
+            ),
+            "the interval slope is that of running statistics": (
+                "interval_lipschitz(self.network, ball, self.buffers)",
+                "interval_lipschitz(self.network, ball)",
+            ),
+        },
+    ),
 )

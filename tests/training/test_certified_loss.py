@@ -19,6 +19,7 @@ from grood_cert.sections import ObjectiveSection
 from grood_cert.training import certified_loss as module
 from grood_cert.training.certified_loss import adversarial_points, certified_loss, energy_interval
 from grood_cert.training.objective import Roles, energy_loss, objective
+from tests.training.examples import with_batch_statistics
 
 METHODS = ("ibp", "crown-ibp")
 
@@ -266,18 +267,93 @@ def test_radius_and_weight_grow_over_the_ramp(progress, certified):
         plain, certified=certified, certified_eps=0.04, certified_ramp=0.4, lambda_certified=0.3, certified_mix=0.7
     )
     roles = Roles(chosen, torch.ones(9, dtype=torch.bool))
-    twin = copy.deepcopy(network)
+    twin, fixed = copy.deepcopy(network), with_batch_statistics(network, torch.cat([inside, outside]))
     draws, drawn = (torch.Generator().manual_seed(3) for _ in range(2))
     terms = objective(network, inside, labels, outside, weights, roles=roles, progress=progress, generator=draws)
     expected = objective(twin, inside, labels, outside, plain, roles=roles).total
     grown = min(1.0, progress / 0.4)
     if grown > 0:
-        loss = certified_loss(twin, inside, outside[chosen], grown * 0.04, weights, drawn)
-        torch.testing.assert_close(terms.certified, loss.detach(), rtol=1e-12, atol=0)
+        loss = certified_loss(fixed, inside, outside[chosen], grown * 0.04, weights, drawn).detach()
+        torch.testing.assert_close(terms.certified, loss, rtol=1e-8, atol=0)
         expected = expected + grown * 0.3 * loss
-    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-8, atol=0)
     for key, value in twin.state_dict().items():
         assert torch.equal(value, network.state_dict()[key]), f"{key}: bounds must not move running statistics"
+
+
+_BALLS = ObjectiveSection(
+    lambda_S=0.0, lambda_grad=0.0, m_in=-10.0, m_out=10.0, certified="both", certified_eps=0.002, certified_ramp=0.0
+)
+OVER_BALLS = {
+    "ibp": _BALLS,
+    "crown-ibp": replace(_BALLS, certified_method="crown-ibp"),
+    "attack": replace(_BALLS, certified_mix=0.0, certified_eps=0.05),
+    "slope": ObjectiveSection(
+        lambda_S=0.0, lambda_grad=1.0, m_in=100.0, m_out=-100.0, slope="interval", slope_eps=0.002
+    ),
+}
+
+
+def over_balls(network: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of one batch plus a term over balls, and that without it; running statistics stay as they were."""
+    state, generator = copy.deepcopy(network.state_dict()), torch.Generator().manual_seed(4)
+    terms = objective(
+        network, images_of(6), torch.arange(6) % 5, images_of(9, 1), OVER_BALLS[name], generator=generator
+    )
+    for key, buffer in network.named_buffers():
+        buffer.copy_(state[key])
+    return terms.total, terms.cross_entropy
+
+
+@pytest.mark.parametrize("name", OVER_BALLS)
+def test_what_batch_norm_takes_out_again_changes_no_term_over_balls(name):
+    """Values shifted and scaled before BatchNorm: the loss is the same, and so must the bounds be."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5)).double()
+    found = []
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            for layer in (network[0], network[3]):
+                layer.weight.mul_(scale)
+                layer.bias.add_(1 - scale)
+            for layer in (network[1], network[4]):
+                layer.eps *= scale**2  # which alone knows of the scale
+        found.append([float(value.detach()) for value in over_balls(network, name)])
+    (total, entropy), other = found
+    assert total > entropy + 0.1 and other == pytest.approx([total, entropy], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", OVER_BALLS)
+def test_terms_over_balls_know_that_the_statistics_of_a_batch_depend_on_the_parameters(name):
+    """Finite differences over all parameters in random directions, against the gradient."""
+    network = build("resnet-small")
+    parameters = list(network.parameters())
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(over_balls(network, name)[0], parameters)])
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        directions = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
+        values = []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += sign * 1e-7 * direction
+            values.append(float(over_balls(network, name)[0].detach()))
+        got = float(gradient @ torch.cat([direction.flatten() for direction in directions]))
+        assert got == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-4)
+
+
+def test_a_layer_of_batch_norm_that_is_used_twice_is_refused_unless_it_is_frozen():
+    norm = nn.BatchNorm2d(4)
+    layers = [nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm, nn.Flatten(), nn.Linear(64, 5)]
+    network = nn.Sequential(*layers).double()
+    with pytest.raises(
+        InputError, match=r"and 1 is used twice; freeze the statistics \(optimizer.batch_norm_momentum = 0"
+    ):
+        over_balls(network, "ibp")
+    norm.eval()
+    total, entropy = over_balls(network, "ibp")
+    assert bool(total > entropy)
 
 
 def test_a_layer_that_cannot_be_bounded_is_named():
