@@ -20,6 +20,7 @@ table 1; its score is the confidence, its network has 13 million weights, its ou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,6 +135,7 @@ def figure(rows: Sequence[Record]) -> Figure:
     """AUC, AAUC and GAUC against accuracy: a row of panels for each eps, a column for each set."""
     groups = _trainings(rows)
     looks = dict(zip([*groups, *PUBLISHED], style.looks(len(groups) + len(PUBLISHED)), strict=True))
+    looks |= {name: replace(looks[name], colour=style.GREY) for name in PUBLISHED}
     sets, grid = list(dict.fromkeys(row["set"] for row in rows)), sorted({row["eps"] for row in rows})
 
     def draw(axes: Axes, panel: tuple[float, str]) -> None:
