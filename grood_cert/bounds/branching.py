@@ -10,12 +10,13 @@ splitting closes all gaps, that of the concavity of S included. Where a bound of
 
 and domains are pruned only once their bound is on the right side of gamma, or proved empty by a crossed interval.
 
-Only points whose case is at least t, just below where it means sign * S = sign * gamma, can spoil a proof. Where the root is undecided the
-inputs of its hidden layers are bounded anew on that part alone, and those of the last hidden layer (and the outputs)
-again after every few splits. From then on the claim is that the cases are at most max(t, bounds of the domains), still for the ball.
+Only points whose case is at least t, just below where it means sign * S = sign * gamma, can spoil a proof. Where the root is
+undecided the inputs of its hidden layers (and the outputs) are bounded anew on that part alone, and so are those of
+every undecided domain: in each layer the few neurons with the largest relaxations. From then on the claim is that the cases
+are at most max(t, bounds of the domains), still for the ball.
 
 *Budget.* The gap of the worst domain closes in proportion to the logarithm of the number of domains, as a rule; a ball
-that would need four times its budget at the pace so far is given up.
+that would need eight times its budget at the pace so far is given up.
 
 *Where to split.* At the minimiser x* of a domain's proof the slack, bound minus true value, is a sum over neurons and
 outputs: |a_j| times the distance of the neuron's line from the neuron at x* (a_j the row's coefficient), and the
@@ -52,14 +53,16 @@ from grood_cert.scores import ENERGY, Score
 
 _ROOT_STEPS = 20  # of Adam, for the undivided ball
 _LOGIT_STEPS = 5
-_ROOT_TIGHTENING_STEPS = 2
-_TIGHTEN_EVERY = 2  # splits
+_TIGHTENING_STEPS = 5  # of Adam, for the ends of hidden neurons
+_ROOT_TIGHTENED = 64  # neurons of each hidden layer that are bounded anew at the root
+_TIGHTENED = 8  # and on every domain
+_WIDEST = 256  # unstable neurons: of a layer with more, a few make no difference
 _LARGEST_GAP_SHARE = 0.2
 _STRICTNESS = 1e-9
 _POLISH = 10  # times the steps for a domain that cannot be split any more
 _RETRY = 2  # times the steps for a domain whose bound is no better than its parent's
-_TRIED = 31  # domains of a ball, and at least an eighth of its budget, before its pace is looked at
-_PATIENCE = 4  # budgets that a ball may be expected to need
+_TRIED = 15  # domains of a ball, and at least an eighth of its budget, before its pace is looked at
+_PATIENCE = 8  # budgets that a ball may be expected to need
 # Instead of a place to split: optimise a little longer; optimise for long; nothing to be done.
 _AGAIN, _WHOLE, _NOWHERE = -1, -2, -3
 
@@ -170,7 +173,8 @@ class _Search:
         self.gamma, self.score, self.side, self.reduction = gamma, score, side, reduction(score, side)
         self.goal = self.reduction.inner(gamma - sign_of(side) * _slack(graph, score, gamma))
         self.level = self.goal - _STRICTNESS * (1 + abs(self.goal))
-        self.layers = len(graph.nonlinear)
+        outputs = [len(graph.nonlinear)] if self.reduction.proof == "chord" else []  # where their intervals matter
+        self.places = [*range(1, len(graph.nonlinear)), *outputs]
         self.shapes = [graph.nodes[number].shape for number in graph.nonlinear]
         self.sizes = [graph.nodes[number].size for number in graph.nonlinear]
         self.refuted = torch.zeros(len(ball.center), dtype=torch.bool, device=ball.center.device)
@@ -180,8 +184,14 @@ class _Search:
         """Whether a score refutes the claim."""
         return score > self.gamma if self.side == "upper" else score <= self.gamma
 
-    def solve(self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int) -> _Leaves:
-        """Bound domains, look at the minimisers of their proofs, and choose where to split them."""
+    def solve(
+        self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int
+    ) -> tuple[_Leaves, Tensor]:
+        """Bound domains, look at the minimisers of their proofs, and choose where to split them.
+
+        Returns:
+            The leaves, and what the relaxation of each neuron adds to their bounds at most, shape (D, N).
+        """
         proof = ScoreProof(domains, self.reduction)
         bound, values, passage = optimise(proof, steps, start)
         assert passage.image is not None
@@ -192,8 +202,8 @@ class _Search:
             hit = self.wrong(self.score.value(nodes[-1])).nonzero().squeeze(1)
             self.refuted[sample[hit]] = True
             self.points[sample[hit]] = points[hit]
-            branch, cut, neuron = self._split_at(proof, domains, values, passage, nodes)
-        return _Leaves(
+            branch, cut, neuron, largest = self._split_at(proof, domains, values, passage, nodes)
+        leaves = _Leaves(
             sample,
             domains.head.case,
             domains.signs.to(torch.int8),
@@ -207,12 +217,13 @@ class _Search:
             cut,
             neuron,
         )
+        return leaves, largest
 
     def _split_at(
         self, proof: ScoreProof, domains: Domains, values: Tensor, passage: Passage, nodes: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pullback = proof.pullback
-        scores = []
+        scores, gaps = [], []
         for number, (lower, upper) in pullback.inputs.items():
             operation = self.graph.nodes[number].operation
             assert isinstance(operation, LeakyReLU)
@@ -225,6 +236,7 @@ class _Search:
             slack = torch.where(row > 0, row * above, -row * below)
             below = torch.minimum((slope_low - operation.slope) * -lower, (1 - slope_low) * upper)
             largest = torch.where(row > 0, row * constant_high, -row * below)
+            gaps.append(torch.where(pullback.unstable[number], largest, 0.0).flatten(1))
             score = slack + _LARGEST_GAP_SHARE * largest + torch.finfo(row.dtype).tiny
             scores.append(torch.where(pullback.unstable[number], score, -1.0).flatten(1))
         score, neuron = torch.cat(scores, 1).max(1)
@@ -235,18 +247,16 @@ class _Search:
             scores.append(score)
         best, branch = torch.cat(scores, 1).max(1)
         output = (branch - domains.signs.shape[1]).clamp(min=0)
-        return torch.where(best > 0, branch, _WHOLE), cut.gather(1, output.unsqueeze(1)).squeeze(1), neuron
+        cut = cut.gather(1, output.unsqueeze(1)).squeeze(1)
+        return torch.where(best > 0, branch, _WHOLE), cut, neuron, torch.cat(gaps, 1)
 
-    def tighten(self, domains: Domains, values: Tensor, places: list[int], steps: int) -> tuple[Domains, Tensor]:
+    def tighten(self, domains: Domains, values: Tensor, weight: Tensor, count: int) -> tuple[Domains, Tensor]:
         """Intervals that hold where a domain's case is at least the level, and which domains that empties."""
         condition = ScoreProof(domains, self.reduction).condition(values, self.level)
         lines = values[:, : domains.signs.shape[1]]
-        # two rows for each unstable neuron of a layer: no more than the search itself may have domains
-        return emptied(tightened(domains, places, steps, lines, condition, most=self.nodes))
-
-    def outputs(self) -> list[int]:
-        """The outputs count as a layer where their intervals matter."""
-        return [self.layers] if self.reduction.proof == "chord" else []
+        return emptied(
+            tightened(domains, self.places, _TIGHTENING_STEPS, lines, condition, most=_WIDEST, foremost=(weight, count))
+        )
 
     def domains(self, leaves: _Leaves) -> Domains:
         """Leaves as domains."""
@@ -273,7 +283,7 @@ class _Search:
 
     def polished(self, leaves: _Leaves, steps: int) -> _Leaves:
         """Leaves optimised for longer; where that does not help, a neuron is split, and without one they are given up."""
-        found = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, steps)
+        found, _ = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, steps)
         found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
         stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
         branch = torch.where(stuck & (found.neuron >= 0), found.neuron, found.branch)  # a cut did not help before
@@ -281,23 +291,23 @@ class _Search:
         return replace(found, branch=torch.where(given_up, _NOWHERE, branch))
 
     def halves(self, parents: _Leaves) -> _Leaves:
-        """Both halves of every leaf, bounded; their intervals are tightened after every few splits."""
+        """Both halves of every leaf, bounded; those that stay undecided are tightened and bounded again."""
         children = _halved(parents)
-        leaves = self.solve(children.sample, self.domains(children), children.depth, children.values, self.steps)
-        stagnant = leaves.bound >= children.bound  # the steps did not carry the proof over to the half
-        branch = torch.where(stagnant & (leaves.branch >= 0), _AGAIN, leaves.branch)
-        leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound), branch=branch)
-        again = ((leaves.depth % _TIGHTEN_EVERY == 0) & (leaves.bound >= self.goal)).nonzero().squeeze(1)
-        places = [*range(1, self.layers)][-1:] + self.outputs()
-        if places and len(again):
-            some = leaves.at(again)
-            domains, empty = self.tighten(self.domains(some), some.values, places, 0)
-            found = self.solve(some.sample, domains, some.depth, some.values, self.steps)
+        steps = self.steps // 2 if self.places else self.steps
+        leaves, weight = self.solve(children.sample, self.domains(children), children.depth, children.values, steps)
+        leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound))
+        open_ = leaves.bound >= self.goal
+        if self.places and bool(open_.any()):
+            some = leaves.at(open_)
+            domains, empty = self.tighten(self.domains(some), some.values, weight[open_], _TIGHTENED)
+            found, _ = self.solve(some.sample, domains, some.depth, some.values, self.steps)
             found = replace(found, bound=torch.minimum(found.bound, some.bound))
-            rest = torch.ones_like(leaves.sample, dtype=torch.bool)
-            rest[again] = False
-            leaves = leaves.at(rest).joined(found.at(~empty))
-        return leaves
+            leaves = leaves.at(~open_).joined(found.at(~empty))
+            parent = torch.cat([children.bound[~open_], children.bound[open_][~empty]])
+        else:
+            parent = children.bound
+        stagnant = (leaves.bound >= parent) & (leaves.branch >= 0)  # the steps did not carry the proof over to the half
+        return replace(leaves, branch=torch.where(stagnant, _AGAIN, leaves.branch))
 
     def run(self, first: _Leaves, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """The worst case of every ball, numbers of domains bounded, and who ran out of time."""
@@ -456,21 +466,21 @@ def _below_root(
     Returns:
         The worst case of every ball, numbers of domains bounded, and who ran out of time.
     """
-    domains, empty = emptied(tightened(domains, search.outputs(), _LOGIT_STEPS))
+    outputs = [place for place in search.places if place == len(domains.graph.nonlinear)]
+    domains, empty = emptied(tightened(domains, outputs, _LOGIT_STEPS))
     if bool(empty.any()):
         raise RunError(f"{int(empty.sum())} whole balls were proved empty: their bounds cannot be trusted")
     count = len(search.refuted)
     depth = torch.zeros_like(sample)
-    leaves = search.solve(sample, domains, depth, None, _ROOT_STEPS)
+    leaves, weight = search.solve(sample, domains, depth, None, _ROOT_STEPS)
     bound = torch.minimum(bound, leaves.bound)
     used, late = torch.ones_like(search.refuted, dtype=torch.long), torch.zeros_like(search.refuted)
     open_ = ((bound >= search.goal) & ~search.refuted[sample]).nonzero().squeeze(1)
     if search.nodes < 3 or not len(open_):
         return worst(bound, sample, count), used, late
     leaves, domains = leaves.at(open_), domains.at(open_)
-    places = [*range(1, search.layers), *search.outputs()]
-    domains, empty = search.tighten(domains, leaves.values, places, _ROOT_TIGHTENING_STEPS)
-    leaves = search.solve(sample[open_], domains, depth[open_], leaves.values, search.steps)
+    domains, empty = search.tighten(domains, leaves.values, weight[open_], _ROOT_TIGHTENED)
+    leaves, _ = search.solve(sample[open_], domains, depth[open_], leaves.values, search.steps)
     leaves = replace(leaves, bound=torch.where(empty, search.level, torch.minimum(leaves.bound, bound[open_])))
     found, used, late = search.run(leaves, deadline)
     bound[open_] = torch.minimum(bound[open_], found[sample[open_]])

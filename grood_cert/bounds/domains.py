@@ -90,6 +90,13 @@ def neurons(graph: Graph) -> int:
     )
 
 
+def _place_of(graph: Graph, layer: int) -> slice:
+    """Where the neurons of a leaky ReLU are among all of them."""
+    before = [number for number in graph.nonlinear if number < layer]
+    start = sum(graph.nodes[number].size for number in before if isinstance(graph.nodes[number].operation, LeakyReLU))
+    return slice(start, start + graph.nodes[layer].size)
+
+
 def _unit_rows(index: Tensor, size: int) -> Tensor:
     """Rows +e_i, then -e_i, for some units i; index of shape (B, U)."""
     rows = torch.zeros(*index.shape, size, dtype=torch.float64, device=index.device)
@@ -105,8 +112,9 @@ def tightened(
     condition: Condition | None = None,
     memory: int = DEFAULT_MEMORY,
     most: int | None = None,
+    foremost: tuple[Tensor, int] | None = None,
 ) -> Domains:
-    r"""Both ends of every unstable neuron of some layers, or of every output, as optimised rows.
+    r"""Both ends of unstable neurons of some layers, or of every output, as optimised rows.
 
     Args:
         domains: The domains.
@@ -116,6 +124,8 @@ def tightened(
         condition: c, shape (B, K), and d, shape (B,), with c . f + d >= 0 wherever it matters: the result holds there.
         memory: Bytes that blocks of rows may take.
         most: Layers with more unstable neurons are left as they are.
+        foremost: A weight of every neuron, shape (B, N), and how many neurons of each layer to look at: the unstable ones
+            with the largest weights. All of them if absent.
 
     Returns:
         The domains with their intervals intersected with what was found; ends may cross, see `emptied`.
@@ -130,8 +140,11 @@ def tightened(
         needed = torch.ones_like(lower, dtype=torch.bool) if last else (lower < 0) & (upper > 0)
         if most is not None and not last:
             needed = needed & (needed.sum(1, keepdim=True) <= most)
-        count = int(needed.sum(1).max())
-        order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        count, weight = int(needed.sum(1).max()), needed.to(lower)
+        if foremost is not None and not last:
+            count = min(count, foremost[1])
+            weight = torch.where(needed, foremost[0][:, _place_of(graph, graph.nonlinear[place])], -torch.inf)
+        order = weight.argsort(dim=1, descending=True, stable=True)[:, :count]
         for index in order.split(max(1, memory // (8 * 2 * len(domains) * widest)), 1) if count else ():
             rows = _unit_rows(index, lower.shape[1])
             rows = domains.head.rows(rows, graph.classes) if last else rows.unflatten(-1, graph.nodes[node].shape)

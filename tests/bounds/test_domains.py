@@ -126,6 +126,29 @@ def test_layers_of_too_many_unstable_neurons_are_left_as_they_are():
         assert bool((above[sample] == (whole[1] if few else upper)[sample]).all())
 
 
+def test_the_foremost_neurons_are_tightened_and_no_others():
+    """As many unstable ones of every domain as are asked for, by their weights; the others keep their intervals."""
+    network = make(mlp, seed=1)
+    graph, ball = capture(network, SHAPE), balls("linf", 3)
+    hidden = preactivations(graph, ball, "ibp")
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
+    lower, upper = hidden.inputs[1]
+    unstable, first = (lower < 0) & (upper > 0), lower.shape[1]
+    weight = torch.randperm(60, generator=torch.Generator().manual_seed(0)).reshape(3, 20).double()
+    weight[:, 20 - first :][~unstable] += 100  # weights of what need not be tightened do not count
+    (below, above), whole = (
+        tightened(domains, [1], 0, foremost=(weight, 3)).inputs[1],
+        tightened(domains, [1], 0).inputs[1],
+    )
+    for sample in range(3):
+        own = torch.where(unstable[sample], weight[sample, 20 - first :], -1.0)
+        chosen = own >= own.sort(descending=True).values[2]
+        assert int(chosen.sum()) == 3
+        assert bool((below[sample] == torch.where(chosen, whole[0][sample], lower[sample])).all())
+        assert bool((above[sample] == torch.where(chosen, whole[1][sample], upper[sample])).all())
+        assert bool((whole[0][sample] > lower[sample])[chosen].any())
+
+
 def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     network = make(mlp)
     graph, ball = capture(network, SHAPE), balls("linf", 3)

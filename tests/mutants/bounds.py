@@ -309,6 +309,10 @@ MUTANTS = (
                 "upper = upper.scatter(1, index, torch.fmin(upper.gather(1, index), high))",
                 "upper = upper.scatter(1, index, high)",
             ),
+            "neurons that matter least are tightened": (
+                "order = weight.argsort(dim=1, descending=True, stable=True)[:, :count]",
+                "order = weight.argsort(dim=1, descending=not foremost, stable=True)[:, :count]",
+            ),
             "the condition's constant is free of charge": (
                 "extra = price * constant.unsqueeze(1)",
                 "extra = 0 * price * constant.unsqueeze(1)",
@@ -352,12 +356,12 @@ MUTANTS = (
                 "closed = found.bound < self.goal + 1\n",
             ),
             "a leaf that is tightened again is lost": (
-                "leaves = leaves.at(rest).joined(found.at(~empty))",
-                "leaves = leaves.at(rest)",
+                "leaves = leaves.at(~open_).joined(found.at(~empty))",
+                "leaves = leaves.at(~open_)",
             ),
             "an empty leaf stays and a full one goes": (
-                "leaves = leaves.at(rest).joined(found.at(~empty))",
-                "leaves = leaves.at(rest).joined(found.at(empty))",
+                "leaves = leaves.at(~open_).joined(found.at(~empty))",
+                "leaves = leaves.at(~open_).joined(found.at(empty))",
             ),
         },
     ),
