@@ -32,8 +32,8 @@ from torch import Tensor
 
 from grood_cert import attacks
 from grood_cert.ball import Ball
-from grood_cert.bounds.crown import NativeNetwork
-from grood_cert.bounds.engine import BoundedNetwork, Method, way_of
+from grood_cert.bounds.crown import NativeNetwork, NativeRelaxation
+from grood_cert.bounds.engine import BoundedNetwork, Method, Relaxation, way_of
 from grood_cert.bounds.rounding import follow
 from grood_cert.bounds.score import score_bounds
 from grood_cert.errors import SoundnessError
@@ -88,14 +88,15 @@ def cross_check(
     count = 0
     found: list[float] = []
     for ball in balls:
-        ours, theirs = (_bounds(engine, ball, method, score, native.graph.classes) for engine in (exact, other))
-        used = ours if exact is native else _bounds(native, ball, method, score, native.graph.classes)
+        relaxed = exact.relax(ball)
+        ours, theirs = _bounds(exact, ball, method, score, relaxed), _bounds(other, ball, method, score)
+        used = ours if exact is native else _bounds(native, ball, method, score)
         known = torch.isfinite(torch.cat([*used, *ours, *theirs], 1)).all(1)
         if not bool(known.any()):
             continue
         gap = torch.stack([(one - two).abs() / (1 + two.abs()) for one, two in zip(ours, theirs, strict=True)])
         apart = gap.amax((0, 2))
-        same, rounding = _same_lines(exact, ball, method)
+        same, rounding = _same_lines(exact, relaxed, ball, method)
         same = same & known
         fits = torch.where(same, apart <= TOLERANCE + rounding, _meet(ours, theirs))
         fits = fits & _meet(used, ours) & _meet(used, theirs)
@@ -121,22 +122,28 @@ def cross_check(
     return Agreement(count, len(found), max(found, default=None))
 
 
-def _bounds(bounded: BoundedNetwork, ball: Ball, method: Method, score: Score, classes: int) -> Interval:
+def _bounds(
+    bounded: BoundedNetwork, ball: Ball, method: Method, score: Score, relaxation: Relaxation | None = None
+) -> Interval:
     """Bounds of S and of the logits, shape (B, 1 + K) each; NaN where the engine raises."""
+    classes = bounded.graph.classes
     try:
-        found = score_bounds(bounded, ball, method, score)
+        relaxation = bounded.relax(ball) if relaxation is None else relaxation
+        found = score_bounds(bounded, ball, method, score, relaxation)
         rows = torch.eye(classes).to(ball.center).expand(len(ball.center), -1, -1)
-        lower, upper = bounded.relax(ball).rows(rows, method)
+        lower, upper = relaxation.rows(rows, method)
     except Exception:  # noqa: BLE001  (whatever it is, nothing was proved)
         nothing = ball.center.new_full((len(ball.center), 1 + classes), torch.nan)
         return nothing, nothing
     return torch.cat([found.lower[:, None], lower], 1), torch.cat([found.upper[:, None], upper], 1)
 
 
-def _same_lines(native: NativeNetwork, ball: Ball, method: Method) -> tuple[Tensor, Tensor]:
+def _same_lines(
+    native: NativeNetwork, relaxation: NativeRelaxation, ball: Ball, method: Method
+) -> tuple[Tensor, Tensor]:
     """Whether both engines take the same lines for a sample, and what the native margins may add, shape (B,) each."""
     nodes, nonlinear = native.folded.nodes, native.folded.nonlinear
-    hidden = native.relax(ball).hidden(method)
+    hidden = relaxation.hidden(method)
     errors = follow(native.folded, hidden.ball, tuple(hidden.inputs.values()), forwards=True)
     rounding = 2 * len(nodes) * errors.error(len(nodes) - 1).amax(1)
     alike = torch.ones_like(ball.eps, dtype=torch.bool)

@@ -256,7 +256,11 @@ def _msp_bounds(
 
 
 def score_bounds(
-    bounded: BoundedNetwork, ball: Ball, method: Method | None = None, score: Score = ENERGY
+    bounded: BoundedNetwork,
+    ball: Ball,
+    method: Method | None = None,
+    score: Score = ENERGY,
+    relaxation: Relaxation | None = None,
 ) -> ScoreBounds:
     r"""Bound S over each ball of a batch.
 
@@ -268,6 +272,7 @@ def score_bounds(
         ball: Batch of balls.
         method: Method for these bounds if it differs from the engine's own.
         score: S.
+        relaxation: The engine's of these balls, if there is one already.
 
     Returns:
         Bounds, NaN where the engine's answer is NaN, infinite or crossed.
@@ -275,7 +280,7 @@ def score_bounds(
     Raises:
         InputError: If there are no bounds of such a score.
     """
-    relaxation = bounded.relax(ball)
+    relaxation = bounded.relax(ball) if relaxation is None else relaxation
     with torch.no_grad():
         center = bounded.network(ball.center)
     match score:
