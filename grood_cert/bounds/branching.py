@@ -102,7 +102,6 @@ class _Leaves:
     outputs_upper: Tensor
     values: Tensor
     bound: Tensor
-    depth: Tensor
     branch: Tensor  # a neuron, N + an output, or _AGAIN, _WHOLE or _NOWHERE
     cut: Tensor  # where an output is cut
     neuron: Tensor  # the best neuron to split, or _WHOLE
@@ -184,9 +183,7 @@ class _Search:
         """Whether a score refutes the claim."""
         return score > self.gamma if self.side == "upper" else score <= self.gamma
 
-    def solve(
-        self, sample: Tensor, domains: Domains, depth: Tensor, start: Tensor | None, steps: int
-    ) -> tuple[_Leaves, Tensor]:
+    def solve(self, sample: Tensor, domains: Domains, start: Tensor | None, steps: int) -> tuple[_Leaves, Tensor]:
         """Bound domains, look at the minimisers of their proofs, and choose where to split them.
 
         Returns:
@@ -212,7 +209,6 @@ class _Search:
             *domains.outputs,
             values,
             bound,
-            depth,
             branch,
             cut,
             neuron,
@@ -283,7 +279,7 @@ class _Search:
 
     def polished(self, leaves: _Leaves, steps: int) -> _Leaves:
         """Leaves optimised for longer; where that does not help, a neuron is split, and without one they are given up."""
-        found, _ = self.solve(leaves.sample, self.domains(leaves), leaves.depth, leaves.values, steps)
+        found, _ = self.solve(leaves.sample, self.domains(leaves), leaves.values, steps)
         found = replace(found, bound=torch.minimum(found.bound, leaves.bound))
         stuck = leaves.bound - found.bound <= _STRICTNESS * (1 + leaves.bound.abs())
         branch = torch.where(stuck & (found.neuron >= 0), found.neuron, found.branch)  # a cut did not help before
@@ -294,13 +290,13 @@ class _Search:
         """Both halves of every leaf, bounded; those that stay undecided are tightened and bounded again."""
         children = _halved(parents)
         steps = self.steps // 2 if self.places else self.steps
-        leaves, weight = self.solve(children.sample, self.domains(children), children.depth, children.values, steps)
+        leaves, weight = self.solve(children.sample, self.domains(children), children.values, steps)
         leaves = replace(leaves, bound=torch.minimum(leaves.bound, children.bound))
         open_ = leaves.bound >= self.goal
         if self.places and bool(open_.any()):
             some = leaves.at(open_)
             domains, empty = self.tighten(self.domains(some), some.values, weight[open_], _TIGHTENED)
-            found, _ = self.solve(some.sample, domains, some.depth, some.values, self.steps)
+            found, _ = self.solve(some.sample, domains, some.values, self.steps)
             found = replace(found, bound=torch.minimum(found.bound, some.bound))
             leaves = leaves.at(~open_).joined(found.at(~empty))
             parent = torch.cat([children.bound[~open_], children.bound[open_][~empty]])
@@ -366,7 +362,7 @@ def _halved(parents: _Leaves) -> _Leaves:
     for mask, ends in ((~neuron & above, children.outputs_lower), (~neuron & ~above, children.outputs_upper)):
         row = mask.nonzero().squeeze(1)
         ends[row, children.branch[row] - total] = children.cut[row]
-    return replace(children, depth=children.depth + 1)
+    return children
 
 
 def _worst_first(leaves: _Leaves, wanted: Tensor, quota: Tensor) -> Tensor:
@@ -471,8 +467,7 @@ def _below_root(
     if bool(empty.any()):
         raise RunError(f"{int(empty.sum())} whole balls were proved empty: their bounds cannot be trusted")
     count = len(search.refuted)
-    depth = torch.zeros_like(sample)
-    leaves, weight = search.solve(sample, domains, depth, None, _ROOT_STEPS)
+    leaves, weight = search.solve(sample, domains, None, _ROOT_STEPS)
     bound = torch.minimum(bound, leaves.bound)
     used, late = torch.ones_like(search.refuted, dtype=torch.long), torch.zeros_like(search.refuted)
     open_ = ((bound >= search.goal) & ~search.refuted[sample]).nonzero().squeeze(1)
@@ -480,7 +475,7 @@ def _below_root(
         return worst(bound, sample, count), used, late
     leaves, domains = leaves.at(open_), domains.at(open_)
     domains, empty = search.tighten(domains, leaves.values, weight[open_], _ROOT_TIGHTENED)
-    leaves, _ = search.solve(sample[open_], domains, depth[open_], leaves.values, search.steps)
+    leaves, _ = search.solve(sample[open_], domains, leaves.values, search.steps)
     leaves = replace(leaves, bound=torch.where(empty, search.level, torch.minimum(leaves.bound, bound[open_])))
     found, used, late = search.run(leaves, deadline)
     bound[open_] = torch.minimum(bound[open_], found[sample[open_]])

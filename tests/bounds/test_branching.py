@@ -175,7 +175,6 @@ def test_two_halves_are_the_whole():
         narrow,
         wide,
         ones,
-        branch * 0,
         branch,
         cut,
         branch,
