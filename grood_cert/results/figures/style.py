@@ -62,7 +62,7 @@ _SMALL: Any = {
 }
 # Okabe and Ito, "Color Universal Design", 2008; ordered so that neighbours also differ in lightness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 _HATCHES = ("////", "\\\\\\\\", "....", "xxxx", "----", "||||", "++++")
 _LEVEL = f"{LEVEL * 100:g} %"
 
