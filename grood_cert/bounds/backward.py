@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.linear_rows import FullRows, RowBatch, Transposes, UnitRows, through_pool, unit_blocks
+from grood_cert.bounds.linear_rows import FullRows, RowBatch, UnitRows, through_pool, unit_blocks
 from grood_cert.bounds.single_rows import constants_error
 from grood_cert.bounds.windows import Window, WindowRows, windows
 from grood_cert.interval import Interval
@@ -40,18 +40,17 @@ class Pullback:
     Args:
         graph: The network.
         ball: Batch of balls, float64.
-        transposes: Matrices kept from earlier calls for the same graph, and for rows of the same kind.
         single: Whether rows are float32; then lines are moved outward for their constants (`single_rows`), the rest of
             what rounding can do is told as charges.
     """
 
-    def __init__(self, graph: Graph, ball: Ball, transposes: Transposes | None = None, single: bool = False) -> None:
+    def __init__(self, graph: Graph, ball: Ball, single: bool = False) -> None:
         self._graph = graph
-        self._layers = graph.single.nodes if single else graph.nodes
+        layers = graph.single if single else graph
+        self._layers, self._transposes = layers.nodes, layers.transposes
         self._ball = ball
         self._single = single
         self._dtype = torch.float32 if single else ball.center.dtype
-        self._transposes = transposes or Transposes()
         self._inputs: dict[int, Interval] = {}
         self._lines: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
         self._charges: dict[int, Tensor] = {}
@@ -77,7 +76,7 @@ class Pullback:
     def part(self, samples: Tensor | slice) -> Pullback:
         """The same for some samples of the batch."""
         ball = Ball(self._ball.center[samples], self._ball.eps[samples], self._ball.norm)
-        part = Pullback(self._graph, ball, self._transposes, self._single)
+        part = Pullback(self._graph, ball, self._single)
         part._inputs = {number: (lower[samples], upper[samples]) for number, (lower, upper) in self._inputs.items()}
         for number, (slope_low, constant_low, slope_high, constant_high) in self._lines.items():
             low = None if constant_low is None else constant_low[samples]

@@ -28,7 +28,6 @@ from grood_cert.ball import Ball
 from grood_cert.bounds.engine import Method, Source, way_of
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Hidden
-from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.bounds.single_rows import sums_in_float32
 from grood_cert.errors import InputError
 from grood_cert.interval import Interval
@@ -92,7 +91,6 @@ class NativeNetwork:
         self.device = self.graph.device
         self.folded = folded(self.graph)
         self.memory = memory or (DEFAULT_MEMORY if self.device.type == "cpu" else _DEVICE_MEMORY)
-        self.transposes = {kind: Transposes() for kind in (False, True)}  # for rows in float64, in float32
         self._single = single
 
     @property
@@ -131,11 +129,8 @@ class NativeRelaxation:
         source, single = way_of(method or bounded.method).hidden, bounded.single
         kind = source, single
         if kind not in self._hidden:
-            transposes = bounded.transposes[single]
             with torch.no_grad():
-                self._hidden[kind] = Hidden(
-                    bounded.folded, self._ball, source, None, bounded.memory, transposes, single
-                )
+                self._hidden[kind] = Hidden(bounded.folded, self._ball, source, None, bounded.memory, single)
         return self._hidden[kind]
 
     def rows(self, coefficients: Tensor, method: Method | None = None) -> Interval:

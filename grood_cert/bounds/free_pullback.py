@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,7 @@ class FreePullback:
                 if operation.bias is not None:
                     bias = operation.bias.expand(current.shape).reshape(-1)
                     constants = constants + row.flatten(2) @ bias
-                row = over_rows(operation.transpose, row, dimensions)
+                row = over_rows(functools.partial(graph.transposes, number, operation), row, dimensions)
             elif not isinstance(operation, Addition):
                 passage.coefficients[number] = row
                 if isinstance(operation, MaxPool):

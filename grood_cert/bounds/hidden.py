@@ -28,7 +28,6 @@ from grood_cert.bounds.backward import Pullback
 from grood_cert.bounds.engine import BoundedNetwork, Source
 from grood_cert.bounds.folding import folded
 from grood_cert.bounds.intervals import through
-from grood_cert.bounds.linear_rows import Transposes
 from grood_cert.bounds.rounding import Rounding
 from grood_cert.bounds.simplex import SoftmaxWeights, difference_rows, gaps, weights_of_gaps
 from grood_cert.bounds.single_rows import RowErrors, start
@@ -128,7 +127,6 @@ class Hidden:
         source: "ibp" for intervals alone, "crown" for linear bounds on top.
         given: Bounds of the inputs of the nonlinear layers from elsewhere, intersected with ours.
         memory: Bytes that blocks of rows may take.
-        transposes: Matrices kept from earlier calls for the same graph, and for rows of the same kind.
         single: Whether rows are pulled back in float32 (`single_rows`).
 
     Attributes:
@@ -146,7 +144,6 @@ class Hidden:
         source: Source,
         given: Sequence[Interval] | None = None,
         memory: int = DEFAULT_MEMORY,
-        transposes: Transposes | None = None,
         single: bool = False,
     ) -> None:
         self.graph = graph
@@ -155,7 +152,7 @@ class Hidden:
         self.inputs: dict[int, Interval] = {}
         self.intervals: list[Interval] = [(ball.lower, ball.upper)]
         self.rounding = Rounding(graph, ball)
-        self.relaxed = Pullback(graph, ball, transposes, single)
+        self.relaxed = Pullback(graph, ball, single)
         self._row_errors = RowErrors(graph, self.rounding.magnitudes[0]) if single else None
         self.proved = torch.ones(len(ball.center), dtype=torch.bool, device=ball.center.device)
         self._exact = ball.norm == "linf"

@@ -7,7 +7,6 @@ row can see. `UnitRows` are one row for each unit of interest, for each sample, 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +16,8 @@ import torch
 from torch import Tensor
 
 from grood_cert.ball import Ball
-from grood_cert.networks.operations import AveragePool, Convolution, LinearMap, MaxPool
-
-_DENSE_RATIO = 4
-_DENSE_FREE = 2**14
-_DENSE_LARGEST = 2**22
-_DENSE_ROWS = 8  # a matrix is made of as many rows as the layer has outputs
+from grood_cert.networks.operations import LinearMap, MaxPool
+from grood_cert.networks.transposes import Transposes
 
 
 def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor, dimensions: int) -> Tensor:
@@ -103,35 +98,6 @@ def unit_blocks(needed: Tensor, bytes_a_row: int, memory: int) -> Iterator[tuple
     for index in order.split(size, dim=1):
         units, positions = torch.unique(index, return_inverse=True)
         yield index, UnitRows(units, positions)
-
-
-class Transposes:
-    """W^T y of convolutions and average pools, as a product with a dense matrix where that is the quicker way.
-
-    A matrix product runs about ten times as many multiplications a second as a transposed convolution, which has a
-    cost for each row besides. Matrices are kept for the next call.
-    """
-
-    def __init__(self) -> None:
-        self._matrices: dict[tuple[int, ...], Tensor] = {}
-
-    def __call__(self, number: int, operation: Convolution | AveragePool, rows: Tensor) -> Tensor:
-        """The product for node `number`, whose operation may be cut to a window; rows of shape (N, *output_shape)."""
-        shape = tuple(rows.shape[1:])
-        outputs = math.prod(shape)
-        if isinstance(operation, Convolution):
-            channels, reads = operation.weight.shape[1] * operation.groups, operation.weight[0].numel()
-        else:
-            channels, reads = shape[0], math.prod(operation.kernel)
-        inputs = channels * math.prod(operation.input_size)
-        dear = outputs * inputs > min(_DENSE_RATIO * outputs * reads + _DENSE_FREE, _DENSE_LARGEST)
-        if dear or _DENSE_ROWS * len(rows) < outputs:
-            return operation.transpose(rows)
-        key = (number, *shape, *operation.input_size, *operation.padding)
-        if key not in self._matrices:
-            units = torch.eye(outputs, dtype=rows.dtype, device=rows.device)
-            self._matrices[key] = operation.transpose(units.reshape(outputs, *shape)).reshape(outputs, inputs)
-        return (rows.reshape(-1, outputs) @ self._matrices[key]).reshape(-1, channels, *operation.input_size)
 
 
 class RowBatch(ABC):
@@ -218,14 +184,8 @@ class FullRows(RowBatch):
 
     def through(self, number: int, operation: LinearMap, shape: tuple[int, ...], transposes: Transposes) -> FullRows:
         """Shared rows stay shared."""
-
-        def transpose(rows: Tensor) -> Tensor:
-            if isinstance(operation, Convolution | AveragePool):
-                return transposes(number, operation, rows)
-            return operation.transpose(rows)
-
         lead = self.values.shape[:-1]
-        values = transpose(self.values.reshape(-1, *self.shape)).reshape(*lead, -1)
+        values = transposes(number, operation, self.values.reshape(-1, *self.shape)).reshape(*lead, -1)
         return replace(self, values=values, shape=shape)
 
     def support(self, ball: Ball) -> Tensor:

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.ball import Ball, support
-from grood_cert.bounds.linear_rows import RowBatch, Transposes
+from grood_cert.bounds.linear_rows import RowBatch
 from grood_cert.networks.activations import Activation
 from grood_cert.networks.graph import Graph
 from grood_cert.networks.operations import Addition, AveragePool, Convolution, LinearMap, Pad, Scale
+from grood_cert.networks.transposes import Transposes
 
 Pair = tuple[int, int]
 

@@ -35,6 +35,7 @@ from grood_cert.networks.operations import (
     Separable,
     Transposed,
 )
+from grood_cert.networks.transposes import Transposes
 
 Operation = LinearMap | Activation | MaxPool | Addition
 Deployment = Literal["float64", "float32"]
@@ -122,6 +123,11 @@ class Graph:
             return tensor.float() if tensor.is_floating_point() else tensor
 
         return replace(self, nodes=tuple(replace(node, operation=mapped(node.operation, cast)) for node in self.nodes))
+
+    @functools.cached_property
+    def transposes(self) -> Transposes:
+        """Products with the transposes of its linear maps."""
+        return Transposes()
 
     @property
     def nonlinear(self) -> tuple[int, ...]:
