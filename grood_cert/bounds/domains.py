@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from grood_cert.ball import Ball
-from grood_cert.bounds.free_pullback import SLOPE_RATE, FreePullback, Passage, descend
+from grood_cert.bounds.free_pullback import FreePullback, Passage, descend_by_signs
 from grood_cert.bounds.hidden import DEFAULT_MEMORY, Preactivations
 from grood_cert.bounds.reduction import Head, Reduction
 from grood_cert.errors import InputError
@@ -119,7 +119,7 @@ def tightened(
     Args:
         domains: The domains.
         places: Which nonlinear layers, counted in execution order; their number stands for the outputs.
-        steps: Adam steps.
+        steps: Steps of the parameters of every row.
         start: First parameters of every row, shape (B, N); CROWN's if absent.
         condition: c, shape (B, K), and d, shape (B,), with c . f + d >= 0 wherever it matters: the result holds there.
         memory: Bytes that blocks of rows may take.
@@ -203,7 +203,7 @@ def _row_bounds(
     if steps:
         pushed = None if condition is None else (condition[0].float(), condition[1].float())
         search = functools.partial(bound, pullback.single(), rows.float(), unit.float(), pushed)
-        parameters = descend(search, parameters, smallest, largest, SLOPE_RATE, steps)
+        parameters = descend_by_signs(search, parameters, smallest, largest, steps)
     with torch.no_grad():
         value = bound(pullback, rows, unit, condition, parameters, Passage())
     return -value[:, units:], value[:, :units]
