@@ -53,7 +53,7 @@ from grood_cert.scores import ENERGY, Score
 
 _ROOT_STEPS = 20  # of Adam, for the undivided ball
 _LOGIT_STEPS = 5
-_TIGHTENING_STEPS = 3  # for the ends of hidden neurons
+_TIGHTENING_STEPS = 4  # for the ends of hidden neurons
 _ROOT_TIGHTENED = 64  # neurons of each hidden layer that are bounded anew at the root
 _TIGHTENED = 8  # and on every domain
 _WIDEST = 256  # unstable neurons: of a layer with more, a few make no difference

@@ -27,7 +27,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,33 +164,37 @@ def tightened(
 def _row_bounds(
     domains: Domains, node: int, rows: Tensor, steps: int, start: Tensor | None, condition: Condition | None
 ) -> Interval:
-    """Bounds of rows of a node and their negatives, shape (B, U); each has lines and a multiplier lambda of its own."""
-    graph, output, units = domains.graph, len(domains.graph.nodes) - 1, rows.shape[1] // 2
-    pullback = FreePullback(graph, domains.ball, domains.inputs, domains.signs)
-    lines = pullback.start.shape[1]
-    unit = torch.zeros_like(rows.flatten(2)[..., 0])
+    """Bounds of rows of a node and their negatives, shape (B, U); each has lines and a multiplier lambda of its own.
+
+    Lines are those below the node. Above it the condition takes the first ones, once for all rows.
+    """
+    graph, units = domains.graph, rows.shape[1] // 2
+    before = [number for number in graph.nonlinear if number <= node]
+    lines = sum(graph.nodes[number].size for number in before if isinstance(graph.nodes[number].operation, LeakyReLU))
+    pullback = FreePullback(graph, domains.ball, domains.inputs[: len(before)], domains.signs[:, :lines])
+    search = pullback.single()
+    pushed: dict[int, Tensor] = {}
+    unit = offset = torch.zeros_like(rows.flatten(2)[..., 0])
     if condition is not None:
-        coefficients, constant = condition
+        pushed, offset, depth = _pushed(domains, node, start, condition)
         with torch.no_grad():
-            depth = ((coefficients * graph(domains.ball.center)).sum(1) + constant).abs().clamp(min=1e-3)
-            reach = pullback.upper({node: rows}, pullback.start.unsqueeze(1))
+            reach = search.upper({node: rows.float()}, search.start.unsqueeze(1)).double()
         unit = (reach[:, :units] + reach[:, units:]).clamp(min=0).repeat(1, 2) / depth.unsqueeze(1)
 
     def bound(
         pullback: FreePullback,
         rows: Tensor,
         unit: Tensor,
-        condition: Condition | None,
+        offset: Tensor,
+        pushed: Mapping[int, Tensor],
         parameters: Tensor,
         passage: Passage | None = None,
     ) -> Tensor:
-        sources, extra = {node: rows}, torch.zeros_like(unit)
-        if condition is not None:
-            coefficients, constant = condition
-            price = parameters[..., lines] * unit
-            pushed = price.unsqueeze(-1) * coefficients.unsqueeze(1)
-            sources[output] = sources[output] + pushed if node == output else pushed
-            extra = price * constant.unsqueeze(1)
+        sources, price = {node: rows}, parameters[..., lines] * unit
+        for number, row in pushed.items():
+            term = price.reshape(*price.shape, *[1] * (row.dim() - 2)) * row
+            sources[number] = sources[number] + term if number in sources else term
+        extra = price * offset
         value = pullback.upper(sources, parameters[..., :lines], passage) + extra
         return value if passage is None else value + passage.margin + ROUNDING * extra.abs()
 
@@ -198,15 +202,32 @@ def _row_bounds(
         return functional.pad(part, (0, 1), value=price).unsqueeze(1).expand(-1, rows.shape[1], -1)
 
     smallest, largest = extended(pullback.smallest, 0.0), extended(pullback.largest, torch.inf)
-    first = extended(pullback.start if start is None else start, _FIRST_PRICE)
+    first = extended(pullback.start if start is None else start[:, :lines], _FIRST_PRICE)
     parameters = torch.maximum(torch.minimum(first, largest), smallest)
     if steps:
-        pushed = None if condition is None else (condition[0].float(), condition[1].float())
-        search = functools.partial(bound, pullback.single(), rows.float(), unit.float(), pushed)
-        parameters = descend_by_signs(search, parameters, smallest, largest, steps)
+        single = {number: row.float() for number, row in pushed.items()}
+        function = functools.partial(bound, search, rows.float(), unit.float(), offset.float(), single)
+        parameters = descend_by_signs(function, parameters, smallest, largest, steps)
     with torch.no_grad():
-        value = bound(pullback, rows, unit, condition, parameters, Passage())
+        value = bound(pullback, rows, unit, offset, pushed, parameters, Passage())
     return -value[:, units:], value[:, :units]
+
+
+def _pushed(
+    domains: Domains, node: int, start: Tensor | None, condition: Condition
+) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """A condition as rows on nodes up to a given one and an offset, moved outward; and how deep in it the centre lies."""
+    coefficients, constant = condition
+    pullback, passage = FreePullback(domains.graph, domains.ball, domains.inputs, domains.signs), Passage()
+    values = (
+        pullback.start if start is None else torch.maximum(torch.minimum(start, pullback.largest), pullback.smallest)
+    )
+    with torch.no_grad():
+        depth = ((coefficients * domains.graph(domains.ball.center)).sum(1) + constant).abs().clamp(min=1e-3)
+        outputs = {len(domains.graph.nodes) - 1: coefficients.unsqueeze(1)}
+        rows, offset = pullback.down_to(node, outputs, values.unsqueeze(1), passage)
+        offset = offset + passage.margin + constant.unsqueeze(1)
+        return rows, offset + ROUNDING * offset.abs(), depth
 
 
 def emptied(domains: Domains) -> tuple[Domains, Tensor]:

@@ -157,12 +157,31 @@ class FreePullback:
 
     def backwards(self, rows: Mapping[int, Tensor], values: Tensor, passage: Passage) -> Tensor:
         """The same, without derivatives."""
-        graph = self.graph
-        pending = dict(rows)
-        constants: Tensor | float = 0.0
+        pending, constants = self.down_to(0, rows, values, passage)
+        passage.image = pending[0].flatten(2)
+        center = self.ball.center.flatten(1).unsqueeze(-1)
+        return (passage.image @ center).squeeze(-1) + self.ball.support(passage.image) + constants
+
+    def down_to(
+        self, last: int, rows: Mapping[int, Tensor], values: Tensor, passage: Passage
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Rows on nodes up to a given one, and a constant: their sum with it lies above the sum of the given rows.
+
+        Args:
+            last: Number of the last node that is not crossed.
+            rows: a for each node, shape (B, R, *layer).
+            values: Admissible parameters, shape (B, R, N) or (B, 1, N).
+            passage: Filled with what the rows met.
+
+        Returns:
+            A row for each node that was met, and constants of shape (B, R).
+        """
+        graph, pending = self.graph, dict(rows)
+        first = next(iter(rows.values()))
+        constants = torch.zeros(first.shape[:2]).to(first)
         for number, row in rows.items():
             self._note(passage, number, row)
-        for number in range(max(pending), 0, -1):
+        for number in range(max(pending), last, -1):
             if number not in pending:
                 continue
             row = pending.pop(number)
@@ -183,9 +202,7 @@ class FreePullback:
                 constants = constants + term
             for target in current.inputs:
                 pending[target] = pending[target] + row if target in pending else row
-        passage.image = pending[0].flatten(2)
-        center = self.ball.center.flatten(1).unsqueeze(-1)
-        return (passage.image @ center).squeeze(-1) + self.ball.support(passage.image) + constants
+        return pending, constants
 
     def _through_activation(self, number: int, row: Tensor, values: Tensor, passage: Passage) -> tuple[Tensor, Tensor]:
         slope_low, constant_low, slope_high, constant_high = self.lines[number]
