@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
-from grood_cert.bounds.domains import Domains, emptied, tightened
+from grood_cert.bounds.domains import Domains, emptied, neurons, tightened
 from grood_cert.bounds.free_pullback import FreePullback
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction
 from grood_cert.networks.capture import capture
 from grood_cert.scores import ENERGY, energy
-from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mlp, points_in, residual
+from tests.bounds.test_alpha_crown import SHAPE, balls, leaky, make, mixed, mlp, points_in, residual
 
 HEAD = Head("all", 1.0, torch.zeros(3, dtype=torch.long))
 
@@ -58,26 +58,27 @@ def test_any_admissible_multiplier_bounds_the_domain(build):
 
 
 @pytest.mark.parametrize("side", ["upper", "lower"])
-def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(side):
-    network = make(mlp, seed=1)
+@pytest.mark.parametrize("build", [mlp, residual, mixed])
+def test_tightened_intervals_hold_where_the_score_is_beyond_the_level(build, side):
+    """In `residual` the condition reaches the image past a layer as well as through it."""
+    network = make(build, seed=1)
     graph, ball = capture(network, SHAPE), balls("linf", 3)
-    sign = 1 if side == "upper" else -1
+    sign, count, last = 1 if side == "upper" else -1, neurons(graph), len(graph.nonlinear)
     hidden = preactivations(graph, ball)
-    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, count, dtype=torch.float64), hidden.logits, HEAD)
     points = points_in(ball, 3000).unflatten(0, (-1, 3))
     score = sign * torch.stack([energy(network(part)) for part in points])
     level = float(score.flatten().quantile(0.9))
     proof = ScoreProof(domains, reduction(ENERGY, side))
     _, values, _ = optimise(proof, 10)
-    places = [0, 1, 2]
-    found, empty = emptied(tightened(domains, places, 4, values[:, :20], proof.condition(values, level)))
+    found, empty = emptied(tightened(domains, range(last + 1), 4, values[:, :count], proof.condition(values, level)))
     assert not bool((empty & (score >= level).any(0)).any())
     narrower = 0
-    for place in range(3):
-        node = len(graph.nodes) - 1 if place == 2 else graph.nodes[graph.nonlinear[place]].inputs[0]
+    for place in range(last + 1):
+        node = len(graph.nodes) - 1 if place == last else graph.nodes[graph.nonlinear[place]].inputs[0]
         at = torch.stack([graph.values(part)[node] for part in points])
-        lower, upper = found.outputs if place == 2 else found.inputs[place]
-        beyond = (score >= level).unsqueeze(-1)
+        lower, upper = found.outputs if place == last else found.inputs[place]
+        beyond = (score >= level).reshape(*score.shape, *[1] * (at.dim() - 2))
         assert bool(((at >= lower) & (at <= upper) | ~beyond).all())
         narrower += int((((at < lower) | (at > upper)) & ~beyond).any(0).sum())
     assert narrower > 3  # the level does cut something off

@@ -273,8 +273,8 @@ MUTANTS = (
                 "self.largest[:, part].masked_fill_(open_, 2.0)",
             ),
             "a multiplier pushes against the sign": (
-                "push = values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
-                "push = -values[..., self.places[number]] * self.signs[:, self.places[number]].unsqueeze(1)",
+                "push = self._own(number, values) * self._signed[number]",
+                "push = self._own(number, values) * -self._signed[number]",
             ),
             "what float32 rounds out of the box stays there": (
                 "return torch.maximum(torch.minimum(where.to(start), largest), smallest)",
@@ -285,12 +285,30 @@ MUTANTS = (
                 "better = ~(found.detach() >= best)",
             ),
             "a slope above a neuron follows the line below": (
-                "torch.where(row > 0, torch.addcmul(",
-                "torch.where(row < 0, torch.addcmul(",
+                "torch.lerp(below, above, row.sign().clamp_(min=0))",
+                "torch.lerp(above, below, row.sign().clamp_(min=0))",
             ),
             "a multiplier's derivative forgets its sign": (
-                "torch.where(open_, row.clamp(max=0), signs)",
-                "torch.where(open_, row.clamp(max=0), signs.abs())",
+                "choice = choice + self._signed[number]",
+                "choice = choice + self._signed[number].abs()",
+            ),
+        },
+    ),
+    *planted(
+        "networks/transposes.py",
+        ("networks/test_transposes.py",),
+        {
+            "matrices of weights in training are kept": (
+                "if operation.weight.requires_grad:",
+                "if False:",
+            ),
+            "windows of one layer share a matrix": (
+                "key = (number, *shape, *operation.input_size, *operation.padding)",
+                "key = (number, *shape)",
+            ),
+            "layers of one shape share a matrix": (
+                "key = (number, *shape, *operation.input_size, *operation.padding)",
+                "key = (*shape, *operation.input_size, *operation.padding)",
             ),
         },
     ),
@@ -299,10 +317,10 @@ MUTANTS = (
         ("bounds/test_domains.py",),
         {
             "tightened intervals are those of the search": (
-                "value = bound(pullback, rows, unit, condition, parameters, Passage())",
+                "value = bound(pullback, rows, unit, offset, pushed, parameters, Passage())",
                 (
-                    "value = bound(pullback.single(), rows.float(), unit.float(), condition and (condition[0].float(), "
-                    "condition[1].float()), parameters.float(), Passage()).double()"
+                    "value = bound(search, rows.float(), unit.float(), offset.float(), {number: row.float() for number, "
+                    "row in pushed.items()}, parameters.float(), Passage()).double()"
                 ),
             ),
             "a tightened interval replaces a tighter one": (
@@ -314,8 +332,16 @@ MUTANTS = (
                 "order = weight.argsort(dim=1, descending=not foremost, stable=True)[:, :count]",
             ),
             "the condition's constant is free of charge": (
-                "extra = price * constant.unsqueeze(1)",
-                "extra = 0 * price * constant.unsqueeze(1)",
+                "extra = price * offset",
+                "extra = 0 * price * offset",
+            ),
+            "the condition is pushed down through no constants": (
+                "offset = offset + passage.margin + constant.unsqueeze(1)",
+                "offset = 0 * offset + passage.margin + constant.unsqueeze(1)",
+            ),
+            "rows of a layer do not know the pool that they start at": (
+                "before = [number for number in graph.nonlinear if number <= node]",
+                "before = [number for number in graph.nonlinear if number < node]",
             ),
             "one crossed interval does not empty a domain": (
                 "empty = empty | crossed(lower, upper).flatten(1).any(1)",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from grood_cert.networks.graph import Graph, Node
 from grood_cert.networks.operations import (
     AveragePool,
     Convolution,
@@ -134,6 +135,9 @@ def test_linear_maps_are_torch_s_and_know_their_transpose_and_absolute_value(nam
     matrix = matrix_of(lambda x: operation.linear(x.reshape(-1, *shape)).flatten(1), size)
     transposed = matrix_of(lambda y: operation.transpose(y.reshape(-1, *output)).flatten(1), math.prod(output))
     torch.testing.assert_close(transposed, matrix.T, rtol=1e-12, atol=1e-12)
+    single = Graph((Node(None, (), shape, "image"), Node(operation, (0,), output, name))).single.nodes[1].operation
+    units = torch.eye(math.prod(output)).reshape(-1, *output)
+    torch.testing.assert_close(single.transpose(units).flatten(1), matrix.float(), rtol=1e-5, atol=1e-5)
     other = random(3, *output, seed=2)
     torch.testing.assert_close(
         (other * operation.linear(values)).sum(), (operation.transpose(other) * values).sum(), rtol=1e-10, atol=1e-10
