@@ -339,10 +339,6 @@ MUTANTS = (
                 "offset = offset + passage.margin + constant.unsqueeze(1)",
                 "offset = 0 * offset + passage.margin + constant.unsqueeze(1)",
             ),
-            "rows of a layer do not know the pool that they start at": (
-                "before = [number for number in graph.nonlinear if number <= node]",
-                "before = [number for number in graph.nonlinear if number < node]",
-            ),
             "one crossed interval does not empty a domain": (
                 "empty = empty | crossed(lower, upper).flatten(1).any(1)",
                 "empty = empty | crossed(lower, upper).flatten(1).all(1)",
