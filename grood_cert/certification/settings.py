@@ -40,7 +40,7 @@ class Effort:
 
 
 _DEFAULT = Effort(
-    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 32, 4, attacks.AttackEffort.preset("default")
+    ("ibp", "crown", "alpha-crown", "branch-and-bound"), True, 20, 64, 4, attacks.AttackEffort.preset("default")
 )
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
@@ -53,7 +53,7 @@ EFFORTS: dict[str, Effort] = {
         both_extremes=False,
     ),
     "default": _DEFAULT,
-    "max": Effort(STAGES, True, 50, 256, 6, attacks.AttackEffort.preset("max")),
+    "max": Effort(STAGES, True, 50, 512, 6, attacks.AttackEffort.preset("max")),
 }
 
 
