@@ -347,7 +347,7 @@ def descend_by_signs(
 
     Example:
         >>> zero = torch.zeros(1, 1)
-        >>> descend_by_signs(lambda v: (v - 3).square().sum(-1), zero, zero, zero + 1, 3)
+        >>> descend_by_signs(lambda v: (v - 3).square().sum(-1), zero, zero, zero + 1, 9)
         tensor([[1.]])
     """
 

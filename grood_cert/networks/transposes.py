@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from grood_cert.networks.operations import AveragePool, Convolution, LinearMap
 
@@ -39,16 +40,26 @@ class Transposes:
         outputs = math.prod(shape)
         if isinstance(operation, Convolution):
             if operation.weight.requires_grad:
-                return operation.transpose(rows)
+                return _direct(operation, rows)
             channels, reads = operation.weight.shape[1] * operation.groups, operation.weight[0].numel()
         else:
             channels, reads = shape[0], math.prod(operation.kernel)
         inputs = channels * math.prod(operation.input_size)
         dear = outputs * inputs > min(_RATIO * outputs * reads + _FREE, _LARGEST)
         if dear or _ROWS * len(rows) < outputs:
-            return operation.transpose(rows)
+            return _direct(operation, rows)
         key = (number, *shape, *operation.input_size, *operation.padding)
         if key not in self._matrices:
             units = torch.eye(outputs, dtype=rows.dtype, device=rows.device)
-            self._matrices[key] = operation.transpose(units.reshape(outputs, *shape)).reshape(outputs, inputs)
+            self._matrices[key] = _direct(operation, units.reshape(outputs, *shape)).reshape(outputs, inputs)
         return (rows.reshape(-1, outputs) @ self._matrices[key]).reshape(-1, channels, *operation.input_size)
+
+
+def _direct(operation: Convolution | AveragePool, rows: Tensor) -> Tensor:
+    """W^T y; in float64 by torch's derivative, which is up to four times as quick as its transposed convolution."""
+    if not isinstance(operation, Convolution) or rows.dtype != torch.float64:
+        return operation.transpose(rows)
+    shape = len(rows), operation.weight.shape[1] * operation.groups, *operation.input_size
+    kind = operation.stride, operation.padding, operation.dilation, operation.groups
+    found: Tensor = conv2d_input(shape, operation.weight, rows, *kind)
+    return found
