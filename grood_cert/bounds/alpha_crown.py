@@ -236,7 +236,7 @@ def optimised_bounds(
         side: "upper" or "lower".
         hidden: Bounds of the inputs of its nonlinear layers (see `preactivations`).
         steps: Adam steps; 0 gives the plain bounds.
-        hidden_steps: Adam steps for the ends of every unstable neuron of the hidden layers, which cost far more.
+        hidden_steps: Steps for the ends of every unstable neuron of the hidden layers, which cost far more.
         score: S.
 
     Returns:

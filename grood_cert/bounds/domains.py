@@ -14,7 +14,8 @@ the domain on which a linear condition c . f + d >= 0 holds,
 
     max { z_j : x in V }  <=  max z_j + lambda (c . f + d)        for all lambda >= 0,
 
-and a crossed interval proves V empty (INVPROP).
+and a crossed interval proves V empty (INVPROP). Above the layer of z_j the condition takes lines of its own, once for all
+rows: lambda (c . f + d) <= lambda (r . z + d') there, r . z + d' its bound by values of that layer.
 
 Bounds are moved outward by what rounding can do (`rounding`): lines by their charges, a multiplier's term beta s_j z_j by
 beta times how far z_j may be off. A sign is that of the neuron as it is evaluated.
