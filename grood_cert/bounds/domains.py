@@ -84,17 +84,15 @@ class Domains:
         )
 
 
-def neurons(graph: Graph) -> int:
-    """Number of leaky ReLUs in the network, N."""
-    return sum(
-        graph.nodes[number].size for number in graph.nonlinear if isinstance(graph.nodes[number].operation, LeakyReLU)
-    )
+def neurons(graph: Graph, before: int | None = None) -> int:
+    """Number of leaky ReLUs in the network, N, or in the nodes before a given one."""
+    nodes = graph.nodes[:before]
+    return sum(node.size for node in nodes if isinstance(node.operation, LeakyReLU))
 
 
 def _place_of(graph: Graph, layer: int) -> slice:
     """Where the neurons of a leaky ReLU are among all of them."""
-    before = [number for number in graph.nonlinear if number < layer]
-    start = sum(graph.nodes[number].size for number in before if isinstance(graph.nodes[number].operation, LeakyReLU))
+    start = neurons(graph, layer)
     return slice(start, start + graph.nodes[layer].size)
 
 
@@ -170,9 +168,8 @@ def _row_bounds(
     Lines are those below the node. Above it the condition takes the first ones, once for all rows.
     """
     graph, units = domains.graph, rows.shape[1] // 2
-    before = [number for number in graph.nonlinear if number <= node]
-    lines = sum(graph.nodes[number].size for number in before if isinstance(graph.nodes[number].operation, LeakyReLU))
-    pullback = FreePullback(graph, domains.ball, domains.inputs[: len(before)], domains.signs[:, :lines])
+    crossed, lines = sum(number <= node for number in graph.nonlinear), neurons(graph, node + 1)
+    pullback = FreePullback(graph, domains.ball, domains.inputs[:crossed], domains.signs[:, :lines])
     search = pullback.single()
     pushed: dict[int, Tensor] = {}
     unit = offset = torch.zeros_like(rows.flatten(2)[..., 0])
