@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grood_cert.ball import NORMS
+from grood_cert.ball import NORMS, Ball
 from grood_cert.bounds.domains import neurons
 from grood_cert.bounds.free_pullback import FreePullback, Passage, descend
 from grood_cert.bounds.hidden import preactivations
@@ -65,6 +65,22 @@ def test_the_search_pass_is_the_proof_pass_up_to_float32(norm):
     exact = pullback.upper(rows, values, Passage())
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_a_domain_gets_in_a_batch_what_it_gets_alone():
+    """The first one has no signs, the others have."""
+    whole, values, rows = a_pullback(mlp)
+    signs, inputs = whole.signs.clone(), list(whole.inputs.values())
+    signs[0] = 0
+    batch = FreePullback(whole.graph, whole.ball, inputs, signs)
+    values = torch.minimum(values, batch.largest.unsqueeze(1))
+    together = batch.upper(rows, values)
+    for i in range(COUNT):
+        part = slice(i, i + 1)
+        ball = Ball(whole.ball.center[part], whole.ball.eps[part], whole.ball.norm)
+        single = FreePullback(whole.graph, ball, [(lower[part], upper[part]) for lower, upper in inputs], signs[part])
+        alone = single.upper({node: row[part] for node, row in rows.items()}, values[part])
+        torch.testing.assert_close(together[part], alone, rtol=1e-10, atol=1e-10)
 
 
 def test_what_a_descent_finds_is_admissible_in_float64():

@@ -276,6 +276,10 @@ MUTANTS = (
                 "push = self._own(number, values) * self._signed[number]",
                 "push = self._own(number, values) * -self._signed[number]",
             ),
+            "signs count where the first domain has some": (
+                "if bool(signs[:, part].any()):",
+                "if bool(signs[:1, part].any()):",
+            ),
             "what float32 rounds out of the box stays there": (
                 "return torch.maximum(torch.minimum(where.to(start), largest), smallest)",
                 "return where.to(start)",
