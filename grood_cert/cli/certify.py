@@ -42,6 +42,7 @@ def certify(
     time_limit: Annotated[float, typer.Option(help="Seconds a sample may take; 0: no limit.")] = 0.0,
     seed: options.Seed = 0,
     shard: options.Shard = "",
+    jobs: options.Jobs = 1,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep the points that attacks found.")
     ] = False,
@@ -59,6 +60,7 @@ def certify(
     dry_run: options.DryRun = False,
 ) -> None:
     """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
+    options.share_out(jobs, shard, dry_run)
     from dataclasses import replace
     from typing import cast
 
@@ -101,6 +103,7 @@ def certify(
         settings = replace(settings, eps=certification.automatic_eps(loaded, sets, ball, seed))
     if dry_run:
         output.say(certification.plan(loaded, sets, settings, limit=limit, shard=part, memory=most))
+        output.say(options.plan_of_jobs(jobs))
         return
     with output.Bar() as bar:
         rows = certification.run(

@@ -27,6 +27,7 @@ def lipschitz(
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
     shard: options.Shard = "",
+    jobs: options.Jobs = 1,
     data_dir: options.DataDir = None,
     download: options.Download = False,
     device: options.Device = "auto",
@@ -34,6 +35,7 @@ def lipschitz(
     dry_run: options.DryRun = False,
 ) -> None:
     """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
+    options.share_out(jobs, shard, dry_run)
     from typing import cast
 
     from grood_cert import detector
@@ -65,6 +67,7 @@ def lipschitz(
     sets = [images.test, *images.ood]
     if dry_run:
         output.say(analyse.plan(loaded, sets, settings, limit=limit, shard=part))
+        output.say(options.plan_of_jobs(jobs))
         return
     with output.Bar() as bar:
         result = analyse.run(

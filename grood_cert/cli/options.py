@@ -42,6 +42,7 @@ Stages = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers and of --limit.")]
 Shard = Annotated[str, typer.Option(help="Do part i of n, as i/n; grood-cert merge puts the parts together.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes of this machine that share the run, batch by batch.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the torchvision data sets. [default: data]")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
@@ -199,6 +200,28 @@ def shard_of(text: str) -> shards.Shard:
     from grood_cert.runs import shards
 
     return shards.Shard.parse(text) if text else shards.shard_of_environment()
+
+
+def share_out(jobs: int, shard: str, dry_run: bool) -> None:
+    """Where --jobs asks for several processes, run the command in them and end this one; they come here too, and go on."""
+    import os
+
+    from grood_cert.errors import InputError
+    from grood_cert.system import jobs as processes
+
+    if jobs == 1 or processes.started():
+        return
+    if shard:
+        raise InputError(f"--jobs {jobs} and --shard {shard} each divide the run; use one of them")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"--jobs {jobs} and torchrun each divide the run; use one of them")
+    if not dry_run:
+        raise typer.Exit(processes.share_out(jobs))
+
+
+def plan_of_jobs(jobs: int) -> list[str]:
+    """What a --dry-run adds where several processes would share the run."""
+    return [f"  that is for one process; {jobs} would share it"] if jobs > 1 else []
 
 
 def byte_count(text: str) -> int:

@@ -36,6 +36,7 @@ def smooth(
     memory: Annotated[str, typer.Option(help="Memory that the layers of noisy images may take: 64M, 1G.")] = "256M",
     seed: options.Seed = 0,
     shard: options.Shard = "",
+    jobs: options.Jobs = 1,
     data_dir: options.DataDir = None,
     download: options.Download = False,
     device: options.Device = "auto",
@@ -43,6 +44,7 @@ def smooth(
     dry_run: options.DryRun = False,
 ) -> None:
     """Certify the smoothed detector in l_2. For networks of any size, each sample with probability 1 - alpha."""
+    options.share_out(jobs, shard, dry_run)
     from typing import cast
 
     from grood_cert import detector
@@ -71,6 +73,7 @@ def smooth(
     sets = [experiment.test, *experiment.ood]
     if dry_run:
         output.say(run_smoothing.plan(loaded, experiment.calibration, sets, settings, limit=limit, shard=part))
+        output.say(options.plan_of_jobs(jobs))
         return
     with output.Bar() as bar:
         rows = run_smoothing.run(

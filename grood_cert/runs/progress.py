@@ -16,6 +16,7 @@ from typing import Any
 
 from grood_cert.errors import InputError, said
 from grood_cert.system.files import as_json, first_line, is_locked
+from grood_cert.system.jobs import started
 from grood_cert.system.reporting import clock
 
 
@@ -100,13 +101,13 @@ def command_line(joint: bool) -> str | None:
     """The command that runs in this process, to be given again; None where it is a script or program of the user's.
 
     Args:
-        joint: Whether `torchrun` started it with others.
+        joint: Whether it is one of several: of the command itself (`--jobs`), or of `torchrun`.
     """
     program = Path(sys.argv[0]).name
     if program not in ("__main__.py", "grood-cert"):
         return None
     start = ["grood-cert"]
-    if joint:
+    if joint and not started():
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "grood_cert"]
     return shlex.join([*start, *sys.argv[1:]])
 

@@ -1,6 +1,7 @@
 """A run shared out: shard i of n does the batches b with b mod n = i and writes files of its own.
 
-The processes of one `torchrun` are shards that merge by themselves; others are put together by `merge`.
+The processes of one `torchrun`, or of one command with `--jobs`, are shards that merge by themselves; others are put
+together by `merge`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Shard:
     Attributes:
         index: From 0.
         count: Number of shards; 1: the whole run.
-        joint: Whether all shards run at the same time, as the processes of one `torchrun`, and merge by themselves.
+        joint: Whether all shards run at the same time, as the processes of one `torchrun` do, and merge by themselves.
 
     Example:
         >>> shard = Shard.parse("2/4")

@@ -150,6 +150,45 @@ def test_demo(tmp_path, small_recipe, quick_attacks, monkeypatch):
         assert record["radius_certified_per_logit_id"] <= record["radius_certified_id"] <= record["radius_attack_id"]
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["certify", "--stages", "ibp", "--engine", "native", "--effort", "fast", "--no-figure"], "rows.csv"),
+        (["smooth", "--n", "200"], "smoothing.csv"),
+    ],
+)
+def test_several_processes_write_what_one_writes(model, tmp_path, command, file):
+    name, *more = command
+    command = [sys.executable, "-m", "grood_cert", name, str(model), *more, "--limit", "3", "--batch-size", "2"]
+    command += ["--ood", "digits:8,9", "--eps", "0.05"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for jobs in ("1", "2"):
+        shared = [*command, "--jobs", jobs, "--out", str(tmp_path / jobs)]
+        done = subprocess.run(shared, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"wrote {tmp_path / jobs / file} and its manifest") == 1
+    one, two = ((tmp_path / jobs / file).read_bytes() for jobs in ("1", "2"))
+    assert one == two
+    manifest = json.loads((tmp_path / "2" / file).with_suffix(".json").read_text())
+    assert manifest["shards"] == 2 and manifest["command"].startswith(f"grood-cert {name} ")
+    assert "--jobs 2" in manifest["command"]
+    assert not list((tmp_path / "2").glob("*-of-*"))
+
+
+@pytest.mark.parametrize("command", ["certify", "smooth", "lipschitz"])
+def test_a_run_is_divided_in_one_way(refused, model, command):
+    assert "--jobs 2 and --shard 1/2 each divide the run" in refused(command, model, "--jobs", 2, "--shard", "1/2")
+
+
+def test_a_dry_run_says_whose_time_it_tells(call, model, tmp_path):
+    code, out, _ = call(
+        *("certify", model, "--limit", 2, "--effort", "fast", "--eps", "0.01", "--jobs", 3, "--dry-run"),
+        *("--out", tmp_path / "none"),
+    )
+    assert code == 0 and "that is for one process; 3 would share it" in out
+    assert not (tmp_path / "none").exists()
+
+
 # Wrong input
 
 
@@ -180,6 +219,8 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--effort", "heroic"], "unknown effort 'heroic'; use one of fast, default, max"),
         (["--engine", "steam"], "unknown engine 'steam'; use one of auto, native, auto_lirpa"),
         (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
+        (["--shard", "1/2", "--jobs", "2", "--dry-run"], "--jobs 2 and --shard 1/2 each divide the run"),
+        (["--jobs", "0"], "'--jobs'"),
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
         (["--memory", "0"], "memory '0': expected a size such as 64M or 1G"),
         (["--stages", ","], "--stages ',' names none; use some of ibp"),

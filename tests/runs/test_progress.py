@@ -70,6 +70,12 @@ def test_the_command_that_goes_on_is_one_that_can_be_given(monkeypatch, program,
     assert command_line(joint) == command
 
 
+def test_processes_that_a_command_started_are_continued_by_that_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/env/bin/grood-cert", "certify", "model.pt", "--jobs", "3"])
+    monkeypatch.setenv("GROOD_CERT_JOBS", "3")
+    assert command_line(joint=True) == "grood-cert certify model.pt --jobs 3"
+
+
 def test_a_run_at_work_is_known_by_its_lock(tmp_path):
     interrupted(tmp_path, 3)
     with locked(tmp_path / "rows.csv"):

@@ -1,0 +1,136 @@
+"""Commands in several processes: what is played here are small scripts without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grood_cert.system import jobs
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from grood_cert.cli import run_script
+from grood_cert.errors import InputError, RunError, SoundnessError
+from grood_cert.system import jobs
+
+jobs._GRACE = float(sys.argv[3])
+
+def failing(error):
+    print("words before an error", file=sys.stderr)
+    raise error
+
+
+def sleep():
+    time.sleep(600)
+
+
+def main(folder: str, count: int, grace: float):
+    if not jobs.started():
+        sys.exit(jobs.share_out(count))
+    rank = int(os.environ["RANK"])
+    (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+    WORK
+
+
+run_script(main)
+"""
+
+
+def start(folder: Path, count: int, work: str, grace: float = 60, **more) -> subprocess.Popen:
+    """A command that runs in so many processes; what each does is one line that knows its rank."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT.replace("WORK", work))
+    environment = {name: value for name, value in os.environ.items() if name not in (*NAMES, jobs._STARTED)}
+    command = [sys.executable, str(script), str(folder), str(count), str(grace)]
+    environment |= {"PYTHONPATH": os.getcwd(), **more}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(folder: Path, count: int, work: str, grace: float = 60, **more) -> tuple[int, str, str]:
+    process = start(folder, count, work, grace, **more)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def alive(folder: Path) -> list[str]:
+    """Those of its processes that still run."""
+    found = []
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+            found.append(file.name)
+    return found
+
+
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_each_process_has_its_number_and_a_share_of_the_cores_and_the_first_alone_prints(tmp_path, threads):
+    work = (
+        "import json; (Path(folder) / f'{rank}.json').write_text(json.dumps(dict(os.environ))); print('done by', rank)"
+    )
+    more = {"OMP_NUM_THREADS": threads} if threads else {}
+    assert ended(tmp_path, 3, work, **more) == (0, "done by 0\n", "")
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for rank, environment in enumerate(found):
+        assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
+        assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
+        assert environment["OMP_NUM_THREADS"] == (threads or str(max(1, (os.cpu_count() or 1) // 3)))
+    assert len({(environment["MASTER_ADDR"], environment["MASTER_PORT"]) for environment in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "told"),
+    [
+        ("failing(InputError('no such thing'))", 2, "words before an error\nscript.py: error: no such thing\n"),
+        ("failing(RunError('out of luck')) if rank == 0 else sleep()", 1, "words .*\nscript.py: error: out of luck\n"),
+        (
+            "failing(RunError('no memory')) if rank == 1 else sleep()",
+            1,
+            "process 2 of 3: script.py: error: no memory\n",
+        ),
+        (
+            "failing(RunError('no memory')) if rank else failing(RunError('another has stopped'))",
+            1,
+            "words .*\nscript.py: error: another has stopped\n(process [23] of 3: script.py: error: no memory\n)?",
+        ),
+        (
+            "failing(SoundnessError('a proof is wrong', {})) if rank == 2 else sleep()",
+            3,
+            "process 3 of 3: script.py: error: SOUNDNESS VIOLATION: a proof is wrong\n",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sleep()",
+            137,
+            "process 2 .*: it ended with exit code -9\n",
+        ),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else sleep()", 137, ""),
+    ],
+)
+def test_a_failure_ends_all_processes_and_is_told_once(tmp_path, work, code, told):
+    found, out, err = ended(tmp_path, 3, work, grace=0.2 if "sleep" in work else 60)
+    assert (found, out, alive(tmp_path)) == (code, "", [])
+    assert re.fullmatch(told, err), err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_who_interrupts_the_command_ends_all_its_processes(tmp_path, number, code, word):
+    process = start(tmp_path, 2, "sleep()")
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, alive(tmp_path)) == (code, "", [])
+    assert err == f"script.py: error: {word}; the same command goes on (train: with --resume)\n"
