@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from grood_cert.bounds.alpha_crown import ScoreProof, optimise
-from grood_cert.bounds.domains import Domains, emptied, neurons, tightened
+from grood_cert.bounds.domains import Domains, _pushed, emptied, neurons, tightened
 from grood_cert.bounds.free_pullback import FreePullback
 from grood_cert.bounds.hidden import preactivations
 from grood_cert.bounds.reduction import Head, reduction
@@ -167,3 +168,27 @@ def test_a_crossed_interval_is_empty_and_a_rounding_error_is_not():
     assert bool((found.outputs[0] <= found.outputs[1]).all())
     lower[2, 0] = torch.nan
     assert not bool(emptied(replace(domains, outputs=(lower, upper)))[1][2])
+
+
+def test_a_condition_that_is_pulled_back_covers_what_rounding_adds_to_it():
+    """Where no neuron is unstable it is exact, and large biases round logits in float32: every second one upwards."""
+    network = make(mlp, seed=2)
+    with torch.no_grad():
+        network[1].bias.fill_(50.0)
+        network[3].bias.fill_(500.0)
+        network[5].bias.fill_(1e6)
+    graph, ball = capture(network, SHAPE).deployed("float32"), balls("linf", 3)
+    hidden = preactivations(graph, ball)
+    domains = Domains(graph, ball, hidden.inputs, torch.zeros(3, 20, dtype=torch.float64), hidden.logits, HEAD)
+    coefficients = torch.tensor([[1.0, -1.0, 0.5]] * 3, dtype=torch.float64)
+    node = graph.nodes[graph.nonlinear[1]].inputs[0]
+    rows, offset, _ = _pushed(domains, node, None, (coefficients, torch.zeros(3, dtype=torch.float64)))
+    assert list(rows) == [node]
+    points = points_in(ball, 300).float()
+    single = copy.deepcopy(network).float()
+    with torch.no_grad():
+        inputs = single[:4](points).double().unflatten(0, (-1, 3))
+        meant = single(points).double().unflatten(0, (-1, 3)) @ coefficients[0]
+    bound = (inputs * rows[node][:, 0]).sum(-1) + offset[:, 0]
+    assert bool((bound >= meant).all())
+    torch.testing.assert_close(bound, meant, rtol=1e-5, atol=0)

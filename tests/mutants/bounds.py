@@ -343,6 +343,10 @@ MUTANTS = (
                 "offset = offset + passage.margin + constant.unsqueeze(1)",
                 "offset = 0 * offset + passage.margin + constant.unsqueeze(1)",
             ),
+            "the condition is pushed down without what its logits may be off": (
+                "offset = offset + passage.margin + constant.unsqueeze(1)",
+                "offset = offset + constant.unsqueeze(1)",
+            ),
             "one crossed interval does not empty a domain": (
                 "empty = empty | crossed(lower, upper).flatten(1).any(1)",
                 "empty = empty | crossed(lower, upper).flatten(1).all(1)",
