@@ -100,7 +100,11 @@ def execute(
         else:
             samples = sum(map(len, own))
             earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line(shard.joint))
-            reporter.say(extent(own, eps))
+            if shard.joint:
+                shared = f"divided among {shard.count} processes; what follows is the part of the first"
+                reporter.say(f"{extent(batches, eps)}, {shared}")
+            else:
+                reporter.say(extent(own, eps))
             reporter.begin(stage, samples)
             counts = Counter(name for record in records for name in tally(record))
             if earlier.batches:

@@ -167,6 +167,8 @@ def test_several_processes_write_what_one_writes(model, tmp_path, command, file)
         done = subprocess.run(shared, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote {tmp_path / jobs / file} and its manifest") == 1
+        assert "6 samples of 2 sets x 1 eps = 6 balls" in done.stderr
+        assert ("divided among 2 processes" in done.stderr) is (jobs == "2")
     one, two = ((tmp_path / jobs / file).read_bytes() for jobs in ("1", "2"))
     assert one == two
     manifest = json.loads((tmp_path / "2" / file).with_suffix(".json").read_text())
