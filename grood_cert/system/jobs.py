@@ -7,6 +7,7 @@ says what it does with that. The process that started them only waits, and never
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,11 @@ _SHOW_CURSOR = "\x1b[?25h"  # a progress bar that was ended has left it hidden
 def started() -> bool:
     """Whether `share_out` started this process."""
     return _STARTED in os.environ
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_out(count: int) -> int:
@@ -47,19 +53,19 @@ def share_out(count: int) -> int:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
         _STARTED: str(count),
     }
+    command = [sys.executable, *sys.orig_argv[1:]]
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as said:
         try:
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that: on Ctrl-C this process ends them
             for rank in range(count):
                 own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 out, err = (None, None) if rank == 0 else (subprocess.DEVNULL, said)
-                command = [sys.executable, *sys.orig_argv[1:]]
-                # In a session of their own they do not hear the terminal's Ctrl-C: this process ends them.
-                started = subprocess.Popen(command, env=own, stdout=out, stderr=err, start_new_session=True)
-                processes.append(started)
+                processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
+            signal.signal(signal.SIGINT, before)
             return _wait(processes, said)
         finally:
             _end(processes)

@@ -26,6 +26,8 @@ from grood_cert.errors import InputError, RunError, SoundnessError
 from grood_cert.system import jobs
 
 jobs._GRACE = float(sys.argv[3])
+if not jobs.started():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 
 def failing(error):
     print("words before an error", file=sys.stderr)
@@ -55,7 +57,8 @@ def start(folder: Path, count: int, work: str, grace: float = 60, **more) -> sub
     environment = {name: value for name, value in os.environ.items() if name not in (*NAMES, jobs._STARTED)}
     command = [sys.executable, str(script), str(folder), str(count), str(grace)]
     environment |= {"PYTHONPATH": os.getcwd(), **more}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
 
 def ended(folder: Path, count: int, work: str, grace: float = 60, **more) -> tuple[int, str, str]:
@@ -77,15 +80,16 @@ def alive(folder: Path) -> list[str]:
 @pytest.mark.parametrize("threads", [None, "3"])
 def test_each_process_has_its_number_and_a_share_of_the_cores_and_the_first_alone_prints(tmp_path, threads):
     work = (
-        "import json; (Path(folder) / f'{rank}.json').write_text(json.dumps(dict(os.environ))); print('done by', rank)"
+        "import json; (Path(folder) / f'{rank}.json').write_text(json.dumps(dict(os.environ))); "
+    work += "print('done by', rank, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     )
     more = {"OMP_NUM_THREADS": threads} if threads else {}
-    assert ended(tmp_path, 3, work, **more) == (0, "done by 0\n", "")
+    assert ended(tmp_path, 3, work, **more) == (0, "done by 0 True\n", "")  # Ctrl-C is for the one that waits
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     for rank, environment in enumerate(found):
         assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
         assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
-        assert environment["OMP_NUM_THREADS"] == (threads or str(max(1, (os.cpu_count() or 1) // 3)))
+        assert environment["OMP_NUM_THREADS"] == (threads or str(max(1, jobs._cores() // 3)))
     assert len({(environment["MASTER_ADDR"], environment["MASTER_PORT"]) for environment in found}) == 1
 
 
@@ -130,7 +134,10 @@ def test_who_interrupts_the_command_ends_all_its_processes(tmp_path, number, cod
     process = start(tmp_path, 2, "sleep()")
     while len(list(tmp_path.glob("*.pid"))) < 2:
         time.sleep(0.05)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: all of them hear it
+    else:
+        process.send_signal(number)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, alive(tmp_path)) == (code, "", [])
     assert err == f"script.py: error: {word}; the same command goes on (train: with --resume)\n"
