@@ -81,7 +81,7 @@ def alive(folder: Path) -> list[str]:
 def test_each_process_has_its_number_and_a_share_of_the_cores_and_the_first_alone_prints(tmp_path, threads):
     work = (
         "import json; (Path(folder) / f'{rank}.json').write_text(json.dumps(dict(os.environ))); "
-    work += "print('done by', rank, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+        "print('done by', rank, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     )
     more = {"OMP_NUM_THREADS": threads} if threads else {}
     assert ended(tmp_path, 3, work, **more) == (0, "done by 0 True\n", "")  # Ctrl-C is for the one that waits
