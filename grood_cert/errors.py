@@ -1,4 +1,4 @@
-"""The three ways in which grood-cert refuses to go on, and what other libraries say."""
+"""The ways in which grood-cert refuses to go on, and what other libraries say."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The input is well formed, but the work could not be done: a missing engine, a diverged training (exit code 1)."""
+
+
+class StoppedError(RunError):
+    """Another process of the run has stopped, and says why."""
 
 
 class SoundnessError(Exception):

@@ -60,7 +60,7 @@ def certify(
     dry_run: options.DryRun = False,
 ) -> None:
     """Prove bounds of S and certified radii. Attacks bracket them from the other side."""
-    options.share_out(jobs, shard, dry_run)
+    options.share_out(jobs, shard, dry_run, download)
     from dataclasses import replace
     from typing import cast
 

@@ -35,7 +35,7 @@ def lipschitz(
     dry_run: options.DryRun = False,
 ) -> None:
     """Bound the local Lipschitz constant of S. Estimates from below stand beside the proofs."""
-    options.share_out(jobs, shard, dry_run)
+    options.share_out(jobs, shard, dry_run, download)
     from typing import cast
 
     from grood_cert import detector

@@ -192,7 +192,8 @@ def device_name(name: str) -> str:
 
     if name != "auto":
         return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{rank % count}" if count else "cpu"
 
 
 def shard_of(text: str) -> shards.Shard:
@@ -202,21 +203,32 @@ def shard_of(text: str) -> shards.Shard:
     return shards.Shard.parse(text) if text else shards.shard_of_environment()
 
 
-def share_out(jobs: int, shard: str, dry_run: bool) -> None:
+def share_out(jobs: int, shard: str, dry_run: bool, download: bool) -> None:
     """Where --jobs asks for several processes, run the command in them and end this one; they come here too, and go on."""
     import os
+    import sys
 
     from grood_cert.errors import InputError
     from grood_cert.system import jobs as processes
 
-    if jobs == 1 or processes.started():
+    if processes.started():
+        processes.end_with_starter()
+        return
+    if jobs == 1:
         return
     if shard:
         raise InputError(f"--jobs {jobs} and --shard {shard} each divide the run; use one of them")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"--jobs {jobs} and torchrun each divide the run; use one of them")
-    if not dry_run:
-        raise typer.Exit(processes.share_out(jobs))
+    if dry_run:
+        return
+    if download:
+        raise InputError(
+            f"--download and --jobs {jobs}: each process would download; fetch the sets by a --dry-run first"
+        )
+    if Path(sys.argv[0]).name not in ("__main__.py", "grood-cert"):
+        raise InputError(f"--jobs {jobs} starts grood-cert again, and this is {sys.argv[0]!r}; call grood-cert itself")
+    raise typer.Exit(processes.share_out(jobs, [sys.executable, "-m", "grood_cert", *sys.argv[1:]]))
 
 
 def plan_of_jobs(jobs: int) -> list[str]:

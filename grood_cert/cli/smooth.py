@@ -44,7 +44,7 @@ def smooth(
     dry_run: options.DryRun = False,
 ) -> None:
     """Certify the smoothed detector in l_2. For networks of any size, each sample with probability 1 - alpha."""
-    options.share_out(jobs, shard, dry_run)
+    options.share_out(jobs, shard, dry_run, download)
     from typing import cast
 
     from grood_cert import detector

@@ -11,7 +11,9 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import glob
 import io
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,7 +77,7 @@ def execute(
         The file of rows: of the shard, or of the whole run where shards ran jointly.
 
     Raises:
-        InputError: If the files hold another run or are damaged, are in use, or cannot be written.
+        InputError: If the files hold another run or other parts of it, are damaged, in use, or cannot be written.
         RunError: If another process of a joint run died.
         SoundnessError: From a batch.
     """
@@ -90,6 +92,10 @@ def execute(
         if found and found[0].complete:
             reporter.say(f"{target} is complete already")
             return target
+        if found:
+            raise InputError(
+                f"{target} was begun by one process; let one go on with it, or add --force to overwrite it"
+            )
     path, own = shard.file(target), shard.of(batches)
     check_writable(path.parent)
     with _merged(target, shard, force) if shard.joint else contextlib.nullcontext(), locked(path, manifest_path(path)):
@@ -98,6 +104,8 @@ def execute(
         if earlier.complete:
             reporter.say(f"{path} is complete already")
         else:
+            if not force and (shard.joint or shard.count == 1):  # who shares out by hand knows what lies there
+                _check_division(target, shard)
             samples = sum(map(len, own))
             earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line(shard.joint))
             if shard.joint:
@@ -192,6 +200,20 @@ def _saved(
         name, there, here = different
         raise InputError(f"{path} exists already and holds another run ({name}: {there} there, {here} now); {FORCE}")
     return progress, records
+
+
+def _check_division(target: Path, shard: Shard) -> None:
+    """Refuse to do anew what has been done in another number of parts.
+
+    Raises:
+        InputError: Naming one of them.
+    """
+    for file in sorted(target.parent.glob(f"{glob.escape(target.stem)}-*-of-*{target.suffix}")):
+        found = re.search(r"-\d+-of-(\d+)$", file.stem)
+        if found and int(found[1]) != shard.count:
+            raise InputError(
+                f"{file} is one of {found[1]} parts of a run; go on in as many, remove it, or add --force to start afresh"
+            )
 
 
 def _remove(path: Path) -> None:

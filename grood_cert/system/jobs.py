@@ -6,25 +6,39 @@ says what it does with that. The process that started them only waits, and never
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from socket import socket
 from typing import IO
 
-_STARTED = "GROOD_CERT_JOBS"  # in the environment of processes that `share_out` started
+FOLLOWED = 4  # exit code of a process that ended only because another one did
+_STARTED = "GROOD_CERT_JOBS"  # in the environment of processes that `share_out` started: what they watch
 _PAUSE = 0.1  # seconds between two looks at the processes
-_GRACE = 3.0  # seconds in which the first process may say by itself what ended another one
+_GRACE = 3.0  # seconds that the others have, once one has failed, to end by themselves and say why
+_GRAVEST = (3, 2)  # exit codes that tell most, before all others
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar that was ended has left it hidden
 
 
 def started() -> bool:
     """Whether `share_out` started this process."""
-    return _STARTED in os.environ
+    return {_STARTED, "RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def end_with_starter() -> None:
+    """From now on end this process, which `share_out` started, when the one that started it is gone, however it went."""
+
+    def watch(pipe: int) -> None:
+        os.read(pipe, 1)  # nothing is ever written
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(int(os.environ[_STARTED]),), daemon=True).start()
 
 
 def _cores() -> int:
@@ -32,67 +46,82 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_out(count: int) -> int:
-    """Run the command line of this process in so many processes, and wait for all of them.
+def share_out(count: int, command: Sequence[str]) -> int:
+    """Run a command in so many processes, and wait for all of them.
 
-    The first prints where this process does; of the others only the error of one that failed is printed. Once one fails
-    all are ended, and so they are where the wait is interrupted. Each has an equal share of the cores, unless
-    OMP_NUM_THREADS is set.
+    The first prints where this process does; of the others only why one failed is printed. Once one fails all are ended, and
+    so they are where the wait is interrupted. Each has an equal share of the cores, unless OMP_NUM_THREADS is set.
 
     Args:
         count: Number of processes.
+        command: Program and arguments; its processes call `end_with_starter`.
 
     Returns:
-        Exit code: 0, or that of a process that failed first.
+        Exit code: 0, or that of the process whose failure ended the others.
     """
-    with socket.socket() as free:
+    with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    watched, held = os.pipe()  # whoever reads from `watched` sees its end when this process is gone
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
-        _STARTED: str(count),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get(
+            "TORCH_CPP_LOG_LEVEL", "FATAL"
+        ),  # else each tells of a barrier that broke
+        _STARTED: str(watched),
     }
-    command = [sys.executable, *sys.orig_argv[1:]]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile() as said:
-        try:
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that: on Ctrl-C this process ends them
-            for rank in range(count):
-                own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                out, err = (None, None) if rank == 0 else (subprocess.DEVNULL, said)
-                processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
-            signal.signal(signal.SIGINT, before)
-            return _wait(processes, said)
-        finally:
-            _end(processes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, held)
+        stack.callback(os.close, watched)
+        said: list[IO[bytes] | None] = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
+        stack.callback(_end, processes)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that: on Ctrl-C this process ends them
+        for rank, err in enumerate(said):
+            own = inherited | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            out = None if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err, pass_fds=(watched,)))
+        signal.signal(signal.SIGINT, before)
+        return _wait(processes, said)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], said: IO[bytes]) -> int:
-    """Wait for all processes, or for the first that fails; the exit code."""
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed or None not in codes:
-            break
+def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[bytes] | None]) -> int:
+    """Wait for all processes, or for a failure, which is told; the exit code."""
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes):
         time.sleep(_PAUSE)
-    if not failed:
+        codes = [process.poll() for process in processes]
+    if not any(codes):
         return 0
-    first = failed[0]
-    code = codes[first] or 1
-    if first > 0:
-        try:
-            same = processes[0].wait(_GRACE) == code and code != 1  # else it says only that another one has stopped
-        except subprocess.TimeoutExpired:
-            same = False
-        if not same:
-            lines = os.pread(said.fileno(), 1 << 20, 0).decode(errors="replace").splitlines()
-            told = [line for line in lines if "error:" in line] or lines or [f"it ended with exit code {code}"]
-            print(f"process {first + 1} of {len(processes)}: {told[0]}", file=sys.stderr)
+    until = time.monotonic() + _GRACE
+    while None in codes and time.monotonic() < until:  # the first that ended need not be the one that went wrong
+        time.sleep(_PAUSE)
+        codes = [process.poll() for process in processes]
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    order = [*_GRAVEST, *(code for code in failed.values() if code != FOLLOWED), FOLLOWED]
+    rank, code = min(failed.items(), key=lambda item: order.index(item[1]))
+    if line := _told(code, said[rank]):
+        print(f"process {rank + 1} of {len(processes)}: {line}", file=sys.stderr)
+    if code == FOLLOWED:
+        return 1
     return code if code > 0 else 128 - code  # as a shell says which signal ended it
+
+
+def _told(code: int, said: IO[bytes] | None) -> str:
+    """Why a process ended; empty if it has said so itself."""
+    if code < 0:
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
+    if said is None:
+        return ""
+    said.seek(0)
+    text = said.read().decode(errors="replace").strip()
+    errors = [line for line in text.splitlines() if line.partition(": ")[2].startswith("error: ")]
+    return errors[-1] if errors else text or f"it ended with exit code {code}"
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

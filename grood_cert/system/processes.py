@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as groups
 
-from grood_cert.errors import InputError, RunError
+from grood_cert.errors import InputError, StoppedError
 
 _WAIT = datetime.timedelta(days=365)  # however long a download or the other shards take
 _waiting: groups.ProcessGroup | None = None  # beside the group that exchanges tensors, which gives up after minutes
@@ -85,7 +85,7 @@ def _exchange_failures_told() -> Iterator[None]:
         yield
     except RuntimeError as error:  # of NCCL, gloo or the store: a connection was closed, or a timeout passed
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without the line of torch's code
-        raise RunError(
+        raise StoppedError(
             f"another process of this run has stopped ({reason}); the same command goes on (train: with --resume)"
         ) from error
 
@@ -94,7 +94,7 @@ def wait() -> None:
     """Wait until every process has come here, however long that takes.
 
     Raises:
-        RunError: If another process has died.
+        StoppedError: If another process has died.
     """
     if count() == 1:
         return
@@ -151,7 +151,7 @@ def first_goes_ahead() -> Iterator[None]:
     All leave it together: however long one of them takes, no exchange of tensors is kept waiting.
 
     Raises:
-        RunError: If another process has died.
+        StoppedError: If another process has died.
     """
     if rank() > 0:
         wait()

@@ -21,7 +21,8 @@ from typer.models import OptionInfo
 from grood_cert import demo
 from grood_cert.bounds import auto_lirpa
 from grood_cert.certification import stages
-from grood_cert.cli import app
+from grood_cert.cli import app, options
+from grood_cert.errors import InputError
 from grood_cert.results.table import Table
 from grood_cert.runs import certify as certification
 from grood_cert.system.files import replacing
@@ -182,6 +183,12 @@ def test_a_run_is_divided_in_one_way(refused, model, command):
     assert "--jobs 2 and --shard 1/2 each divide the run" in refused(command, model, "--jobs", 2, "--shard", "1/2")
 
 
+def test_jobs_start_no_program_but_grood_cert(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "certify", "model.pt"])
+    with pytest.raises(InputError, match=r"--jobs 2 starts grood-cert again, and this is 'study.py'"):
+        options.share_out(2, "", False, False)
+
+
 def test_a_dry_run_says_whose_time_it_tells(call, model, tmp_path):
     code, out, _ = call(
         *("certify", model, "--limit", 2, "--effort", "fast", "--eps", "0.01", "--jobs", 3, "--dry-run"),
@@ -223,6 +230,7 @@ def test_checkpoints_that_are_none(refused, model, tmp_path):
         (["--shard", "5/4"], "shard '5/4': expected i/n with i from 1 to n"),
         (["--shard", "1/2", "--jobs", "2", "--dry-run"], "--jobs 2 and --shard 1/2 each divide the run"),
         (["--jobs", "0"], "'--jobs'"),
+        (["--jobs", "2", "--download"], "--download and --jobs 2: each process would download"),
         (["--memory", "lots"], "memory 'lots': expected a size such as 64M or 1G"),
         (["--memory", "0"], "memory '0': expected a size such as 64M or 1G"),
         (["--stages", ","], "--stages ',' names none; use some of ibp"),

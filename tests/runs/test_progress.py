@@ -72,7 +72,8 @@ def test_the_command_that_goes_on_is_one_that_can_be_given(monkeypatch, program,
 
 def test_processes_that_a_command_started_are_continued_by_that_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/env/bin/grood-cert", "certify", "model.pt", "--jobs", "3"])
-    monkeypatch.setenv("GROOD_CERT_JOBS", "3")
+    for name in ("GROOD_CERT_JOBS", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
     assert command_line(joint=True) == "grood-cert certify model.pt --jobs 3"
 
 

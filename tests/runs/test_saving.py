@@ -331,3 +331,21 @@ def test_killed_certifications_go_on(model, tmp_path, monkeypatch):
     for name in ends:
         assert (tmp_path / name / "rows.csv").read_bytes() == (tmp_path / "whole" / "rows.csv").read_bytes()
         assert {entry.name for entry in (tmp_path / name).iterdir()} == {"rows.csv", "rows.json"}
+
+
+def test_work_that_was_done_in_other_parts_is_not_done_anew_unasked(tmp_path):
+    joint = Shard(0, 2, joint=True)
+    execute(tmp_path / "parts", shard=Shard(1, 3))
+    for shard in (Shard(), joint):
+        with pytest.raises(
+            InputError, match=r"rows-2-of-3.csv is one of 3 parts of a run; go on in as many, remove it, or"
+        ):
+            execute(tmp_path / "parts", shard=shard)
+    assert {file.name for file in (tmp_path / "parts").glob("*.csv")} == {"rows-2-of-3.csv"}
+    assert execute(tmp_path / "parts", force=True).name == "rows.csv"
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path / "whole", Worker(2))
+    before = (tmp_path / "whole" / "rows.csv").read_bytes()
+    with pytest.raises(InputError, match=r"rows.csv was begun by one process; let one go on with it, or add --force"):
+        execute(tmp_path / "whole", shard=joint)
+    assert (tmp_path / "whole" / "rows.csv").read_bytes() == before

@@ -22,14 +22,15 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from grood_cert.cli import run_script
-from grood_cert.errors import InputError, RunError, SoundnessError
+from grood_cert.errors import InputError, RunError, SoundnessError, StoppedError
 from grood_cert.system import jobs
 
 jobs._GRACE = float(sys.argv[3])
 if not jobs.started():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 
-def failing(error):
+def failing(error, after=0):
+    time.sleep(after)
     print("words before an error", file=sys.stderr)
     raise error
 
@@ -40,7 +41,8 @@ def sleep():
 
 def main(folder: str, count: int, grace: float):
     if not jobs.started():
-        sys.exit(jobs.share_out(count))
+        sys.exit(jobs.share_out(count, [sys.executable, *sys.argv]))
+    jobs.end_with_starter()
     rank = int(os.environ["RANK"])
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
     WORK
@@ -93,38 +95,53 @@ def test_each_process_has_its_number_and_a_share_of_the_cores_and_the_first_alon
     assert len({(environment["MASTER_ADDR"], environment["MASTER_PORT"]) for environment in found}) == 1
 
 
+STOPPED = "failing(StoppedError('another has stopped'))"
+SAID = "words before an error\nscript.py: error: "
+
+
 @pytest.mark.parametrize(
     ("work", "code", "told"),
     [
-        ("failing(InputError('no such thing'))", 2, "words before an error\nscript.py: error: no such thing\n"),
-        ("failing(RunError('out of luck')) if rank == 0 else sleep()", 1, "words .*\nscript.py: error: out of luck\n"),
+        ("failing(InputError('no such thing'))", 2, f"{SAID}no such thing\n"),
+        ("failing(RunError('out of luck')) if rank == 0 else sleep()", 1, f"{SAID}out of luck\n"),
         (
             "failing(RunError('no memory')) if rank == 1 else sleep()",
             1,
             "process 2 of 3: script.py: error: no memory\n",
         ),
         (
-            "failing(RunError('no memory')) if rank else failing(RunError('another has stopped'))",
+            f"failing(RunError('no memory'), 0.5) if rank == 2 else {STOPPED}",
             1,
-            "words .*\nscript.py: error: another has stopped\n(process [23] of 3: script.py: error: no memory\n)?",
+            f"{SAID}another has stopped\nprocess 3 of 3: script.py: error: no memory\n",
         ),
         (
-            "failing(SoundnessError('a proof is wrong', {})) if rank == 2 else sleep()",
+            f"failing(SoundnessError('a proof is wrong', {{}}), 0.5) if rank == 1 else {STOPPED}",
             3,
-            "process 3 of 3: script.py: error: SOUNDNESS VIOLATION: a proof is wrong\n",
+            f"{SAID}another has stopped\nprocess 2 of 3: script.py: error: SOUNDNESS VIOLATION: a proof is wrong\n",
         ),
         (
-            "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sleep()",
-            137,
-            "process 2 .*: it ended with exit code -9\n",
+            f"failing(SoundnessError('a proof is wrong', {{}}), 0.5) if rank == 0 else {STOPPED}",
+            3,
+            f"{SAID}SOUNDNESS VIOLATION: a proof is wrong\n",
         ),
-        ("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else sleep()", 137, ""),
+        ("failing(ValueError('a bug')) if rank == 1 else sleep()", 1, "process 2 .*Traceback.*ValueError: a bug\n"),
+        (
+            "failing(os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else sleep()",
+            137,
+            r"process 2 of 3: ended by signal 9 \(.*\)\n",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else sleep()",
+            137,
+            r"process 1 of 3: ended by signal 9 \(.*\)\n",
+        ),
     ],
 )
-def test_a_failure_ends_all_processes_and_is_told_once(tmp_path, work, code, told):
-    found, out, err = ended(tmp_path, 3, work, grace=0.2 if "sleep" in work else 60)
+def test_a_failure_ends_all_processes_and_the_gravest_is_told(tmp_path, work, code, told):
+    """The one that went wrong may be the last to end: those that wait for it notice at once."""
+    found, out, err = ended(tmp_path, 3, work, grace=0.2 if "sleep()" in work else 60)
     assert (found, out, alive(tmp_path)) == (code, "", [])
-    assert re.fullmatch(told, err), err
+    assert re.fullmatch(told, err, re.DOTALL), err
 
 
 @pytest.mark.parametrize(
@@ -141,3 +158,12 @@ def test_who_interrupts_the_command_ends_all_its_processes(tmp_path, number, cod
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, alive(tmp_path)) == (code, "", [])
     assert err == f"script.py: error: {word}; the same command goes on (train: with --resume)\n"
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    process = start(tmp_path, 2, "sleep()")
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.communicate(timeout=300)  # ends once nobody holds the other side of its output
