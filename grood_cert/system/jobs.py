@@ -19,7 +19,7 @@ from socket import socket
 from typing import IO
 
 FOLLOWED = 4  # exit code of a process that ended only because another one did
-_STARTED = "GROOD_CERT_JOBS"  # in the environment of processes that `share_out` started: what they watch
+_STARTED = "GROOD_CERT_JOBS"  # in the environment of processes that `share_out` started
 _PAUSE = 0.1  # seconds between two looks at the processes
 _GRACE = 3.0  # seconds that the others have, once one has failed, to end by themselves and say why
 _GRAVEST = (3, 2)  # exit codes that tell most, before all others
@@ -34,16 +34,17 @@ def started() -> bool:
 def end_with_starter() -> None:
     """From now on end this process, which `share_out` started, when the one that started it is gone, however it went."""
 
-    def watch(pipe: int) -> None:
-        os.read(pipe, 1)  # nothing is ever written
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written to its standard input
         os._exit(1)
 
-    threading.Thread(target=watch, args=(int(os.environ[_STARTED]),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def share_out(count: int, command: Sequence[str]) -> int:
@@ -62,30 +63,26 @@ def share_out(count: int, command: Sequence[str]) -> int:
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    watched, held = os.pipe()  # whoever reads from `watched` sees its end when this process is gone
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
-        "TORCH_CPP_LOG_LEVEL": os.environ.get(
-            "TORCH_CPP_LOG_LEVEL", "FATAL"
-        ),  # else each tells of a barrier that broke
-        _STARTED: str(watched),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),  # of a broken barrier all would tell
+        _STARTED: str(count),
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, held)
-        stack.callback(os.close, watched)
         said: list[IO[bytes] | None] = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
         stack.callback(_end, processes)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that: on Ctrl-C this process ends them
         for rank, err in enumerate(said):
             own = inherited | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             out = None if rank == 0 else subprocess.DEVNULL
-            processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err, pass_fds=(watched,)))
+            # Its standard input ends when this process is gone.
+            processes.append(subprocess.Popen(command, env=own, stdin=subprocess.PIPE, stdout=out, stderr=err))
         signal.signal(signal.SIGINT, before)
         return _wait(processes, said)
 
@@ -128,7 +125,9 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.terminate()
-    for process in running:
+    for process in processes:
         process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
     if running and sys.stderr.isatty():
         print(_SHOW_CURSOR, end="", file=sys.stderr, flush=True)
