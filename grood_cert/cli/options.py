@@ -228,7 +228,7 @@ def share_out(jobs: int, shard: str, dry_run: bool, download: bool) -> None:
         )
     if Path(sys.argv[0]).name not in ("__main__.py", "grood-cert"):
         raise InputError(f"--jobs {jobs} starts grood-cert again, and this is {sys.argv[0]!r}; call grood-cert itself")
-    raise typer.Exit(processes.share_out(jobs, [sys.executable, "-m", "grood_cert", *sys.argv[1:]]))
+    raise typer.Exit(processes.share_out(jobs, [sys.executable, *sys.orig_argv[1:]]))
 
 
 def plan_of_jobs(jobs: int) -> list[str]:
