@@ -167,7 +167,6 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _run(application: typer.Typer, program: str) -> None:
     from grood_cert.errors import InputError, RunError, SoundnessError, StoppedError
-    from grood_cert.system import jobs
 
     def fail(message: object, code: int) -> int:
         typer.echo(f"{program}: error: " + " ".join(str(message).split()), err=True)
@@ -180,8 +179,12 @@ def _run(application: typer.Typer, program: str) -> None:
             raise KeyboardInterrupt
     except InputError as error:
         code = fail(error, 2)
+    except StoppedError as error:
+        from grood_cert.system import jobs
+
+        code = fail(error, jobs.FOLLOWED if jobs.started() else 1)
     except RunError as error:
-        code = fail(error, jobs.FOLLOWED if isinstance(error, StoppedError) and jobs.started() else 1)
+        code = fail(error, 1)
     except SoundnessError as error:
         saved = f"; the counterexample is in {error.counterexample}" if error.counterexample else ""
         code = fail(f"SOUNDNESS VIOLATION: {error}{saved}", 3)

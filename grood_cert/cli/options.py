@@ -204,11 +204,15 @@ def shard_of(text: str) -> shards.Shard:
 
 
 def share_out(jobs: int, shard: str, dry_run: bool, download: bool) -> None:
-    """Where --jobs asks for several processes, run the command in them and end this one; they come here too, and go on."""
+    """Where --jobs asks for several processes, run the command in them and end this one; they come here too, and go on.
+
+    Called before a command imports what it works with, which the process that only waits does not need.
+    """
     import os
     import sys
 
     from grood_cert.errors import InputError
+    from grood_cert.runs.progress import command_line
     from grood_cert.system import jobs as processes
 
     if processes.started():
@@ -226,7 +230,7 @@ def share_out(jobs: int, shard: str, dry_run: bool, download: bool) -> None:
         raise InputError(
             f"--download and --jobs {jobs}: each process would download; fetch the sets by a --dry-run first"
         )
-    if Path(sys.argv[0]).name not in ("__main__.py", "grood-cert"):
+    if command_line(joint=False) is None:
         raise InputError(f"--jobs {jobs} starts grood-cert again, and this is {sys.argv[0]!r}; call grood-cert itself")
     raise typer.Exit(processes.share_out(jobs, [sys.executable, *sys.orig_argv[1:]]))
 

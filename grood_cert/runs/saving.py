@@ -11,9 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import glob
 import io
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,8 +102,12 @@ def execute(
         if earlier.complete:
             reporter.say(f"{path} is complete already")
         else:
-            if not force and (shard.joint or shard.count == 1):  # who shares out by hand knows what lies there
-                _check_division(target, shard)
+            # Who shares out by hand knows what lies there.
+            if not force and (shard.joint or shard.count == 1) and (others := shard.foreign(target)):
+                count = others[0].stem.rpartition("-")[2]
+                raise InputError(
+                    f"{others[0]} is one of {count} parts of a run; go on in as many, remove it, or add --force to start afresh"
+                )
             samples = sum(map(len, own))
             earlier = replace(earlier, of_batches=len(own), of_samples=samples, command=command_line(shard.joint))
             if shard.joint:
@@ -200,20 +202,6 @@ def _saved(
         name, there, here = different
         raise InputError(f"{path} exists already and holds another run ({name}: {there} there, {here} now); {FORCE}")
     return progress, records
-
-
-def _check_division(target: Path, shard: Shard) -> None:
-    """Refuse to do anew what has been done in another number of parts.
-
-    Raises:
-        InputError: Naming one of them.
-    """
-    for file in sorted(target.parent.glob(f"{glob.escape(target.stem)}-*-of-*{target.suffix}")):
-        found = re.search(r"-\d+-of-(\d+)$", file.stem)
-        if found and int(found[1]) != shard.count:
-            raise InputError(
-                f"{file} is one of {found[1]} parts of a run; go on in as many, remove it, or add --force to start afresh"
-            )
 
 
 def _remove(path: Path) -> None:

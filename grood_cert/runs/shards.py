@@ -6,6 +6,7 @@ together by `merge`.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -64,6 +65,12 @@ class Shard:
     def file(self, target: Path) -> Path:
         """Where the shard's rows go if those of the whole run go to `target`."""
         return target if self.count == 1 else target.with_stem(f"{target.stem}-{self.index + 1}-of-{self.count}")
+
+    def foreign(self, target: Path) -> list[Path]:
+        """Where parts lie of a run that was divided otherwise."""
+        files = sorted(target.parent.glob(f"{glob.escape(target.stem)}-*-of-*{target.suffix}"))
+        counts = [re.search(r"-\d+-of-(\d+)$", file.stem) for file in files]
+        return [file for file, count in zip(files, counts, strict=True) if count and int(count[1]) != self.count]
 
     def result(self, target: Path) -> Path:
         """Where the rows lie in the end: shards that run jointly are merged into those of the whole run."""

@@ -7,6 +7,7 @@ says what it does with that. The process that started them only waits, and never
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ FOLLOWED = 4  # exit code of a process that ended only because another one did
 _STARTED = "GROOD_CERT_JOBS"  # in the environment of processes that `share_out` started
 _PAUSE = 0.1  # seconds between two looks at the processes
 _GRACE = 3.0  # seconds that the others have, once one has failed, to end by themselves and say why
-_GRAVEST = (3, 2)  # exit codes that tell most, before all others
+_ORDER = {3: 0, 2: 1, FOLLOWED: 3}  # of exit codes, the gravest first; all others: 2
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar that was ended has left it hidden
 
 
@@ -89,19 +90,15 @@ def share_out(count: int, command: Sequence[str]) -> int:
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[bytes] | None]) -> int:
     """Wait for all processes, or for a failure, which is told; the exit code."""
-    codes = [process.poll() for process in processes]
-    while None in codes and not any(codes):
+    until = math.inf
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < until:
+        if any(codes):  # the first that ended need not be the one that went wrong
+            until = min(until, time.monotonic() + _GRACE)
         time.sleep(_PAUSE)
-        codes = [process.poll() for process in processes]
-    if not any(codes):
-        return 0
-    until = time.monotonic() + _GRACE
-    while None in codes and time.monotonic() < until:  # the first that ended need not be the one that went wrong
-        time.sleep(_PAUSE)
-        codes = [process.poll() for process in processes]
     failed = {rank: code for rank, code in enumerate(codes) if code}
-    order = [*_GRAVEST, *(code for code in failed.values() if code != FOLLOWED), FOLLOWED]
-    rank, code = min(failed.items(), key=lambda item: order.index(item[1]))
+    if not failed:
+        return 0
+    rank, code = min(failed.items(), key=lambda item: _ORDER.get(item[1], 2))
     if line := _told(code, said[rank]):
         print(f"process {rank + 1} of {len(processes)}: {line}", file=sys.stderr)
     if code == FOLLOWED:

@@ -69,14 +69,28 @@ def ended(folder: Path, count: int, work: str, grace: float = 60, **more) -> tup
     return process.returncode, out, err
 
 
-def alive(folder: Path) -> list[str]:
+def numbers(folder: Path) -> list[int]:
+    """Of its processes, as far as they have told them."""
+    return [int(text) for file in folder.glob("*.pid") if (text := file.read_text())]
+
+
+def alive(folder: Path) -> list[int]:
     """Those of its processes that still run."""
     found = []
-    for file in folder.glob("*.pid"):
+    for number in numbers(folder):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
-            found.append(file.name)
+            os.kill(number, 0)
+            found.append(number)
     return found
+
+
+def begun(folder: Path) -> subprocess.Popen:
+    """A command whose two processes are at work."""
+    process = start(folder, 2, "sleep()")
+    while len(numbers(folder)) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
 
 
 @pytest.mark.parametrize("threads", [None, "3"])
@@ -148,9 +162,7 @@ def test_a_failure_ends_all_processes_and_the_gravest_is_told(tmp_path, work, co
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_who_interrupts_the_command_ends_all_its_processes(tmp_path, number, code, word):
-    process = start(tmp_path, 2, "sleep()")
-    while len(list(tmp_path.glob("*.pid"))) < 2:
-        time.sleep(0.05)
+    process = begun(tmp_path)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does: all of them hear it
     else:
@@ -161,9 +173,7 @@ def test_who_interrupts_the_command_ends_all_its_processes(tmp_path, number, cod
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    process = start(tmp_path, 2, "sleep()")
-    while len(list(tmp_path.glob("*.pid"))) < 2:
-        time.sleep(0.05)
+    process = begun(tmp_path)
     process.kill()
     process.wait()
     process.communicate(timeout=300)  # ends once nobody holds the other side of its output
